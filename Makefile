@@ -1,0 +1,24 @@
+# The two commands of the README, and their parts.
+.PHONY: demo test test-setup lint build release
+
+STATE ?= $(CURDIR)/target/demo
+DEMO_ARGS ?=
+
+demo: release
+	@STATE='$(STATE)' tests/demo.sh $(DEMO_ARGS)
+
+release:
+	cargo build --release --locked -p dsd -p dsctl
+
+build:
+	cargo build --locked --workspace
+
+test-setup:
+	python3 tests/setup.py checkpoints smollm2 tokenizers openai
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+test: test-setup lint build
+	cargo test --locked --workspace

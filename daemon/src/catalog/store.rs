@@ -1,0 +1,163 @@
+//! The model store: checkpoints that lie in a folder, loaded or not, and the check of their bytes.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::{LoadError, Progress};
+use crate::weights::{self, VerifyReport};
+
+/// Entries of the folder looked at.
+const ENTRIES_MAX: usize = 10_000;
+/// Longest `config.json` read for a model's architecture.
+const CONFIG_LEN_MAX: u64 = 1 << 20;
+
+/// A checkpoint in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredModel {
+    /// Name of its folder, or of its file without the extension.
+    pub name: String,
+    /// Where it lies.
+    pub path: PathBuf,
+    /// `safetensors` or `gguf`.
+    pub format: &'static str,
+    /// `model_type` of its configuration; empty when that is not to be had without opening it.
+    pub architecture: String,
+    /// Bytes of its weight files.
+    pub bytes: u64,
+}
+
+/// Checkpoints in a folder, by name. A missing folder is an empty store.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn scan(dir: &Path) -> io::Result<Vec<StoredModel>> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e),
+    };
+    let mut models = Vec::new();
+    for entry in entries.take(ENTRIES_MAX) {
+        models.extend(stored(&entry?.path()));
+    }
+    models.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(models)
+}
+
+/// The path of a model of that name in the store; names with separators lead nowhere.
+pub fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    let is_plain =
+        !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    let candidates = [dir.join(name), dir.join(format!("{name}.gguf"))];
+    candidates
+        .into_iter()
+        .find(|path| is_plain && path.exists())
+}
+
+/// What a model of this path is called unless told otherwise.
+pub fn name_of(path: &Path) -> Option<String> {
+    let is_gguf = path.extension().is_some_and(|ext| ext == "gguf");
+    let name = if is_gguf {
+        path.file_stem()
+    } else {
+        path.file_name()
+    };
+    Some(name?.to_str()?.to_owned())
+}
+
+/// Reads every byte of a checkpoint and reports what is wrong with it. Blocks.
+///
+/// # Errors
+/// When the checkpoint cannot be opened at all.
+pub fn verify(
+    path: &Path,
+    on_progress: &mut dyn FnMut(Progress),
+) -> Result<VerifyReport, LoadError> {
+    weights::verify(path, None, |progress| {
+        on_progress(Progress {
+            stage: "verifying",
+            n_done: progress.bytes_done,
+            n_total: progress.bytes,
+        });
+    })
+    .map_err(|e| LoadError::Checkpoint {
+        path: path.to_owned(),
+        source: Box::new(e),
+    })
+}
+
+fn stored(path: &Path) -> Option<StoredModel> {
+    let name = name_of(path)?;
+    let (format, bytes) = if path.is_dir() {
+        let mut bytes = [("safetensors", 0), ("gguf", 0)];
+        for entry in fs::read_dir(path).ok()?.take(ENTRIES_MAX).flatten() {
+            let file = entry.path();
+            for (format, bytes) in &mut bytes {
+                if file.extension().is_some_and(|ext| ext == *format) {
+                    *bytes += fs::metadata(&file).map_or(0, |meta| meta.len());
+                }
+            }
+        }
+        bytes.into_iter().find(|(_, bytes)| 0 < *bytes)?
+    } else if path.extension().is_some_and(|ext| ext == "gguf") {
+        ("gguf", fs::metadata(path).ok()?.len())
+    } else {
+        return None;
+    };
+    Some(StoredModel {
+        name,
+        path: path.to_owned(),
+        format,
+        architecture: architecture(path),
+        bytes,
+    })
+}
+
+fn architecture(path: &Path) -> String {
+    let file = path.join("config.json");
+    let is_short = fs::metadata(&file).is_ok_and(|meta| meta.len() <= CONFIG_LEN_MAX);
+    let text = is_short
+        .then(|| fs::read_to_string(&file).ok())
+        .flatten()
+        .unwrap_or_default();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+    config
+        .get("model_type")
+        .and_then(|value| value.as_str())
+        .unwrap_or("")
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_found_by_name_and_nothing_else_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        assert_eq!(scan(&root.join("absent")).unwrap(), []);
+        fs::write(root.join("b.gguf"), b"12345").unwrap();
+        fs::create_dir(root.join("a")).unwrap();
+        fs::write(root.join("a/config.json"), r#"{"model_type": "llama"}"#).unwrap();
+        fs::write(root.join("a/model.safetensors"), b"123").unwrap();
+        fs::create_dir(root.join("empty")).unwrap();
+        fs::write(root.join("notes.txt"), b"x").unwrap();
+        let models = scan(root).unwrap();
+        let seen: Vec<_> = models
+            .iter()
+            .map(|m| (m.name.as_str(), m.format, m.architecture.as_str(), m.bytes))
+            .collect();
+        assert_eq!(
+            seen,
+            [("a", "safetensors", "llama", 3), ("b", "gguf", "", 5)]
+        );
+        assert_eq!(find(root, "a"), Some(root.join("a")));
+        assert_eq!(find(root, "b"), Some(root.join("b.gguf")));
+        for name in ["", ".", "..", "a/config.json", "../a", "c"] {
+            assert_eq!(find(root, name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! `dsd eval`: numbers of one checkpoint, without a server.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use dsd::{
+    eval::{Session, write_logits},
+    text::TextModel,
+    weights::Checkpoint,
+};
+use serde_json::json;
+
+use super::ComputeArgs;
+
+/// Tokens of a perplexity window unless the caller says otherwise.
+const WINDOW_DEFAULT: usize = 1024;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Eval {
+    /// Write the logits of all positions to a safetensors file (tensor `logits`, f32 [T, vocab]).
+    Logits {
+        #[command(flatten)]
+        model: ModelArgs,
+        #[command(flatten)]
+        tokens: TokenArgs,
+        /// File to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Print the greedy continuation as one JSON line; end-of-text tokens do not end it.
+    Greedy {
+        #[command(flatten)]
+        model: ModelArgs,
+        #[command(flatten)]
+        tokens: TokenArgs,
+        /// Tokens to generate.
+        #[arg(long, value_name = "N")]
+        max_new: usize,
+    },
+    /// Print the perplexity of a text file as one JSON line.
+    Perplexity {
+        #[command(flatten)]
+        model: ModelArgs,
+        /// UTF-8 text.
+        #[arg(long, value_name = "FILE")]
+        text: PathBuf,
+        /// Tokens of one window; the first token of a window is not scored.
+        #[arg(long, default_value_t = WINDOW_DEFAULT)]
+        window: usize,
+    },
+    /// Print the token ids of a text file as a JSON list; special tokens in the text count.
+    Tokenize {
+        /// Checkpoint folder or GGUF file.
+        #[arg(long, value_name = "DIR")]
+        model: PathBuf,
+        /// UTF-8 text.
+        #[arg(long, value_name = "FILE")]
+        text_file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Checkpoint folder or GGUF file.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// Prompt token ids, separated by commas.
+    #[arg(long, value_delimiter = ',', required = true, num_args = 1)]
+    tokens: Vec<u32>,
+}
+
+impl Eval {
+    pub(crate) fn run(self) -> Result<()> {
+        match self {
+            Self::Logits { model, tokens, out } => {
+                let (_, mut session) = open(&model, tokens.tokens.len())?;
+                write_logits(&mut session, &tokens.tokens, &out)?;
+                Ok(())
+            }
+            Self::Greedy {
+                model,
+                tokens,
+                max_new,
+            } => {
+                let tokens = tokens.tokens;
+                let (checkpoint, mut session) = open(&model, tokens.len() + max_new)?;
+                let tokens = session.greedy(&tokens, max_new, sampleable_len(&checkpoint)?)?;
+                print_line(&json!({ "tokens": tokens }))
+            }
+            Self::Perplexity {
+                model,
+                text,
+                window,
+            } => {
+                let checkpoint = checkpoint(&model.model)?;
+                let tokens =
+                    TextModel::from_checkpoint(&checkpoint)?.encode_prompt(&read(&text)?)?;
+                let window = window.min(tokens.len());
+                let mut session = Session::open(&checkpoint, model.compute.cpu(), window)?;
+                let (nll, n_scored) = session.mean_nll(&tokens, window)?;
+                print_line(&json!({
+                    "perplexity": nll.exp(),
+                    "mean_nll": nll,
+                    "tokens": tokens.len(),
+                    "scored": n_scored,
+                    "window": window,
+                }))
+            }
+            Self::Tokenize { model, text_file } => {
+                let text_model = TextModel::from_checkpoint(&checkpoint(&model)?)?;
+                print_line(&json!(text_model.encode_trusted(&read(&text_file)?)?))
+            }
+        }
+    }
+}
+
+fn open(model: &ModelArgs, n_tokens: usize) -> Result<(Checkpoint, Session)> {
+    let checkpoint = checkpoint(&model.model)?;
+    let session = Session::open(&checkpoint, model.compute.cpu(), n_tokens)
+        .with_context(|| format!("cannot evaluate `{}`", model.model.display()))?;
+    Ok((checkpoint, session))
+}
+
+fn checkpoint(path: &Path) -> Result<Checkpoint> {
+    Checkpoint::open(path).with_context(|| format!("cannot open model `{}`", path.display()))
+}
+
+/// Ids the tokenizer knows; a checkpoint without one restricts nothing.
+fn sampleable_len(checkpoint: &Checkpoint) -> Result<usize> {
+    Ok(TextModel::from_checkpoint(checkpoint)?.vocab_len())
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read text `{}`", path.display()))
+}
+
+fn print_line(value: &serde_json::Value) -> Result<()> {
+    writeln!(io::stdout(), "{value}").context("cannot write to standard output")
+}

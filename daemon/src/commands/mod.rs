@@ -1,0 +1,64 @@
+//! The subcommands of `dsd`, one file each.
+
+pub(crate) mod dev;
+pub(crate) mod eval;
+pub(crate) mod serve;
+
+use clap::ValueEnum;
+use dsd_kernels::{
+    backend::Activations,
+    cpu::{CpuConfig, Isa},
+};
+
+/// Arithmetic of block-quantized layers.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum ActivationsArg {
+    /// f32 products and sums.
+    F32,
+    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K and Q6_K weights).
+    Int8,
+}
+
+/// Where tensors live.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum DeviceArg {
+    /// Processor cores.
+    Cpu,
+}
+
+/// How a command computes.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct ComputeArgs {
+    /// Arithmetic of block-quantized layers.
+    #[arg(long, value_enum, default_value = "f32")]
+    activations: ActivationsArg,
+    /// Device to run on.
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceArg,
+    /// Threads that compute at once [default: the cores this process may use].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+impl ComputeArgs {
+    pub(crate) fn cpu(&self) -> CpuConfig {
+        match self.device {
+            DeviceArg::Cpu => {}
+        }
+        let activations = match self.activations {
+            ActivationsArg::F32 => Activations::F32,
+            ActivationsArg::Int8 => Activations::Int8,
+        };
+        let n_threads = self.threads.map_or_else(available_threads, usize::from);
+        CpuConfig {
+            n_threads,
+            isa: Isa::available()[0],
+            activations,
+        }
+    }
+}
+
+/// Cores this process may use, by affinity and control group.
+pub(crate) fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}

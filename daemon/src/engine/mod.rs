@@ -1,0 +1,242 @@
+//! The step loop: drain mailbox, plan, execute, sample, emit.
+//!
+//! One named thread owns everything: executor, scheduler, sampler memory and the sinks. The only
+//! way in is [`EngineHandle`]; the only ways out are the sinks that requests bring along and the
+//! counters in [`EngineLoad`]. Knows no text, HTTP or model.
+//!
+//! Invariant: every request that [`EngineHandle::post`] took gets exactly one end, unless its
+//! reader left or the thread panicked, which is logged once and shows as [`EngineLoad::is_dead`].
+//! Invariant: a reader that left costs no further step; a waiting one costs none at all.
+//! Invariant: a token comes out at least every canary interval as long as the executor works,
+//! because a reserved request with reserved blocks runs whenever the engine was silent for so long.
+//!
+//! Called by replica.
+
+mod canary;
+mod config;
+#[cfg(test)]
+pub(crate) mod fake;
+mod meter;
+mod shared;
+mod step_loop;
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::Ordering,
+        mpsc::{self, SyncSender, TrySendError},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    flow::Request,
+    runtime::{clock, thread},
+};
+
+/// What a caller brings to an engine, so that it needs no arrow of its own to the runner.
+pub use crate::runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan};
+pub use config::{ConfigError, EngineConfig, EngineLimits};
+pub use shared::EngineLoad;
+use shared::Shared;
+use step_loop::StepLoop;
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Configuration and executor do not fit each other.
+    #[error("the engine configuration does not fit the executor")]
+    Config(#[from] ConfigError),
+    /// The system refused a thread.
+    #[error("cannot start the engine thread")]
+    Thread(#[source] io::Error),
+    /// The first canary's step failed: the executor does not work.
+    #[error("the first canary step failed")]
+    Canary(#[source] StepError),
+    /// The engine thread ended before its first token.
+    #[error("the engine thread ended before its first token")]
+    Died,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PostError {
+    /// As many requests as may wait do.
+    #[error("{waiting} requests wait already, the limit is {max}")]
+    QueueFull {
+        /// Requests waiting, those still in the mailbox included.
+        waiting: usize,
+        /// The limit.
+        max: usize,
+        /// When a place is expected to be free.
+        retry_after: Duration,
+    },
+    /// The engine is stopping.
+    #[error("the engine is stopping")]
+    Stopping,
+    /// The engine's thread panicked.
+    #[error("the engine is dead")]
+    Dead,
+}
+
+/// The only way to an engine. Dropping it lets what was taken finish, for at most the configured
+/// drain limit, and joins the thread; [`EngineHandle::stop`] says how long to wait.
+#[derive(Debug)]
+pub struct EngineHandle {
+    /// Taken out when the engine stops, so that no request can slip in behind its last look. A
+    /// reader holds the lock to send one message and never waits.
+    mailbox: RwLock<Option<SyncSender<Arrival>>>,
+    shared: Arc<Shared>,
+    limits: EngineLimits,
+    drain_limit: Duration,
+    /// Held while joining, so that every caller of `stop` returns after the thread has ended.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A request on its way to the engine thread.
+#[derive(Debug)]
+struct Arrival {
+    request: Request,
+    submitted_at: Instant,
+}
+
+/// Starts an engine and waits for its first canary token.
+///
+/// # Errors
+/// [`StartError`]; no thread is left behind.
+pub fn start(
+    executor: Box<dyn StepExecutor>,
+    cfg: EngineConfig,
+) -> Result<EngineHandle, StartError> {
+    let limits = cfg.limits(&executor.limits())?;
+    let shared = Arc::new(Shared::new(clock::now(), &limits));
+    // Messages in the mailbox are counted among those that wait, so it never fills before they do.
+    let (tx, rx) = mpsc::sync_channel(limits.waiting_max);
+    let drain_limit = cfg.drain_limit;
+    let (ready_tx, ready_rx) = mpsc::sync_channel(1);
+    let obituary = Obituary {
+        model: cfg.model.clone(),
+        shared: Arc::clone(&shared),
+    };
+    let mut step_loop = StepLoop::new(executor, cfg, limits, Arc::clone(&shared), rx);
+    let body = move || {
+        // Dropped before the loop and its sinks: who misses an end finds the reason.
+        let _obituary = obituary;
+        let first = step_loop.run_canary();
+        let is_ready = first.is_ok();
+        // The starter waits for this, so the send cannot block or fail.
+        let _ = ready_tx.send(first);
+        if is_ready {
+            step_loop.run();
+        }
+    };
+    let handle = thread::spawn("dsd-engine", body).map_err(StartError::Thread)?;
+    match ready_rx.recv() {
+        Ok(Ok(())) => Ok(EngineHandle {
+            mailbox: RwLock::new(Some(tx)),
+            shared,
+            limits,
+            drain_limit,
+            thread: Mutex::new(Some(handle)),
+        }),
+        Ok(Err(e)) => {
+            join(handle);
+            Err(StartError::Canary(e))
+        }
+        Err(mpsc::RecvError) => {
+            join(handle);
+            Err(StartError::Died)
+        }
+    }
+}
+
+impl EngineHandle {
+    /// Hands a request over without blocking. The request's sink gets its tokens and one end.
+    ///
+    /// # Errors
+    /// [`PostError`]; the sink is dropped unused.
+    pub fn post(&self, request: Request) -> Result<(), PostError> {
+        let mailbox = self.mailbox.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(tx) = mailbox.as_ref() else {
+            return Err(PostError::Stopping);
+        };
+        // First, because a dead engine releases no places and would look full for ever.
+        if self.shared.is_dead.load(Ordering::Acquire) {
+            return Err(PostError::Dead);
+        }
+        let max = self.limits.waiting_max;
+        let full = |waiting| PostError::QueueFull {
+            waiting,
+            max,
+            retry_after: self.shared.retry_after(),
+        };
+        self.shared.reserve_place(max).map_err(full)?;
+        let submitted_at = clock::now();
+        let arrival = Arrival {
+            request,
+            submitted_at,
+        };
+        tx.try_send(arrival).map_err(|e| {
+            self.shared.release_place();
+            match e {
+                TrySendError::Full(_) => full(max),
+                // The sender is here, so only a panic can have taken the receiver.
+                TrySendError::Disconnected(_) => PostError::Dead,
+            }
+        })
+    }
+
+    /// Takes no more requests, lets those taken go on for at most `drain`, ends the rest with
+    /// `Stopped`, and returns when the thread is gone. Blocks: not for an async worker. A second
+    /// call can only shorten the drain.
+    pub fn stop(&self, drain: Duration) {
+        self.shared.shorten_drain(clock::now(), drain);
+        // The engine sees a closed mailbox once it has emptied it.
+        self.mailbox
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = thread.take() {
+            join(handle);
+        }
+    }
+
+    /// Counters as of the last step.
+    pub fn load(&self) -> EngineLoad {
+        self.shared.load(clock::now())
+    }
+
+    /// What the engine takes.
+    pub fn limits(&self) -> EngineLimits {
+        self.limits
+    }
+}
+
+impl Drop for EngineHandle {
+    fn drop(&mut self) {
+        self.stop(self.drain_limit);
+    }
+}
+
+/// Lives on the engine's thread and says so when a panic ends it.
+struct Obituary {
+    model: String,
+    shared: Arc<Shared>,
+}
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.shared.is_dead.store(true, Ordering::Release);
+            tracing::error!(model = %self.model, "the engine thread panicked");
+        }
+    }
+}
+
+fn join(handle: JoinHandle<()>) {
+    // The thread itself has logged its panic.
+    drop(handle.join());
+}

@@ -1,0 +1,457 @@
+//! The engine thread's state and its loop.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{
+    flow::{FinishReason, RequestId, SamplingParams, StreamItem, TokenEvent, TokenSink},
+    kv_cache::BlockKey,
+    runner::{StepError, StepExecutor, StepPlan},
+    runtime::clock,
+    sampler::{self, SampleContext, Scratch},
+    scheduler::{EndReason, Ended, Scheduler, SequenceSpec, Slot},
+};
+
+use super::{
+    Arrival, EngineConfig, EngineLimits,
+    canary::{Canary, Verdict},
+    meter::{End, Meter},
+    shared::Shared,
+};
+
+/// How long an idle engine without a canary to run sleeps at most.
+const IDLE_SLEEP_MAX: Duration = Duration::from_secs(3600);
+
+/// Everything the engine thread owns. What a step needs is taken here and reused.
+pub(super) struct StepLoop {
+    executor: Box<dyn StepExecutor>,
+    scheduler: Scheduler,
+    canary: Canary,
+    limits: EngineLimits,
+    model: String,
+    shared: Arc<Shared>,
+    meter: Meter,
+    mailbox: Receiver<Arrival>,
+    /// By slot.
+    clients: Vec<Option<Client>>,
+    plan: StepPlan,
+    sampled: Vec<Option<u32>>,
+    ended: Vec<Ended>,
+    scratch: Scratch,
+    is_stopping: bool,
+    last_token_at: Option<Instant>,
+    last_departure_at: Option<Instant>,
+}
+
+/// What the scheduler does not need to know of a request.
+struct Client {
+    id: RequestId,
+    slot: Slot,
+    sampling: SamplingParams,
+    top_logprobs: Option<usize>,
+    sink: TokenSink,
+    submitted_at: Instant,
+    last_token_at: Option<Instant>,
+    n_emitted: usize,
+    /// Holds a place in the waiting line's count.
+    is_queued: bool,
+}
+
+impl StepLoop {
+    pub(super) fn new(
+        executor: Box<dyn StepExecutor>,
+        cfg: EngineConfig,
+        limits: EngineLimits,
+        shared: Arc<Shared>,
+        mailbox: Receiver<Arrival>,
+    ) -> Self {
+        let executor_limits = executor.limits();
+        let scheduler = Scheduler::new(cfg.scheduler(&executor_limits));
+        let meter = Meter::new(&cfg.model);
+        meter.kv_blocks.set(limits.n_blocks as f64);
+        Self {
+            canary: Canary::new(&cfg, &executor_limits),
+            clients: (0..scheduler.n_slots()).map(|_| None).collect(),
+            plan: StepPlan {
+                spans: Vec::with_capacity(limits.running_max),
+                tokens: Vec::with_capacity(cfg.step_tokens_max),
+                blocks: Vec::with_capacity(limits.n_blocks),
+            },
+            sampled: Vec::with_capacity(limits.running_max),
+            ended: Vec::with_capacity(scheduler.n_slots()),
+            scratch: Scratch::new(limits.vocab_len),
+            model: cfg.model,
+            is_stopping: false,
+            last_token_at: None,
+            last_departure_at: None,
+            executor,
+            scheduler,
+            limits,
+            shared,
+            meter,
+            mailbox,
+        }
+    }
+
+    /// Steps until the mailbox is closed and everything taken has ended.
+    pub(super) fn run(&mut self) {
+        loop {
+            self.gather();
+            let now = clock::now();
+            self.drop_cancelled();
+            if self.is_stopping && self.shared.is_drain_over(now) {
+                self.end_rest();
+            }
+            if self.scheduler.is_idle() {
+                self.publish();
+                if self.is_stopping {
+                    return;
+                }
+                self.sleep(now);
+            } else {
+                self.step(now);
+                self.publish();
+            }
+            let is_due = |due| due <= clock::now();
+            if !self.is_stopping && self.canary.due_at(self.last_token_at).is_some_and(is_due) {
+                // The failure is logged and counted; the next silence brings the next try.
+                let _ = self.run_canary();
+            }
+        }
+    }
+
+    /// Runs the canary and notes what it showed.
+    pub(super) fn run_canary(&mut self) -> Result<(), StepError> {
+        let verdict = self
+            .canary
+            .run(clock::now(), &mut *self.executor, &mut self.scratch);
+        match &verdict {
+            Ok(Verdict::Right) => self.meter.canaries_right.increment(1),
+            Ok(Verdict::Wrong { expected, found }) => {
+                self.meter.canaries_wrong.increment(1);
+                tracing::error!(model = %self.model, expected, found, "the canary token changed");
+            }
+            Err(e) => {
+                self.meter.canaries_failed.increment(1);
+                tracing::error!(model = %self.model, error = %e, "the canary step failed");
+            }
+        }
+        let verdict = verdict?;
+        self.shared
+            .is_canary_wrong
+            .store(verdict != Verdict::Right, Ordering::Release);
+        self.note_token(clock::now());
+        Ok(())
+    }
+
+    /// Empties the mailbox into the scheduler. At most as much comes as may wait.
+    fn gather(&mut self) {
+        for _ in 0..self.limits.waiting_max {
+            match self.mailbox.try_recv() {
+                Ok(arrival) => self.take(arrival),
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.is_stopping = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn sleep(&mut self, now: Instant) {
+        let due_at = self.canary.due_at(self.last_token_at);
+        let nap = due_at.map_or(IDLE_SLEEP_MAX, |due| due.saturating_duration_since(now));
+        match self.mailbox.recv_timeout(nap) {
+            Ok(arrival) => self.take(arrival),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.is_stopping = true,
+        }
+    }
+
+    fn take(&mut self, arrival: Arrival) {
+        let Arrival {
+            request,
+            submitted_at,
+        } = arrival;
+        let spec = SequenceSpec {
+            prompt: request.prompt,
+            n_output_max: request.max_tokens,
+            stop_tokens: request.stop_tokens,
+            deadline: request.deadline,
+            root: BlockKey::root(&request.cache_owner.0),
+        };
+        match self.scheduler.enqueue(spec) {
+            Ok(slot) => {
+                let client = Client {
+                    id: request.id,
+                    slot,
+                    sampling: request.sampling,
+                    top_logprobs: request.top_logprobs,
+                    sink: request.sink,
+                    submitted_at,
+                    last_token_at: None,
+                    n_emitted: 0,
+                    is_queued: true,
+                };
+                let former = self.clients[slot.idx()].replace(client);
+                assert!(former.is_none(), "a slot has one client");
+            }
+            Err(e) => {
+                let id = request.id.0;
+                tracing::warn!(model = %self.model, request = id, error = %e, "not queued");
+                let reason = FinishReason::Failed(e.to_string());
+                self.meter.count_end(End::Failed);
+                self.shared.release_place();
+                request.sink.send(StreamItem::Finished(reason));
+            }
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        for idx in 0..self.clients.len() {
+            let Some(client) = self.clients[idx].take_if(|c| c.sink.is_cancelled()) else {
+                continue;
+            };
+            self.scheduler.remove(client.slot);
+            self.close(&client, End::Cancelled);
+        }
+    }
+
+    fn end_rest(&mut self) {
+        for idx in 0..self.clients.len() {
+            let Some(client) = self.clients[idx].take() else {
+                continue;
+            };
+            self.scheduler.remove(client.slot);
+            self.finish(&client, FinishReason::Stopped);
+        }
+        assert!(self.scheduler.is_idle(), "every sequence has a client");
+    }
+
+    fn step(&mut self, now: Instant) {
+        self.scheduler.plan(now, &mut self.plan, &mut self.ended);
+        self.settle(None);
+        self.note_admissions(now);
+        if self.plan.spans.is_empty() {
+            return;
+        }
+        let result = self.executor.execute(&self.plan);
+        let done_at = clock::now();
+        match result {
+            Ok(logits) => {
+                let n_rows = self.plan.n_logits();
+                let vocab_len = self.limits.vocab_len;
+                assert_eq!(
+                    logits.len(),
+                    n_rows * vocab_len,
+                    "the executor gives the rows asked for"
+                );
+                self.sampled.clear();
+                let rows = logits.chunks_exact_mut(vocab_len);
+                let slots = self.scheduler.scheduled().iter().filter(|s| s.is_sampled);
+                for (row, scheduled) in rows.zip(slots) {
+                    let Some(client) = &mut self.clients[scheduled.slot.idx()] else {
+                        unreachable!("a running sequence has a client");
+                    };
+                    let tokens = self.scheduler.tokens(scheduled.slot);
+                    let scratch = &mut self.scratch;
+                    let token = client.sample(scratch, row, tokens, self.limits.sampleable_len);
+                    self.sampled.push(token);
+                }
+                self.note_step(done_at - now);
+                self.note_emissions(done_at);
+                self.scheduler.apply(&self.sampled, &mut self.ended);
+                self.settle(None);
+            }
+            Err(e) => {
+                self.meter.steps_failed.increment(1);
+                let n_sequences = self.plan.spans.len();
+                tracing::error!(model = %self.model, n_sequences, error = %e, "a step failed");
+                self.scheduler.fail_step(&mut self.ended);
+                self.settle(Some(&e));
+            }
+        }
+    }
+
+    /// Tells the clients of ended sequences.
+    fn settle(&mut self, step_error: Option<&StepError>) {
+        while let Some(Ended { slot, reason }) = self.ended.pop() {
+            let Some(client) = self.clients[slot.idx()].take() else {
+                unreachable!("an ended sequence has a client");
+            };
+            let reason = match reason {
+                EndReason::Stop => FinishReason::Stop,
+                EndReason::Length => FinishReason::Length,
+                EndReason::DeadlinePassed => FinishReason::DeadlinePassed,
+                EndReason::NotSampled => {
+                    FinishReason::Failed("no token could be chosen".to_owned())
+                }
+                EndReason::StepFailed => {
+                    let cause = step_error.map_or_else(String::new, ToString::to_string);
+                    FinishReason::Failed(cause)
+                }
+            };
+            self.finish(&client, reason);
+        }
+    }
+
+    fn finish(&self, client: &Client, reason: FinishReason) {
+        let end = End::from(&reason);
+        // Books first: whoever read the end finds the request gone from them.
+        self.close(client, end);
+        self.publish();
+        client.sink.send(StreamItem::Finished(reason));
+    }
+
+    fn close(&self, client: &Client, end: End) {
+        if client.is_queued {
+            self.shared.release_place();
+        }
+        self.meter.count_end(end);
+        let (request, n_tokens) = (client.id.0, client.n_emitted);
+        tracing::debug!(model = %self.model, request, end = end.name(), n_tokens, "request ended");
+    }
+
+    fn note_admissions(&mut self, now: Instant) {
+        let mut n = 0;
+        let mut n_cached_all = 0;
+        let mut oldest = now;
+        for slot in self.scheduler.admitted() {
+            let Some(client) = &mut self.clients[slot.idx()] else {
+                continue;
+            };
+            client.is_queued = false;
+            let n_cached = self.scheduler.n_cached(*slot);
+            client.sink.send(StreamItem::Started { n_cached });
+            n_cached_all += n_cached as u64;
+            self.shared.release_place();
+            oldest = oldest.min(client.submitted_at);
+            self.meter
+                .queue_seconds
+                .record(now.saturating_duration_since(client.submitted_at));
+            n += 1;
+        }
+        self.meter.cached_tokens.increment(n_cached_all);
+        if 0 < n {
+            // An empty line says nothing about how fast it drains.
+            let since = self
+                .last_departure_at
+                .map_or(oldest, |last| last.max(oldest));
+            self.shared
+                .note_departures(n, now.saturating_duration_since(since));
+            self.last_departure_at = Some(now);
+        }
+    }
+
+    fn note_step(&self, elapsed: Duration) {
+        let scheduled = self.scheduler.scheduled();
+        let n_prompt: usize = scheduled.iter().map(|s| s.n_prompt_tokens).sum();
+        let n_recomputed: usize = scheduled.iter().map(|s| s.n_recomputed).sum();
+        self.meter.step_seconds.record(elapsed);
+        self.meter.step_tokens.record(self.plan.tokens.len() as f64);
+        self.meter.prompt_tokens.increment(n_prompt as u64);
+        self.meter.recomputed_tokens.increment(n_recomputed as u64);
+        self.shared.n_steps.fetch_add(1, Ordering::AcqRel);
+        self.shared
+            .n_prompt_tokens
+            .fetch_add(n_prompt as u64, Ordering::AcqRel);
+    }
+
+    /// Times and counts of the tokens that the step gave its clients.
+    fn note_emissions(&mut self, now: Instant) {
+        let slots = self.scheduler.scheduled().iter().filter(|s| s.is_sampled);
+        let mut n_tokens = 0;
+        for (scheduled, _) in slots
+            .zip(&self.sampled)
+            .filter(|(_, token)| token.is_some())
+        {
+            let Some(client) = &mut self.clients[scheduled.slot.idx()] else {
+                continue;
+            };
+            match client.last_token_at.replace(now) {
+                Some(last) => self.meter.inter_token_seconds.record(now - last),
+                None => {
+                    let waited = now.saturating_duration_since(client.submitted_at);
+                    self.meter.time_to_first_token_seconds.record(waited);
+                }
+            }
+            n_tokens += 1;
+        }
+        if 0 < n_tokens {
+            self.meter.tokens_generated.increment(n_tokens);
+            self.shared
+                .n_output_tokens
+                .fetch_add(n_tokens, Ordering::AcqRel);
+            self.note_token(now);
+        }
+    }
+
+    fn note_token(&mut self, now: Instant) {
+        self.last_token_at = Some(now);
+        self.shared.note_token(now);
+    }
+
+    /// Writes the gauges and the load report.
+    fn publish(&self) {
+        let scheduler = &self.scheduler;
+        let n_preemptions = scheduler.n_preemptions();
+        self.shared
+            .n_running
+            .store(scheduler.n_running(), Ordering::Release);
+        self.shared
+            .n_preempted_waiting
+            .store(scheduler.n_waiting_again(), Ordering::Release);
+        self.shared
+            .n_blocks_used
+            .store(scheduler.n_blocks_used(), Ordering::Release);
+        self.shared
+            .n_preemptions
+            .store(n_preemptions, Ordering::Release);
+        self.meter.preemptions.absolute(n_preemptions);
+        self.meter
+            .sequences_running
+            .set(scheduler.n_running() as f64);
+        self.meter
+            .sequences_waiting
+            .set(scheduler.n_waiting() as f64);
+        self.meter
+            .kv_blocks_used
+            .set(scheduler.n_blocks_used() as f64);
+    }
+}
+
+impl Client {
+    /// Chooses the next token and sends it off; `None` when the row holds no number.
+    fn sample(
+        &mut self,
+        scratch: &mut Scratch,
+        logits: &mut [f32],
+        (prompt, output): (&[u32], &[u32]),
+        sampleable_len: usize,
+    ) -> Option<u32> {
+        let ctx = SampleContext {
+            params: &self.sampling,
+            prompt,
+            output,
+            top_logprobs: self.top_logprobs,
+            sampleable_len,
+        };
+        let sampled = sampler::sample(scratch, logits, &ctx).ok()?;
+        let event = TokenEvent {
+            index: self.n_emitted,
+            token: sampled.token,
+            logprobs: sampled.logprobs,
+        };
+        assert_eq!(self.n_emitted, output.len(), "one event per output token");
+        // A reader that left is found before the next step.
+        self.sink.send(StreamItem::Token(event));
+        self.n_emitted += 1;
+        Some(sampled.token)
+    }
+}

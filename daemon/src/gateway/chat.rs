@@ -1,0 +1,259 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::Response,
+};
+use dsd_proto::openai::{
+    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
+    FinishReason, Usage,
+};
+
+use super::{
+    Gateway,
+    error::ApiError,
+    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    logprobs, prepare, routes,
+    sse::{self, ChunkEncoder, Chunks, GenerationDelta},
+};
+use crate::{catalog::ServedModel, runtime::clock, text::OutputDelta};
+
+pub(super) async fn create(
+    State(gateway): State<Arc<Gateway>>,
+    request: Request,
+) -> Response<Body> {
+    let mut prepared = match prepare::read_and(&gateway, request, prepare::chat).await {
+        Ok(prepared) => prepared,
+        Err(refusal) => return refusal,
+    };
+    let wants_logprobs = prepared.params.top_logprobs.is_some();
+    let generation = match prepare::start(&gateway, &mut prepared) {
+        Ok(generation) => generation,
+        Err(e) => {
+            return e.with_prompt_param("messages").into_response();
+        }
+    };
+    let head = Head::new(prepared.model, wants_logprobs);
+    if prepared.stream {
+        let started = vec![false; generation.n_choices()];
+        let encoder = Encoder {
+            head,
+            include_usage: prepared.include_usage,
+            started,
+        };
+        return sse::response(generation, encoder, gateway.config.keep_alive);
+    }
+    match whole(generation, &head).await {
+        Ok(completion) => routes::json(&completion),
+        Err(e) => e.into_response(),
+    }
+}
+
+/// What all chunks of an answer share.
+struct Head {
+    id: String,
+    created: u64,
+    model: Arc<ServedModel>,
+    wants_logprobs: bool,
+}
+
+impl Head {
+    fn new(model: Arc<ServedModel>, wants_logprobs: bool) -> Self {
+        Self {
+            id: routes::answer_id("chatcmpl"),
+            created: clock::unix_seconds(),
+            model,
+            wants_logprobs,
+        }
+    }
+}
+
+/// Collects a generation into one answer.
+async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion, ApiError> {
+    struct Partial {
+        content: String,
+        reasoning: Option<String>,
+        logprobs: ChatLogprobs,
+        finish_reason: FinishReason,
+    }
+    let new = || Partial {
+        content: String::new(),
+        reasoning: None,
+        logprobs: ChatLogprobs::default(),
+        finish_reason: FinishReason::Stop,
+    };
+    let mut partials: Vec<Partial> = (0..generation.n_choices()).map(|_| new()).collect();
+    while let Some(event) = generation.next().await {
+        match event {
+            GenerationEvent::Delta {
+                choice,
+                deltas,
+                tokens,
+                ..
+            } => {
+                let partial = &mut partials[choice];
+                for delta in deltas {
+                    match delta {
+                        OutputDelta::Content(text) => partial.content.push_str(&text),
+                        OutputDelta::Reasoning(text) => {
+                            partial.reasoning.get_or_insert_default().push_str(&text)
+                        }
+                    }
+                }
+                partial
+                    .logprobs
+                    .content
+                    .extend(logprobs::chat(&head.model.text, &tokens).content);
+            }
+            GenerationEvent::Finished { choice, end } => {
+                partials[choice].finish_reason = match end {
+                    ChoiceEnd::Stop => FinishReason::Stop,
+                    ChoiceEnd::Length => FinishReason::Length,
+                    ChoiceEnd::DeadlinePassed | ChoiceEnd::Stopped | ChoiceEnd::Failed(_) => {
+                        return Err(ApiError::of_end(&end));
+                    }
+                };
+            }
+        }
+    }
+    let choices = partials
+        .into_iter()
+        .enumerate()
+        .map(|(index, partial)| ChatChoice {
+            index,
+            message: ChatReply {
+                role: "assistant".to_owned(),
+                content: partial.content,
+                reasoning_content: partial.reasoning,
+            },
+            logprobs: head.wants_logprobs.then_some(partial.logprobs),
+            finish_reason: partial.finish_reason,
+        });
+    Ok(ChatCompletion {
+        id: head.id.clone(),
+        object: "chat.completion".to_owned(),
+        created: head.created,
+        model: head.model.name.clone(),
+        choices: choices.collect(),
+        usage: usage(generation.counts()),
+    })
+}
+
+fn usage(counts: TokenCounts) -> Usage {
+    Usage::new(
+        counts.n_prompt,
+        counts.n_cached,
+        counts.n_output,
+        Some(counts.n_reasoning),
+    )
+}
+
+struct Encoder {
+    head: Head,
+    include_usage: bool,
+    /// Choices whose role was sent.
+    started: Vec<bool>,
+}
+
+impl Encoder {
+    fn chunk(&self, choices: Vec<ChatChunkChoice>, usage: Option<Usage>) -> ChatChunk {
+        ChatChunk {
+            id: self.head.id.clone(),
+            object: "chat.completion.chunk".to_owned(),
+            created: self.head.created,
+            model: self.head.model.name.clone(),
+            choices,
+            usage: self.include_usage.then_some(usage),
+        }
+    }
+
+    /// The first chunk of a choice names the role and has no text.
+    fn start(&mut self, index: usize, chunks: &mut Chunks) {
+        if !std::mem::replace(&mut self.started[index], true) {
+            let delta = ChatDelta {
+                role: Some("assistant".to_owned()),
+                content: Some(String::new()),
+                ..ChatDelta::default()
+            };
+            let choice = ChatChunkChoice {
+                index,
+                delta,
+                logprobs: None,
+                finish_reason: None,
+            };
+            chunks.push(&self.chunk(vec![choice], None));
+        }
+    }
+}
+
+impl ChunkEncoder for Encoder {
+    fn delta(&mut self, event: GenerationDelta, chunks: &mut Chunks) {
+        self.start(event.choice, chunks);
+        let mut tokens = event.tokens;
+        let wants_logprobs = self.head.wants_logprobs;
+        let text = Arc::clone(&self.head.model.text);
+        // All tokens go with the first of several pieces of text.
+        let mut logprobs = || {
+            wants_logprobs
+                .then(|| logprobs::chat(&text, &std::mem::take(&mut tokens)))
+                .filter(|l| !l.content.is_empty())
+        };
+        let mut n_sent = 0;
+        for delta in event.deltas {
+            let delta = match delta {
+                OutputDelta::Content(text) => ChatDelta {
+                    content: Some(text),
+                    ..ChatDelta::default()
+                },
+                OutputDelta::Reasoning(text) => ChatDelta {
+                    reasoning_content: Some(text),
+                    ..ChatDelta::default()
+                },
+            };
+            let choice = ChatChunkChoice {
+                index: event.choice,
+                delta,
+                logprobs: logprobs(),
+                finish_reason: None,
+            };
+            chunks.push(&self.chunk(vec![choice], None));
+            n_sent += 1;
+        }
+        if n_sent == 0
+            && let Some(logprobs) = logprobs()
+        {
+            let delta = ChatDelta {
+                content: Some(String::new()),
+                ..ChatDelta::default()
+            };
+            let choice = ChatChunkChoice {
+                index: event.choice,
+                delta,
+                logprobs: Some(logprobs),
+                finish_reason: None,
+            };
+            chunks.push(&self.chunk(vec![choice], None));
+        }
+    }
+
+    fn finished(&mut self, index: usize, reason: FinishReason, chunks: &mut Chunks) {
+        self.start(index, chunks);
+        let delta = ChatDelta::default();
+        let choice = ChatChunkChoice {
+            index,
+            delta,
+            logprobs: None,
+            finish_reason: Some(reason),
+        };
+        chunks.push(&self.chunk(vec![choice], None));
+    }
+
+    fn usage(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
+        if self.include_usage {
+            chunks.push(&self.chunk(Vec::new(), Some(usage(counts))));
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::Response,
+};
+use dsd_proto::openai::{Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage};
+
+use super::{
+    Gateway,
+    error::ApiError,
+    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    logprobs, prepare, routes,
+    sse::{self, ChunkEncoder, Chunks, GenerationDelta},
+};
+use crate::{catalog::ServedModel, runtime::clock, text::OutputDelta};
+
+pub(super) async fn create(
+    State(gateway): State<Arc<Gateway>>,
+    request: Request,
+) -> Response<Body> {
+    let mut prepared = match prepare::read_and(&gateway, request, prepare::completion).await {
+        Ok(prepared) => prepared,
+        Err(refusal) => return refusal,
+    };
+    let wants_logprobs = prepared.params.top_logprobs.is_some();
+    let generation = match prepare::start(&gateway, &mut prepared) {
+        Ok(generation) => generation,
+        Err(e) => return e.into_response(),
+    };
+    let encoder = Encoder {
+        id: routes::answer_id("cmpl"),
+        created: clock::unix_seconds(),
+        model: prepared.model,
+        wants_logprobs,
+        include_usage: prepared.include_usage,
+        offsets: vec![0; generation.n_choices()],
+    };
+    if prepared.stream {
+        return sse::response(generation, encoder, gateway.config.keep_alive);
+    }
+    match whole(generation, encoder).await {
+        Ok(completion) => routes::json(&completion),
+        Err(e) => e.into_response(),
+    }
+}
+
+/// Collects a generation into one answer.
+async fn whole(mut generation: Generation, mut encoder: Encoder) -> Result<Completion, ApiError> {
+    let new = |index| CompletionChoice {
+        index,
+        text: String::new(),
+        logprobs: encoder.wants_logprobs.then(CompletionLogprobs::default),
+        finish_reason: None,
+    };
+    let mut choices: Vec<CompletionChoice> = (0..generation.n_choices()).map(new).collect();
+    while let Some(event) = generation.next().await {
+        match event {
+            GenerationEvent::Delta {
+                choice,
+                deltas,
+                tokens,
+                ..
+            } => {
+                let (text, new) = encoder.text_and_logprobs(&GenerationDelta {
+                    choice,
+                    deltas,
+                    tokens,
+                });
+                choices[choice].text.push_str(&text);
+                if let (Some(all), Some(new)) = (&mut choices[choice].logprobs, new) {
+                    all.tokens.extend(new.tokens);
+                    all.token_logprobs.extend(new.token_logprobs);
+                    all.top_logprobs.extend(new.top_logprobs);
+                    all.text_offset.extend(new.text_offset);
+                }
+            }
+            GenerationEvent::Finished { choice, end } => {
+                choices[choice].finish_reason = match end {
+                    ChoiceEnd::Stop => Some(FinishReason::Stop),
+                    ChoiceEnd::Length => Some(FinishReason::Length),
+                    ChoiceEnd::DeadlinePassed | ChoiceEnd::Stopped | ChoiceEnd::Failed(_) => {
+                        return Err(ApiError::of_end(&end));
+                    }
+                };
+            }
+        }
+    }
+    let mut completion = encoder.chunk(choices, None);
+    completion.usage = Some(Some(usage(generation.counts())));
+    Ok(completion)
+}
+
+fn usage(counts: TokenCounts) -> Usage {
+    Usage::new(counts.n_prompt, counts.n_cached, counts.n_output, None)
+}
+
+struct Encoder {
+    id: String,
+    created: u64,
+    model: Arc<ServedModel>,
+    wants_logprobs: bool,
+    include_usage: bool,
+    /// Characters of tokens sent so far, by choice.
+    offsets: Vec<usize>,
+}
+
+impl Encoder {
+    fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> Completion {
+        Completion {
+            id: self.id.clone(),
+            object: "text_completion".to_owned(),
+            created: self.created,
+            model: self.model.name.clone(),
+            choices,
+            usage: self.include_usage.then_some(usage),
+        }
+    }
+
+    fn text_and_logprobs(
+        &mut self,
+        event: &GenerationDelta,
+    ) -> (String, Option<CompletionLogprobs>) {
+        let mut text = String::new();
+        for delta in &event.deltas {
+            let (OutputDelta::Content(piece) | OutputDelta::Reasoning(piece)) = delta;
+            text.push_str(piece);
+        }
+        let offset = &mut self.offsets[event.choice];
+        let logprobs = (self.wants_logprobs && !event.tokens.is_empty())
+            .then(|| logprobs::completion(&self.model.text, &event.tokens, offset));
+        (text, logprobs)
+    }
+}
+
+impl ChunkEncoder for Encoder {
+    fn delta(&mut self, event: GenerationDelta, chunks: &mut Chunks) {
+        let (text, logprobs) = self.text_and_logprobs(&event);
+        if !text.is_empty() || logprobs.is_some() {
+            let choice = CompletionChoice {
+                index: event.choice,
+                text,
+                logprobs,
+                finish_reason: None,
+            };
+            chunks.push(&self.chunk(vec![choice], None));
+        }
+    }
+
+    fn finished(&mut self, index: usize, reason: FinishReason, chunks: &mut Chunks) {
+        let choice = CompletionChoice {
+            index,
+            text: String::new(),
+            logprobs: None,
+            finish_reason: Some(reason),
+        };
+        chunks.push(&self.chunk(vec![choice], None));
+    }
+
+    fn usage(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
+        if self.include_usage {
+            chunks.push(&self.chunk(Vec::new(), Some(usage(counts))));
+        }
+    }
+}

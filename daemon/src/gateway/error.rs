@@ -1,0 +1,236 @@
+//! What a client is told when a request fails: code, status, message, in OpenAI's shape.
+//!
+//! The one place that turns errors of the parts below into codes. The log gets the cause where it
+//! happened; the client gets only what it can act on.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, Response, StatusCode, header},
+};
+use dsd_proto::{
+    code::Code,
+    openai::{ErrorBody, ErrorDetail, RequestError},
+};
+
+use super::{generation::ChoiceEnd, health::NotReady};
+use crate::{catalog::LookupError, replica::SubmitError, telemetry::chain, text::TextError};
+
+/// When to come back to a model that is on its way in or out, or down: nothing measures how long
+/// that takes.
+const RETRY_AFTER: Duration = Duration::from_secs(5);
+
+/// A refused or failed request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ApiError {
+    /// For programs; decides the status.
+    pub code: Code,
+    /// For a person.
+    pub message: String,
+    /// The field to blame.
+    pub param: Option<String>,
+    /// When it may work.
+    pub retry_after: Option<Duration>,
+}
+
+impl ApiError {
+    /// An error without a field to blame.
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            param: None,
+            retry_after: None,
+        }
+    }
+
+    /// An error of the node that is likely gone when the client comes back.
+    fn retry_later(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            retry_after: Some(RETRY_AFTER),
+            ..Self::new(code, message)
+        }
+    }
+
+    /// Names the field to blame.
+    #[must_use]
+    pub fn with_param(mut self, param: impl Into<String>) -> Self {
+        self.param = Some(param.into());
+        self
+    }
+
+    /// What a client is told about a choice that did not end well.
+    pub fn of_end(end: &ChoiceEnd) -> Self {
+        match end {
+            ChoiceEnd::DeadlinePassed => Self::new(
+                Code::DeadlineExceeded,
+                "the answer was not complete within the time limit",
+            ),
+            ChoiceEnd::Stopped => Self::new(
+                Code::ModelStopping,
+                "the model was unloaded before the answer was complete",
+            ),
+            ChoiceEnd::Failed(_) => {
+                Self::new(Code::Internal, "the model failed while it was answering")
+            }
+            // Neither is an error; whoever asks anyway gets no invented cause.
+            ChoiceEnd::Stop | ChoiceEnd::Length => {
+                Self::new(Code::Internal, "the answer is complete")
+            }
+        }
+    }
+
+    /// What a client is told when its text cannot become tokens. Faults of the checkpoint go to the
+    /// log and are no fault of the client.
+    pub fn of_text(error: &TextError, param: &str) -> Self {
+        if error.is_request_fault() {
+            return Self::new(Code::InvalidRequest, chain(error)).with_param(param);
+        }
+        tracing::error!(
+            error = chain(error),
+            "the model's tokenizer or template failed"
+        );
+        Self::new(Code::Internal, "the model's tokenizer or template failed")
+    }
+
+    /// Names `param` where a prompt is to blame: routes call it differently.
+    #[must_use]
+    pub(super) fn with_prompt_param(mut self, param: &str) -> Self {
+        if self.param.as_deref() == Some("prompt") {
+            self.param = Some(param.to_owned());
+        }
+        self
+    }
+
+    /// The error object of the API.
+    pub fn body(&self) -> ErrorBody {
+        let kind = match self.code.http_status() {
+            401 | 403 => "authentication_error",
+            429 => "rate_limit_error",
+            status if status < 500 => "invalid_request_error",
+            _ => "server_error",
+        };
+        ErrorBody {
+            error: ErrorDetail {
+                message: self.message.clone(),
+                kind: kind.to_owned(),
+                param: self.param.clone(),
+                code: Some(self.code.name().to_owned()),
+            },
+        }
+    }
+
+    /// The error object as JSON text.
+    pub fn json(&self) -> String {
+        serde_json::to_string(&self.body()).unwrap_or_default()
+    }
+
+    /// The answer.
+    pub fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.json()));
+        *response.status_mut() = StatusCode::from_u16(self.code.http_status()).unwrap_or_default();
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        if let Some(retry_after) = self.retry_after {
+            // Whole seconds, rounded up: coming back early only meets the same refusal.
+            let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() != 0);
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        if self.code == Code::Unauthorized {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        let code = Code::from_name(error.code()).unwrap_or(Code::InvalidRequest);
+        Self {
+            code,
+            message: error.to_string(),
+            param: error.param().map(str::to_owned),
+            retry_after: None,
+        }
+    }
+}
+
+impl From<LookupError> for ApiError {
+    fn from(error: LookupError) -> Self {
+        let code = match error {
+            LookupError::Unknown { .. } => Code::ModelNotFound,
+            LookupError::NameNeeded { .. } => Code::InvalidRequest,
+            LookupError::Loading { .. } => Code::ModelLoading,
+            LookupError::Unloading { .. } => Code::ModelStopping,
+            LookupError::NothingServed => Code::NotReady,
+        };
+        let retry_after = code.may_be_retried().then_some(RETRY_AFTER);
+        Self {
+            code,
+            message: error.to_string(),
+            param: Some("model".to_owned()),
+            retry_after,
+        }
+    }
+}
+
+impl From<NotReady> for ApiError {
+    fn from(reason: NotReady) -> Self {
+        Self::retry_later(Code::NotReady, reason.to_string())
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let message = error.to_string();
+        match error {
+            SubmitError::QueueFull { retry_after, .. } => Self {
+                code: Code::QueueFull,
+                message,
+                param: None,
+                retry_after: Some(retry_after),
+            },
+            SubmitError::PromptTooLong { .. } => {
+                Self::new(Code::ContextLengthExceeded, message).with_param("prompt")
+            }
+            SubmitError::EmptyPrompt | SubmitError::TokenOutOfRange { .. } => {
+                Self::new(Code::InvalidRequest, message).with_param("prompt")
+            }
+            SubmitError::Stopping => Self::retry_later(Code::ModelStopping, message),
+            SubmitError::Dead => Self::retry_later(Code::NotReady, message),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_queue_says_when_to_come_back_in_whole_seconds() {
+        let error = SubmitError::QueueFull {
+            waiting: 5,
+            max: 5,
+            retry_after: Duration::from_millis(1200),
+        };
+        let response = ApiError::from(error).into_response();
+        assert_eq!(response.status(), 429);
+        assert_eq!(response.headers()["retry-after"], "2");
+    }
+
+    #[test]
+    fn bodies_have_the_shape_that_clients_parse() {
+        let error = ApiError::from(RequestError::Missing {
+            param: "messages".into(),
+        });
+        assert_eq!(
+            error.json(),
+            r#"{"error":{"message":"`messages` is required","type":"invalid_request_error","param":"messages","code":"invalid_request"}}"#
+        );
+    }
+}

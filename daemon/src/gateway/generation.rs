@@ -1,0 +1,419 @@
+//! From tokenised prompts to a merged stream of text: the part of the gateway below HTTP, also used
+//! by `admin`.
+//!
+//! Submits one engine request per choice, turns tokens into content and reasoning, cuts at stop
+//! strings, keeps the deadline. Knows no JSON and no status codes.
+//!
+//! Invariant: dropping a [`Generation`] cancels every choice that has not ended; nothing of it runs
+//! in a task of its own.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    hash::{BuildHasher, RandomState},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use tokio::time;
+
+use crate::{
+    catalog::ServedModel,
+    flow::{
+        self, CacheOwner, Request, RequestId, SamplingParams, StreamItem, TokenEvent,
+        TokenLogprobs, TokenStream,
+    },
+    replica::SubmitError,
+    runtime::clock,
+    text::{OutputDelta, OutputParser, ReasoningMode},
+};
+
+/// How long after its deadline an engine that says nothing is given up on. A healthy one ends the
+/// request itself, within a step.
+const DEADLINE_GRACE: Duration = Duration::from_secs(5);
+
+/// A prompt ready for the engine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreparedPrompt {
+    /// Its tokens.
+    pub ids: Vec<u32>,
+    /// Whether and where thoughts are told from content; plain completions show all text.
+    pub reasoning: ReasoningMode,
+}
+
+/// How to continue the prompts.
+#[derive(Debug, Clone)]
+pub struct GenerationParams {
+    /// Choices per prompt.
+    pub n: usize,
+    /// Tokens per choice at most; `None`: as many as the context holds.
+    pub max_tokens: Option<usize>,
+    /// How tokens are chosen. `seed` is that of choice 0; choice `i` uses `seed + i`.
+    pub sampling: SamplingParams,
+    /// Texts that end a choice.
+    pub stop: Vec<String>,
+    /// Tokens that end a choice, besides the model's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Whether the model's own end tokens are ignored.
+    pub ignore_eos: bool,
+    /// As in [`Request::top_logprobs`].
+    pub top_logprobs: Option<usize>,
+    /// As in [`Request::cache_owner`].
+    pub cache_owner: CacheOwner,
+    /// When the whole generation must be over.
+    pub deadline: Option<Instant>,
+}
+
+/// What comes out, in order for each choice; choices are interleaved as they come.
+#[derive(Debug, Clone, PartialEq)]
+pub enum GenerationEvent {
+    /// New text, or new tokens whose text is held back still.
+    Delta {
+        /// Prompt number times `n` plus the number among that prompt's choices.
+        choice: usize,
+        /// New text, reasoning before content.
+        deltas: Vec<OutputDelta>,
+        /// Tokens of that text, when log-probabilities were asked for.
+        tokens: Vec<TokenChoice>,
+        /// Tokens generated since the last event of this choice.
+        n_tokens: usize,
+    },
+    /// The choice is complete.
+    Finished {
+        /// As above.
+        choice: usize,
+        /// Why.
+        end: ChoiceEnd,
+    },
+}
+
+/// A token of the output with its log-probabilities.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenChoice {
+    /// Vocabulary id.
+    pub token: u32,
+    /// Its own and the likeliest ones'.
+    pub logprobs: TokenLogprobs,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChoiceEnd {
+    /// An end token, a stop token or a stop string.
+    Stop,
+    /// `max_tokens` or the context length.
+    Length,
+    /// The deadline passed.
+    DeadlinePassed,
+    /// The model is being unloaded or the node is going down.
+    Stopped,
+    /// A step failed; the cause is for the log.
+    Failed(String),
+}
+
+impl ChoiceEnd {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::DeadlinePassed => "deadline",
+            Self::Stopped => "stopped",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+/// Token counts so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TokenCounts {
+    /// Of all prompts.
+    pub n_prompt: usize,
+    /// Of them found in the cache.
+    pub n_cached: usize,
+    /// Of all choices, end tokens included.
+    pub n_output: usize,
+    /// Of them inside the thoughts.
+    pub n_reasoning: usize,
+}
+
+/// A running generation of all choices of a request.
+#[derive(Debug)]
+pub struct Generation {
+    model: Arc<ServedModel>,
+    choices: Vec<Choice>,
+    counts: TokenCounts,
+    /// Choices of each prompt.
+    n_per_prompt: usize,
+    deadline: Option<Instant>,
+    started: Instant,
+    /// Choice polled first, so that a fast one does not hide the others.
+    first: usize,
+    ready: VecDeque<GenerationEvent>,
+}
+
+#[derive(Debug)]
+struct Choice {
+    /// `None` once it has ended.
+    stream: Option<TokenStream>,
+    parser: OutputParser,
+    stop_tokens: Arc<[u32]>,
+    /// Tokens whose text is held back.
+    held: Vec<TokenChoice>,
+}
+
+impl Generation {
+    /// Submits all choices, or none.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; choices taken already are cancelled.
+    pub fn start(
+        model: &Arc<ServedModel>,
+        prompts: Vec<PreparedPrompt>,
+        params: &GenerationParams,
+    ) -> Result<Self, SubmitError> {
+        let mut stop_tokens = params.stop_token_ids.clone();
+        if !params.ignore_eos {
+            stop_tokens.extend_from_slice(&model.stop_token_ids);
+        }
+        let stop_tokens: Arc<[u32]> = stop_tokens.into();
+        let mut generation = Self {
+            model: Arc::clone(model),
+            choices: Vec::with_capacity(prompts.len() * params.n),
+            counts: TokenCounts::default(),
+            n_per_prompt: params.n,
+            deadline: params.deadline,
+            started: clock::now(),
+            first: 0,
+            ready: VecDeque::new(),
+        };
+        for prompt in prompts {
+            generation.counts.n_prompt += prompt.ids.len();
+            for _ in 0..params.n {
+                let choice = generation.submit(&prompt, params, &stop_tokens)?;
+                generation.choices.push(choice);
+            }
+        }
+        Ok(generation)
+    }
+
+    fn submit(
+        &self,
+        prompt: &PreparedPrompt,
+        params: &GenerationParams,
+        stop_tokens: &Arc<[u32]>,
+    ) -> Result<Choice, SubmitError> {
+        let n_prompt = prompt.ids.len();
+        let room = self.model.context_len().saturating_sub(n_prompt);
+        if room == 0 {
+            return Err(SubmitError::PromptTooLong {
+                n_prompt,
+                max: self.model.context_len().saturating_sub(1),
+            });
+        }
+        let max_tokens = params.max_tokens.unwrap_or(room).clamp(1, room);
+        let (sink, stream) = flow::token_stream(max_tokens);
+        let idx = self.choices.len() as u64;
+        self.model.replica.submit(Request {
+            id: next_request_id(),
+            prompt: prompt.ids.clone(),
+            max_tokens,
+            stop_tokens: Arc::clone(stop_tokens),
+            sampling: SamplingParams {
+                seed: params.sampling.seed.wrapping_add(idx),
+                ..params.sampling.clone()
+            },
+            top_logprobs: params.top_logprobs,
+            deadline: params.deadline,
+            cache_owner: params.cache_owner,
+            sink,
+        })?;
+        let parser = OutputParser::new(
+            Arc::clone(&self.model.text),
+            prompt.reasoning,
+            params.stop.clone(),
+        );
+        Ok(Choice {
+            stream: Some(stream),
+            parser,
+            stop_tokens: Arc::clone(stop_tokens),
+            held: Vec::new(),
+        })
+    }
+
+    /// The next event; `None` when every choice has ended.
+    pub async fn next(&mut self) -> Option<GenerationEvent> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            if self.choices.iter().all(|choice| choice.stream.is_none()) {
+                return None;
+            }
+            match self.deadline {
+                None => self.receive().await,
+                Some(deadline) => {
+                    let patience = time::Instant::from_std(deadline + DEADLINE_GRACE);
+                    if time::timeout_at(patience, self.receive()).await.is_err() {
+                        tracing::error!(
+                            model = self.model.name,
+                            "the engine did not end requests at their deadline"
+                        );
+                        self.give_up();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Token counts of what was received so far.
+    pub fn counts(&self) -> TokenCounts {
+        self.counts
+    }
+
+    /// Choices of the request, ended or not.
+    pub fn n_choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// Waits for an item of any choice and turns it into events.
+    async fn receive(&mut self) {
+        let (idx, item) = poll_fn(|ctx| {
+            let n = self.choices.len();
+            for idx in (0..n).map(|offset| (self.first + offset) % n) {
+                if let Some(stream) = &mut self.choices[idx].stream
+                    && let Poll::Ready(item) = pin!(stream.next()).poll(ctx)
+                {
+                    return Poll::Ready((idx, item));
+                }
+            }
+            Poll::Pending
+        })
+        .await;
+        self.first = idx + 1;
+        match item {
+            // A prompt counts once: the other choices find what the first one computed.
+            Some(StreamItem::Started { n_cached }) => {
+                let is_first = idx.is_multiple_of(self.n_per_prompt);
+                self.counts.n_cached += if is_first { n_cached } else { 0 };
+            }
+            Some(StreamItem::Token(token)) => self.token(idx, token),
+            Some(StreamItem::Finished(reason)) => {
+                let end = match reason {
+                    flow::FinishReason::Stop => ChoiceEnd::Stop,
+                    flow::FinishReason::Length => ChoiceEnd::Length,
+                    flow::FinishReason::DeadlinePassed => ChoiceEnd::DeadlinePassed,
+                    flow::FinishReason::Stopped => ChoiceEnd::Stopped,
+                    flow::FinishReason::Failed(cause) => ChoiceEnd::Failed(cause),
+                };
+                self.finish(idx, end);
+            }
+            None => self.finish(idx, ChoiceEnd::Failed("the engine is gone".to_owned())),
+        }
+    }
+
+    fn token(&mut self, idx: usize, event: TokenEvent) {
+        let choice = &mut self.choices[idx];
+        self.counts.n_output += 1;
+        if choice.stop_tokens.contains(&event.token) {
+            // The end follows; an end token is no text.
+            self.ready.push_back(GenerationEvent::Delta {
+                choice: idx,
+                deltas: vec![],
+                tokens: vec![],
+                n_tokens: 1,
+            });
+            return;
+        }
+        let was_reasoning = choice.parser.in_reasoning();
+        let output = choice.parser.push(event.token);
+        self.counts.n_reasoning += usize::from(was_reasoning);
+        choice
+            .held
+            .extend(event.logprobs.map(|logprobs| TokenChoice {
+                token: event.token,
+                logprobs,
+            }));
+        let deltas = output.deltas;
+        let tokens = if deltas.is_empty() {
+            Vec::new()
+        } else {
+            std::mem::take(&mut choice.held)
+        };
+        self.ready.push_back(GenerationEvent::Delta {
+            choice: idx,
+            deltas,
+            tokens,
+            n_tokens: 1,
+        });
+        if output.stopped {
+            // What is still held back belongs to the stop string.
+            self.end(idx, ChoiceEnd::Stop);
+        }
+    }
+
+    fn finish(&mut self, idx: usize, end: ChoiceEnd) {
+        let choice = &mut self.choices[idx];
+        let deltas = choice.parser.finish();
+        let tokens = std::mem::take(&mut choice.held);
+        if !deltas.is_empty() || !tokens.is_empty() {
+            self.ready.push_back(GenerationEvent::Delta {
+                choice: idx,
+                deltas,
+                tokens,
+                n_tokens: 0,
+            });
+        }
+        self.end(idx, end);
+    }
+
+    /// Drops the choice's stream, which cancels it in the engine if it still runs.
+    fn end(&mut self, idx: usize, end: ChoiceEnd) {
+        self.choices[idx].stream = None;
+        if let ChoiceEnd::Failed(cause) = &end {
+            tracing::error!(model = self.model.name, cause, "a generation failed");
+        }
+        self.count_end(end.label());
+        self.ready
+            .push_back(GenerationEvent::Finished { choice: idx, end });
+    }
+
+    fn give_up(&mut self) {
+        for idx in 0..self.choices.len() {
+            if self.choices[idx].stream.is_some() {
+                self.finish(idx, ChoiceEnd::DeadlinePassed);
+            }
+        }
+    }
+
+    fn count_end(&self, end: &'static str) {
+        let model = self.model.name.clone();
+        metrics::counter!("dsd_generations_total", "model" => model.clone(), "end" => end)
+            .increment(1);
+        let seconds = clock::now().duration_since(self.started);
+        metrics::histogram!("dsd_generation_seconds", "model" => model).record(seconds);
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        for _ in self.choices.iter().filter(|choice| choice.stream.is_some()) {
+            self.count_end("cancelled");
+        }
+    }
+}
+
+/// A seed that nobody chose.
+pub fn fresh_seed() -> u64 {
+    // The standard library draws the keys of its hash maps from the system's generator.
+    RandomState::new().hash_one(next_request_id().0)
+}
+
+fn next_request_id() -> RequestId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    RequestId(NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,116 @@
+//! Whether the node serves: judged by tokens that came out, not by the process being there.
+
+use std::time::Duration;
+
+use crate::catalog::{Catalog, Entry, ServedModel};
+
+/// Requests are refused after this many times the silence at which readiness goes: one step with a
+/// long prompt on a slow machine may well take the first, and waiting for it is what clients want.
+const SILENCE_FACTOR: u32 = 4;
+
+/// Why the node is not ready.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotReady {
+    /// Nothing to serve.
+    #[error("no model is loaded")]
+    NoModel,
+    /// A model of the configuration is on its way.
+    #[error("the model `{model}` is being loaded")]
+    Loading {
+        /// Its name.
+        model: String,
+    },
+    /// A model's engine panicked.
+    #[error("the engine of the model `{model}` has broken down")]
+    Dead {
+        /// Its name.
+        model: String,
+    },
+    /// A model has not produced its first token.
+    #[error("the model `{model}` has produced no token yet")]
+    NoToken {
+        /// Its name.
+        model: String,
+    },
+    /// A model is silent.
+    #[error(
+        "the last token of the model `{model}` is {age_s} s old, at most {max_s} s are allowed"
+    )]
+    TokenTooOld {
+        /// Its name.
+        model: String,
+        /// Age in seconds.
+        age_s: u64,
+        /// The limit in seconds.
+        max_s: u64,
+    },
+    /// A model says something else than it used to.
+    #[error("the model `{model}` answers a fixed prompt with another token than it did at first")]
+    WrongToken {
+        /// Its name.
+        model: String,
+    },
+}
+
+/// Ready when at least one model is loaded, none is on its way, and each produced a correct token
+/// within `token_age_max`.
+///
+/// # Errors
+/// The first reason against it.
+pub fn readiness(catalog: &Catalog, token_age_max: Duration) -> Result<(), NotReady> {
+    let entries = catalog.entries();
+    let mut n_served = 0;
+    for (name, entry) in entries.iter() {
+        match entry {
+            Entry::Loading { .. } => {
+                return Err(NotReady::Loading {
+                    model: name.clone(),
+                });
+            }
+            Entry::Served(model) => {
+                n_served += 1;
+                model_readiness(model, token_age_max)?;
+            }
+            // Neither is asked for any more.
+            Entry::Unloading(_) | Entry::Failed { .. } => {}
+        }
+    }
+    if n_served == 0 {
+        Err(NotReady::NoModel)
+    } else {
+        Ok(())
+    }
+}
+
+/// Ready when the model produced a correct token within `token_age_max`.
+///
+/// # Errors
+/// The reason against it.
+pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
+    let load = model.replica.load();
+    let name = || model.name.clone();
+    if load.is_dead {
+        return Err(NotReady::Dead { model: name() });
+    }
+    if load.canary_wrong {
+        return Err(NotReady::WrongToken { model: name() });
+    }
+    match load.last_token_age {
+        None => Err(NotReady::NoToken { model: name() }),
+        Some(age) if token_age_max < age => Err(NotReady::TokenTooOld {
+            model: name(),
+            age_s: age.as_secs(),
+            max_s: token_age_max.as_secs(),
+        }),
+        Some(_) => Ok(()),
+    }
+}
+
+/// Whether a request for the model may be taken: unlike one that is merely slow, a model that is
+/// broken, wrong or silent for long would only keep its clients waiting until their deadline.
+///
+/// # Errors
+/// The reason against it.
+pub fn admission(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
+    model_readiness(model, token_age_max.saturating_mul(SILENCE_FACTOR))
+}

@@ -1,0 +1,223 @@
+//! Which path leads where, and what every answer gets.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Path, Request, State, rejection::PathRejection},
+    http::{HeaderValue, Response, header},
+    middleware::{self, Next},
+    routing::{get, post},
+};
+use dsd_proto::{
+    code::Code,
+    openai::{Model, ModelList},
+};
+use serde::Serialize;
+
+use super::{Gateway, body, chat, completions, error::ApiError, generation, health};
+use crate::{catalog::ServedModel, flow::CacheOwner, runtime::clock};
+
+/// Name of the header that tells requests apart in logs.
+const REQUEST_ID: &str = "x-request-id";
+/// Longest request id taken over from a client.
+const REQUEST_ID_LEN_MAX: usize = 128;
+
+pub(super) fn router(gateway: Arc<Gateway>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::create))
+        .route("/chat/completions", post(chat::create))
+        .route("/v1/completions", post(completions::create))
+        .route("/completions", post(completions::create))
+        .route("/v1/models", get(list_models))
+        .route("/models", get(list_models))
+        .route("/v1/models/{*name}", get(show_model))
+        .route("/models/{*name}", get(show_model))
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(show_metrics))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(Arc::clone(&gateway), around))
+        .with_state(gateway)
+}
+
+/// Around every request: who calls, how long it takes, which id it has.
+async fn around(
+    State(gateway): State<Arc<Gateway>>,
+    mut request: Request,
+    next: Next,
+) -> Response<Body> {
+    let started = clock::now();
+    let route = route_label(request.uri().path());
+    let id = request_id(&request);
+    let admitted = if is_open(route) {
+        Ok(CacheOwner::default())
+    } else {
+        gateway.keys.admit(request.headers())
+    };
+    let mut response = match admitted {
+        Ok(owner) => {
+            request.extensions_mut().insert(owner);
+            next.run(request).await
+        }
+        Err(refusal) => {
+            let (head, body) = request.into_parts();
+            body::answer_then_drain(refusal.into_response(), &head.headers, body)
+        }
+    };
+    let status = response.status().as_u16();
+    tracing::debug!(request = ?id, route, status, "answered");
+    response.headers_mut().insert(REQUEST_ID, id);
+    metrics::counter!("dsd_http_requests_total", "route" => route, "status" => status.to_string())
+        .increment(1);
+    metrics::histogram!("dsd_http_request_seconds", "route" => route)
+        .record(clock::now().duration_since(started));
+    response
+}
+
+/// The route as a metric label: a closed set, whatever clients ask for.
+fn route_label(path: &str) -> &'static str {
+    match path.strip_prefix("/v1").unwrap_or(path) {
+        "/chat/completions" => "/v1/chat/completions",
+        "/completions" => "/v1/completions",
+        "/models" => "/v1/models",
+        "/health" => "/health",
+        "/ready" => "/ready",
+        "/metrics" => "/metrics",
+        other if other.starts_with("/models/") => "/v1/models/{name}",
+        _ => "other",
+    }
+}
+
+/// Routes that load balancers and scrapers ask without a key; they tell nothing about users.
+fn is_open(route: &str) -> bool {
+    matches!(route, "/health" | "/ready" | "/metrics")
+}
+
+/// The client's id if it can be logged, else a fresh one.
+fn request_id(request: &Request) -> HeaderValue {
+    let usable = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=REQUEST_ID_LEN_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    let given = request.headers().get(REQUEST_ID).filter(usable).cloned();
+    given.unwrap_or_else(|| {
+        HeaderValue::from_str(&answer_id("req")).unwrap_or_else(|_| HeaderValue::from_static("req"))
+    })
+}
+
+/// A name for an answer that no other one has.
+pub(super) fn answer_id(prefix: &str) -> String {
+    format!(
+        "{prefix}-{:016x}{:016x}",
+        generation::fresh_seed(),
+        generation::fresh_seed()
+    )
+}
+
+/// A 200 answer.
+pub(super) fn json(value: &impl Serialize) -> Response<Body> {
+    match serde_json::to_vec(value) {
+        Ok(bytes) => {
+            let mut response = Response::new(Body::from(bytes));
+            response.headers_mut().insert(
+                header::CONTENT_TYPE,
+                HeaderValue::from_static("application/json"),
+            );
+            response
+        }
+        Err(e) => {
+            tracing::error!(error = %e, "an answer cannot be written as JSON");
+            ApiError::new(Code::Internal, "the answer could not be written").into_response()
+        }
+    }
+}
+
+fn model(served: &ServedModel) -> Model {
+    Model {
+        id: served.name.clone(),
+        object: "model".to_owned(),
+        created: served.created,
+        owned_by: "dsd".to_owned(),
+        max_model_len: served.context_len(),
+    }
+}
+
+async fn list_models(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    let data = gateway
+        .catalog
+        .served()
+        .iter()
+        .map(|served| model(served))
+        .collect();
+    json(&ModelList {
+        object: "list".to_owned(),
+        data,
+    })
+}
+
+/// The rest of the path is the name: names of Hugging Face hold a slash.
+async fn show_model(
+    State(gateway): State<Arc<Gateway>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Response<Body> {
+    let Ok(Path(name)) = name else {
+        return ApiError::new(Code::ModelNotFound, "the model's name is not valid UTF-8")
+            .into_response();
+    };
+    match gateway.catalog.lookup(Some(&name)) {
+        Ok(served) => json(&model(&served)),
+        Err(e) => ApiError::from(e).into_response(),
+    }
+}
+
+/// The process is there and its network threads turn; says nothing about models.
+async fn health() -> Response<Body> {
+    json(&serde_json::json!({"status": "alive"}))
+}
+
+async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    match health::readiness(&gateway.catalog, gateway.config.token_age_max) {
+        Ok(()) => json(&serde_json::json!({"status": "ready"})),
+        Err(reason) => ApiError::from(reason).into_response(),
+    }
+}
+
+async fn show_metrics(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    let mut response = Response::new(Body::from(gateway.metrics.render()));
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+async fn not_found(request: Request) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let message = format!(
+        "there is no route {}",
+        head.uri.path().chars().take(200).collect::<String>()
+    );
+    body::answer_then_drain(
+        ApiError::new(Code::NotFound, message).into_response(),
+        &head.headers,
+        body,
+    )
+}
+
+async fn method_not_allowed(request: Request) -> Response<Body> {
+    let (head, body) = request.into_parts();
+    let allowed = match route_label(head.uri.path()) {
+        "/v1/chat/completions" | "/v1/completions" => "POST",
+        _ => "GET",
+    };
+    let message = format!(
+        "the route takes {allowed}, not {}",
+        head.method.as_str().chars().take(20).collect::<String>()
+    );
+    let mut response = ApiError::new(Code::MethodNotAllowed, message).into_response();
+    response
+        .headers_mut()
+        .insert(header::ALLOW, HeaderValue::from_static(allowed));
+    body::answer_then_drain(response, &head.headers, body)
+}

@@ -1,0 +1,152 @@
+//! Accepts connections and speaks HTTP/1.1 on them until told to stop.
+//!
+//! HTTP/1.1 only: no client of this API needs more without TLS, and guessing the version would wait
+//! without limit for the first bytes of a silent client.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    select,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::{JoinError, JoinSet},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, warn};
+
+use super::write_timeout::WriteTimeout;
+
+/// Bytes of a request head, and of one read.
+const HEAD_LEN_MAX: usize = 64 * 1024;
+/// Pause after a failed accept; the usual cause, too many open files, does not go away faster.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Limits of connections.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ConnectionLimits {
+    pub(super) connections_max: usize,
+    pub(super) header_timeout: Duration,
+    pub(super) write_timeout: Duration,
+    pub(super) drain_timeout: Duration,
+}
+
+/// Serves until `shutdown`; then takes no more connections, lets requests finish within the drain
+/// time and cuts off the rest.
+pub(super) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: ConnectionLimits,
+    shutdown: CancellationToken,
+) {
+    let permits = Arc::new(Semaphore::new(limits.connections_max));
+    let mut connections = JoinSet::new();
+    while let Some((stream, permit)) = accept(&listener, &permits, &shutdown).await {
+        while let Some(ended) = connections.try_join_next() {
+            report_panic(ended);
+        }
+        connections.spawn(connection(
+            stream,
+            permit,
+            router.clone(),
+            limits,
+            shutdown.clone(),
+        ));
+    }
+    drop(listener);
+    let drained = time::timeout(limits.drain_timeout, async {
+        while let Some(ended) = connections.join_next().await {
+            report_panic(ended);
+        }
+    });
+    if drained.await.is_err() {
+        warn!(
+            n_connections = connections.len(),
+            "requests were cut off at the end of the drain time"
+        );
+        connections.shutdown().await;
+    }
+}
+
+/// A handler that panics takes its connection with it and nothing else.
+fn report_panic(ended: Result<(), JoinError>) {
+    if let Err(e) = ended {
+        error!(error = %e, "a connection's task broke off");
+    }
+}
+
+/// The next connection and its place; `None` on shutdown.
+async fn accept(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+    shutdown: &CancellationToken,
+) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+    let permit = select! {
+        () = shutdown.cancelled() => return None,
+        // Fails only when closed, which nobody does.
+        permit = Arc::clone(permits).acquire_owned() => permit.ok()?,
+    };
+    loop {
+        select! {
+            () = shutdown.cancelled() => return None,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => return Some((stream, permit)),
+                Err(e) => {
+                    warn!(error = %e, "cannot accept a connection");
+                    time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    _permit: OwnedSemaphorePermit,
+    router: Router,
+    limits: ConnectionLimits,
+    shutdown: CancellationToken,
+) {
+    let _open = Open::new();
+    // Events are small and must not wait for each other.
+    let _ = stream.set_nodelay(true);
+    let io = TokioIo::new(WriteTimeout::new(stream, limits.write_timeout));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header_timeout)
+        .max_buf_size(HEAD_LEN_MAX)
+        .serve_connection(io, TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    let ended = select! {
+        ended = connection.as_mut() => ended,
+        () = shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(e) = ended {
+        debug!(error = %e, "connection ended");
+    }
+}
+
+/// Counts a connection while it is open.
+struct Open;
+
+impl Open {
+    fn new() -> Self {
+        metrics::gauge!("dsd_http_connections").increment(1.0);
+        Self
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        metrics::gauge!("dsd_http_connections").decrement(1.0);
+    }
+}

@@ -1,0 +1,303 @@
+//! Requests that cannot be answered: each has its code, and the node goes on.
+
+use super::kit::{Client, Node, QUICK, config, model};
+use crate::gateway::{ApiKeys, GatewayConfig};
+
+async fn check(node: &Node, path: &str, body: &str, status: u16, code: &str, param: Option<&str>) {
+    let reply = node.post(path, body).await;
+    assert_eq!(
+        reply.error(),
+        (status, code.to_owned(), param.map(str::to_owned)),
+        "{body}: {}",
+        reply.body
+    );
+    assert_eq!(reply.header("content-type"), Some("application/json"));
+}
+
+#[tokio::test]
+async fn wrong_bodies_are_refused_with_code_and_field() {
+    let node = Node::quick().await;
+    let chat = "/v1/chat/completions";
+    let user = r#""messages": [{"role": "user", "content": "hi"}]"#;
+    check(&node, chat, "", 400, "invalid_json", None).await;
+    check(&node, chat, "{", 400, "invalid_json", None).await;
+    check(&node, chat, "not json", 400, "invalid_json", None).await;
+    check(&node, chat, "[]", 400, "invalid_json", None).await;
+    check(&node, chat, "{}", 400, "invalid_request", Some("messages")).await;
+    check(
+        &node,
+        chat,
+        r#"{"messages": []}"#,
+        400,
+        "invalid_request",
+        Some("messages"),
+    )
+    .await;
+    check(
+        &node,
+        chat,
+        r#"{"messages": "hi"}"#,
+        400,
+        "invalid_request",
+        Some("messages"),
+    )
+    .await;
+    let wrong_type = format!(r#"{{{user}, "temperature": "hot"}}"#);
+    check(
+        &node,
+        chat,
+        &wrong_type,
+        400,
+        "invalid_request",
+        Some("temperature"),
+    )
+    .await;
+    let out_of_range = format!(r#"{{{user}, "top_p": 3}}"#);
+    check(
+        &node,
+        chat,
+        &out_of_range,
+        400,
+        "invalid_request",
+        Some("top_p"),
+    )
+    .await;
+    let tools = format!(r#"{{{user}, "tools": [{{"type": "function"}}]}}"#);
+    check(&node, chat, &tools, 400, "unsupported", Some("tools")).await;
+    let bias = format!(r#"{{{user}, "logit_bias": {{"999999": 1}}}}"#);
+    check(
+        &node,
+        chat,
+        &bias,
+        400,
+        "invalid_request",
+        Some("logit_bias.999999"),
+    )
+    .await;
+    let unknown = format!(r#"{{{user}, "model": "other"}}"#);
+    check(&node, chat, &unknown, 404, "model_not_found", Some("model")).await;
+    let echo = r#"{"prompt": "a", "echo": true}"#;
+    check(
+        &node,
+        "/v1/completions",
+        echo,
+        400,
+        "unsupported",
+        Some("echo"),
+    )
+    .await;
+    let token = r#"{"prompt": [1, 999999]}"#;
+    check(
+        &node,
+        "/v1/completions",
+        token,
+        400,
+        "invalid_request",
+        Some("prompt"),
+    )
+    .await;
+    check(
+        &node,
+        "/v1/completions",
+        r#"{"prompt": [[]]}"#,
+        400,
+        "invalid_request",
+        Some("prompt"),
+    )
+    .await;
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn a_body_that_is_no_utf8_is_refused() {
+    let node = Node::quick().await;
+    let body = b"{\"prompt\": \"\xff\xfe\"}";
+    let reply = node
+        .post_with(
+            "/v1/completions",
+            "content-type: application/json\r\n",
+            body,
+        )
+        .await;
+    assert_eq!(reply.error(), (400, "invalid_json".into(), None));
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn prompts_beyond_the_context_are_refused_with_numbers() {
+    let node = Node::quick().await;
+    let long = "x".repeat(1000);
+    let chat = format!(r#"{{"messages": [{{"role": "user", "content": "{long}"}}]}}"#);
+    check(
+        &node,
+        "/v1/chat/completions",
+        &chat,
+        400,
+        "context_length_exceeded",
+        Some("messages"),
+    )
+    .await;
+    let reply = node
+        .post("/v1/completions", &format!(r#"{{"prompt": "{long}"}}"#))
+        .await;
+    assert_eq!(
+        reply.error(),
+        (400, "context_length_exceeded".into(), Some("prompt".into()))
+    );
+    let message = reply.json()["error"]["message"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        message.contains("1000") || message.contains("1001"),
+        "{message}"
+    );
+    assert!(message.contains("255"), "{message}");
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn unknown_routes_and_methods_are_refused_in_the_same_shape() {
+    let node = Node::quick().await;
+    check(&node, "/v1/embeddings", "{}", 404, "not_found", None).await;
+    check(&node, "/v1/models", "{}", 405, "method_not_allowed", None).await;
+    let reply = node.get("/v1/chat/completions").await;
+    assert_eq!(
+        (reply.error().0, reply.header("allow")),
+        (405, Some("POST"))
+    );
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn other_content_types_are_refused() {
+    let node = Node::quick().await;
+    for headers in [
+        "",
+        "content-type: text/plain\r\n",
+        "content-type: application/x-www-form-urlencoded\r\n",
+    ] {
+        let reply = node
+            .post_with("/v1/completions", headers, br#"{"prompt": "a"}"#)
+            .await;
+        assert_eq!(
+            reply.error(),
+            (415, "unsupported_media_type".into(), None),
+            "{headers}"
+        );
+    }
+    let headers = "Content-Type: Application/JSON; charset=utf-8\r\n";
+    assert_eq!(
+        node.post_with("/v1/completions", headers, br#"{"prompt": "a"}"#)
+            .await
+            .status,
+        200
+    );
+}
+
+#[tokio::test]
+async fn keys_are_asked_for_where_users_call() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "sk-0123456789abcdef\n").unwrap();
+    let keys = ApiKeys::read(file.path()).unwrap();
+    let node = Node::start_with_keys(config(), keys, vec![model("tiny", &QUICK)]).await;
+    for path in ["/v1/models", "/v1/nothing"] {
+        let reply = node.get(path).await;
+        assert_eq!(reply.error(), (401, "unauthorized".into(), None));
+        assert_eq!(reply.header("www-authenticate"), Some("Bearer"));
+    }
+    check(
+        &node,
+        "/v1/completions",
+        r#"{"prompt": "a"}"#,
+        401,
+        "unauthorized",
+        None,
+    )
+    .await;
+    for path in ["/health", "/metrics"] {
+        assert_eq!(node.get(path).await.status, 200);
+    }
+    let headers = "content-type: application/json\r\nauthorization: Bearer sk-0123456789abcdef\r\n";
+    assert_eq!(
+        node.post_with("/v1/completions", headers, br#"{"prompt": "a"}"#)
+            .await
+            .status,
+        200
+    );
+}
+
+#[tokio::test]
+async fn bodies_above_the_limit_are_refused_whether_announced_or_not() {
+    let node = Node::start(
+        GatewayConfig {
+            body_len_max: 2048,
+            ..config()
+        },
+        vec![model("tiny", &QUICK)],
+    )
+    .await;
+    // Announced: 100 MB, all of them sent before anything is read.
+    let mut client = Client::connect(node.addr).await;
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: node\r\ncontent-type: application/json\r\n";
+    client
+        .send(format!("{head}content-length: 100000000\r\n\r\n").as_bytes())
+        .await;
+    let piece = vec![b'x'; 1_000_000];
+    for _ in 0..100 {
+        assert!(
+            client.try_send(&piece).await,
+            "the node cut the connection before the client had its answer"
+        );
+    }
+    assert_eq!(
+        client.reply().await.error(),
+        (413, "payload_too_large".into(), None)
+    );
+    // Not announced.
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(format!("{head}transfer-encoding: chunked\r\nconnection: close\r\n\r\n").as_bytes())
+        .await;
+    for _ in 0..100 {
+        client
+            .send(format!("400\r\n{}\r\n", "x".repeat(1024)).as_bytes())
+            .await;
+    }
+    client.send(b"0\r\n\r\n").await;
+    assert_eq!(
+        client.reply().await.error(),
+        (413, "payload_too_large".into(), None)
+    );
+    // A chunked body within the limit is fine.
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(format!("{head}transfer-encoding: chunked\r\nconnection: close\r\n\r\n").as_bytes())
+        .await;
+    client
+        .send(b"8\r\n{\"prompt\r\n6\r\n\":\"a\"}\r\n0\r\n\r\n")
+        .await;
+    assert_eq!(client.reply().await.status, 200);
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn garbage_in_place_of_http_does_no_harm() {
+    let node = Node::quick().await;
+    for garbage in [
+        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
+        b"GET\r\n\r\n",
+        b"\0\0\0\0\0\0\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ] {
+        let mut client = Client::connect(node.addr).await;
+        client.send(garbage).await;
+        client.read_to_end().await;
+    }
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(format!("GET / HTTP/1.1\r\nx: {}\r\n", "y".repeat(1 << 20)).as_bytes())
+        .await;
+    client.read_until("431").await;
+    node.must_serve().await;
+}

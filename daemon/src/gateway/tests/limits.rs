@@ -1,0 +1,363 @@
+//! Slow clients, gone clients, full queues, deadlines, shutdown.
+
+use std::time::Duration;
+
+use tokio::time;
+
+use super::kit::{BOMB, Client, Node, Pace, QUICK, config, model};
+use crate::gateway::GatewayConfig;
+
+const SLOW: Pace = Pace {
+    step: Duration::from_millis(20),
+    ..QUICK
+};
+const POST: &str =
+    "POST /v1/completions HTTP/1.1\r\nhost: node\r\ncontent-type: application/json\r\n";
+
+/// A request on a connection of its own, of which nothing is read yet.
+async fn send(node: &Node, body: &str) -> Client {
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(
+            format!(
+                "{POST}content-length: {}\r\nconnection: close\r\n\r\n{body}",
+                body.len()
+            )
+            .as_bytes(),
+        )
+        .await;
+    client
+}
+
+#[tokio::test]
+async fn a_head_that_does_not_arrive_closes_the_connection() {
+    let node = Node::start(
+        GatewayConfig {
+            header_timeout: Duration::from_millis(100),
+            ..config()
+        },
+        vec![model("tiny", &QUICK)],
+    )
+    .await;
+    for start in [&b""[..], b"P", b"POST /v1/completions HTTP/1.1\r\nhost: no"] {
+        let mut client = Client::connect(node.addr).await;
+        client.send(start).await;
+        client.read_to_end().await;
+    }
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_is_answered_with_408() {
+    let node = Node::start(
+        GatewayConfig {
+            body_timeout: Duration::from_millis(100),
+            ..config()
+        },
+        vec![model("tiny", &QUICK)],
+    )
+    .await;
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(format!("{POST}content-length: 100\r\n\r\n{{\"prompt").as_bytes())
+        .await;
+    assert_eq!(
+        client.reply().await.error(),
+        (408, "request_timeout".into(), None)
+    );
+    // A byte now and then does not buy time.
+    let mut client = Client::connect(node.addr).await;
+    client
+        .send(format!("{POST}content-length: 100\r\n\r\n").as_bytes())
+        .await;
+    for _ in 0..10 {
+        client.try_send(b" ").await;
+        time::sleep(Duration::from_millis(20)).await;
+    }
+    client.read_until("408").await;
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn slow_clients_do_not_keep_others_out() {
+    let limits = GatewayConfig {
+        connections_max: 4,
+        header_timeout: Duration::from_millis(200),
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &QUICK)]).await;
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        idle.push(Client::connect(node.addr).await);
+    }
+    // Waits in the backlog until the idle ones are thrown out.
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_frees_its_sequence() {
+    let node = Node::start(config(), vec![model("tiny", &SLOW)]).await;
+    for stream in ["true", "false"] {
+        let body = format!(r#"{{"prompt": "a", "max_tokens": 200, "n": 2, "stream": {stream}}}"#);
+        let mut client = send(&node, &body).await;
+        node.wait_for_sequences(2).await;
+        if stream == "true" {
+            client.read_until("data: ").await;
+        }
+        drop(client);
+        // Well before the 4 s that 200 steps would take.
+        let start = time::Instant::now();
+        node.wait_for_sequences(0).await;
+        assert!(
+            start.elapsed() < Duration::from_secs(2),
+            "stream {stream}: {:?}",
+            start.elapsed()
+        );
+    }
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn silence_is_filled_with_comments_from_the_first_moment() {
+    let pace = Pace {
+        step: Duration::from_millis(300),
+        ..SLOW
+    };
+    let node = Node::start(
+        GatewayConfig {
+            keep_alive: Duration::from_millis(50),
+            ..config()
+        },
+        vec![model("tiny", &pace)],
+    )
+    .await;
+    let mut client = send(&node, r#"{"prompt": "a", "max_tokens": 2, "stream": true}"#).await;
+    let text = client.read_until("[DONE]").await;
+    let (before, after) = text.split_once("data: ").unwrap();
+    assert!(before.starts_with("HTTP/1.1 200"), "{text}");
+    assert!(2 <= before.matches(": keep-alive\n\n").count(), "{text}");
+    assert!(2 <= after.matches(": keep-alive\n\n").count(), "{text}");
+}
+
+#[tokio::test]
+async fn a_full_queue_is_answered_with_429_and_when_to_come_back() {
+    let pace = Pace {
+        running_max: 2,
+        waiting_max: 1,
+        ..SLOW
+    };
+    let node = Node::start(config(), vec![model("tiny", &pace)]).await;
+    // More requests than can run and wait at once.
+    let body = r#"{"prompt": "a", "max_tokens": 100}"#;
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        clients.push(send(&node, body).await);
+    }
+    let mut n_refused = 0;
+    let mut refused_whole = false;
+    for mut client in clients {
+        if let Ok(reply) = time::timeout(Duration::from_millis(300), client.reply()).await {
+            assert_eq!(reply.error(), (429, "queue_full".into(), None));
+            let retry_after: u64 = reply.header("retry-after").unwrap().parse().unwrap();
+            assert!(1 <= retry_after);
+            n_refused += 1;
+            refused_whole = true;
+        }
+    }
+    assert!(refused_whole && 1 <= n_refused);
+    node.wait_for_sequences(0).await;
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn a_deadline_is_504_before_and_an_error_event_after_the_first_byte() {
+    let limits = GatewayConfig {
+        request_timeout: Duration::from_millis(150),
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &SLOW)]).await;
+    let reply = node
+        .post("/v1/completions", r#"{"prompt": "a", "max_tokens": 200}"#)
+        .await;
+    assert_eq!(reply.error(), (504, "deadline_exceeded".into(), None));
+    let reply = node
+        .post(
+            "/v1/completions",
+            r#"{"prompt": "a", "max_tokens": 200, "stream": true}"#,
+        )
+        .await;
+    assert_eq!(reply.status, 200);
+    let last = reply.body.trim_end().lines().last().unwrap();
+    assert!(
+        last.starts_with("data: {\"error\":") && last.contains("deadline_exceeded"),
+        "{}",
+        reply.body
+    );
+    node.wait_for_sequences(0).await;
+}
+
+#[tokio::test]
+async fn shutdown_lets_running_answers_finish() {
+    let mut node = Node::start(config(), vec![model("tiny", &SLOW)]).await;
+    let mut idle = Client::connect(node.addr).await;
+    let mut client = send(
+        &node,
+        r#"{"prompt": "a", "max_tokens": 20, "stream": true}"#,
+    )
+    .await;
+    client.read_until("data: ").await;
+    node.shutdown.cancel();
+    client.read_until("[DONE]").await;
+    idle.read_to_end().await;
+    time::timeout(super::kit::PATIENCE, node.tasks.join_next())
+        .await
+        .expect("serving goes on")
+        .unwrap()
+        .unwrap();
+}
+
+#[tokio::test]
+async fn shutdown_cuts_off_what_does_not_finish() {
+    let limits = GatewayConfig {
+        drain_timeout: Duration::from_millis(50),
+        ..config()
+    };
+    let mut node = Node::start(limits, vec![model("tiny", &SLOW)]).await;
+    let mut client = send(
+        &node,
+        r#"{"prompt": "a", "max_tokens": 200, "stream": true}"#,
+    )
+    .await;
+    client.read_until("data: ").await;
+    node.shutdown.cancel();
+    time::timeout(super::kit::PATIENCE, node.tasks.join_next())
+        .await
+        .expect("serving goes on")
+        .unwrap()
+        .unwrap();
+    node.wait_for_sequences(0).await;
+}
+
+#[tokio::test]
+async fn a_failing_model_is_500_before_and_an_error_event_after_the_first_byte() {
+    let node = Node::quick().await;
+    let poison = super::kit::POISON;
+    let reply = node
+        .post(
+            "/v1/completions",
+            &format!(r#"{{"prompt": [97, {poison}]}}"#),
+        )
+        .await;
+    assert_eq!(reply.error(), (500, "internal".into(), None));
+    let reply = node
+        .post(
+            "/v1/completions",
+            &format!(r#"{{"prompt": [97, {poison}], "stream": true}}"#),
+        )
+        .await;
+    assert_eq!(reply.status, 200);
+    assert!(
+        reply.body.contains("\"code\":\"internal\"") && !reply.body.contains("[DONE]"),
+        "{}",
+        reply.body
+    );
+    node.must_serve().await;
+}
+
+#[tokio::test]
+async fn an_unloaded_model_ends_streams_honestly_and_is_unknown_after() {
+    let node = Node::start(config(), vec![model("tiny", &SLOW)]).await;
+    let mut client = send(
+        &node,
+        r#"{"prompt": "a", "max_tokens": 200, "stream": true}"#,
+    )
+    .await;
+    client.read_until("data: ").await;
+    let whole = send(&node, r#"{"prompt": "a", "max_tokens": 200}"#).await;
+    node.wait_for_sequences(2).await;
+    let catalog = std::sync::Arc::clone(&node.catalog);
+    let unload =
+        tokio::task::spawn_blocking(move || catalog.unload("tiny", Duration::from_millis(50)));
+    let text = client.read_until("[DONE]").await;
+    assert!(
+        text.contains(r#""finish_reason":"insufficient_system_resource""#),
+        "{text}"
+    );
+    let mut whole = whole;
+    assert_eq!(
+        whole.reply().await.error(),
+        (503, "model_stopping".into(), None)
+    );
+    assert_eq!(unload.await.unwrap().unwrap(), 2);
+    let reply = node
+        .post("/v1/completions", r#"{"prompt": "a", "model": "tiny"}"#)
+        .await;
+    assert_eq!(
+        reply.error(),
+        (404, "model_not_found".into(), Some("model".into()))
+    );
+}
+
+#[tokio::test]
+async fn choices_that_do_not_all_fit_are_refused_together() {
+    let pace = Pace {
+        running_max: 1,
+        waiting_max: 2,
+        ..QUICK
+    };
+    let node = Node::start(config(), vec![model("tiny", &pace)]).await;
+    let reply = node
+        .post(
+            "/v1/completions",
+            r#"{"prompt": "a", "max_tokens": 100, "n": 50}"#,
+        )
+        .await;
+    assert_eq!(reply.error(), (429, "queue_full".into(), None));
+    node.wait_for_sequences(0).await;
+    node.must_serve().await;
+}
+
+/// An engine's thread that panicked used to leave a node that took requests and said little: 503 and
+/// the reason are due at once, on every route that depends on the engine.
+#[tokio::test]
+async fn a_broken_engine_is_503_at_once_and_readiness_says_why() {
+    let node = Node::quick().await;
+    // Some wait in the engine when it breaks: their places must not make it look merely full.
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        let body = r#"{"prompt": "a", "max_tokens": 200, "ignore_eos": true}"#;
+        clients.push(send(&node, body).await);
+    }
+    let reply = node
+        .post("/v1/completions", &format!(r#"{{"prompt": [{BOMB}]}}"#))
+        .await;
+    assert_eq!(reply.error(), (500, "internal".into(), None));
+    for stream in [false, true] {
+        let body = format!(r#"{{"prompt": "a", "stream": {stream}}}"#);
+        let reply = node.post("/v1/completions", &body).await;
+        assert_eq!(reply.error(), (503, "not_ready".into(), None));
+        assert_eq!(reply.header("retry-after"), Some("5"));
+    }
+    let reply = node.get("/ready").await;
+    assert_eq!(reply.error(), (503, "not_ready".into(), None));
+    assert!(
+        reply.body.contains("`tiny` has broken down"),
+        "{}",
+        reply.body
+    );
+    assert_eq!(node.get("/health").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_model_that_is_silent_for_long_takes_no_requests() {
+    let config = GatewayConfig {
+        token_age_max: Duration::from_millis(5),
+        ..config()
+    };
+    let node = Node::start(config, vec![model("tiny", &QUICK)]).await;
+    // The canary comes after three seconds of silence only, so this one is silent for long.
+    time::sleep(Duration::from_millis(100)).await;
+    let reply = node.post("/v1/completions", r#"{"prompt": "a"}"#).await;
+    assert_eq!(reply.error(), (503, "not_ready".into(), None));
+    assert_eq!(reply.header("retry-after"), Some("5"));
+}

@@ -1,0 +1,6 @@
+//! The HTTP edge as clients meet it: a real listener, a real engine over a small fake executor.
+
+mod answers;
+mod bad_input;
+pub(crate) mod kit;
+mod limits;

@@ -1,0 +1,48 @@
+//! The `dsd` command: the node, and offline evaluation of checkpoints.
+
+mod commands;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+/// Serve DeepSeek-family models from this machine.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a node on this machine for yourself: loopback addresses, its own certificates.
+    Dev(commands::dev::Dev),
+    /// Run the node that the configuration file describes (the systemd unit calls this).
+    Serve(commands::serve::Serve),
+    /// Check the configuration file and print nothing if it is good.
+    CheckConfig(commands::serve::CheckConfig),
+    /// Evaluate a checkpoint offline.
+    #[command(subcommand)]
+    Eval(commands::eval::Eval),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Dev(dev) => dev.run(),
+        Command::Serve(serve) => serve.run(),
+        Command::CheckConfig(check) => check.run(),
+        Command::Eval(eval) => eval.run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // Nothing is left to do when standard error is gone, too.
+            let _ = writeln!(io::stderr(), "dsd: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

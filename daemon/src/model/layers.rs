@@ -1,0 +1,524 @@
+//! The blocks of a layer: attention and feed-forward parts, with their weights.
+//!
+//! Each `forward` reads `ws.normed` and leaves the block's output in `ws.y`.
+
+use dsd_kernels::backend::{
+    AttentionShape, Backend, CacheShape, Expert, HeadView, RopeLayout, RowView, StepInputs,
+    ValueHeads,
+};
+
+use super::{
+    ModelError,
+    spec::{DecoderSpec, GqaSpec, MlaSpec, MoeSpec},
+    workspace::Workspace,
+};
+use crate::weights::{Checkpoint, WeightsError};
+
+/// Epsilon of MLA's two inner norms: a constant in the published code, whatever `rms_norm_eps` is.
+const MLA_NORM_EPS: f32 = 1e-6;
+
+/// What every block of a step needs besides its own weights.
+pub(super) struct StepContext<'a, B> {
+    pub(super) backend: &'a B,
+    pub(super) inputs: &'a StepInputs<'a>,
+    pub(super) rms_norm_eps: f32,
+    pub(super) rope_layout: RopeLayout,
+    pub(super) cache_shape: CacheShape,
+}
+
+/// A projection with its bias.
+pub(super) struct Linear<B: Backend> {
+    weight: B::Weight,
+    bias: Option<B::Buffer>,
+}
+
+impl<B: Backend> Linear<B> {
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        backend: &B,
+        name: &str,
+        n_rows: usize,
+        n_cols: usize,
+        bias: bool,
+    ) -> Result<Self, WeightsError> {
+        let weight = checkpoint.matrix(&format!("{name}.weight"), n_rows, n_cols)?;
+        let bias = if bias {
+            Some(backend.upload(&checkpoint.vector(&format!("{name}.bias"), n_rows)?))
+        } else {
+            None
+        };
+        Ok(Self {
+            weight: backend.weight(weight),
+            bias,
+        })
+    }
+
+    fn run(&self, backend: &B, x: &B::Buffer, n_rows: usize, out: &mut B::Buffer) {
+        backend.linear(x, n_rows, &self.weight, self.bias.as_ref(), out);
+    }
+}
+
+/// A layer's attention.
+pub(super) enum Attention<B: Backend> {
+    Gqa(Gqa<B>),
+    Mla(Mla<B>),
+}
+
+/// Grouped-query attention.
+pub(super) struct Gqa<B: Backend> {
+    spec: GqaSpec,
+    q: Linear<B>,
+    k: Linear<B>,
+    v: Linear<B>,
+    o: Linear<B>,
+    /// Gains of the per-head norms of queries and keys.
+    qk_norm: Option<[B::Buffer; 2]>,
+}
+
+impl<B: Backend> Gqa<B> {
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        backend: &B,
+        decoder: &DecoderSpec,
+        spec: &GqaSpec,
+        prefix: &str,
+    ) -> Result<Self, ModelError> {
+        let hidden = decoder.hidden;
+        let (q_len, kv_len) = (
+            spec.n_heads * spec.head_dim,
+            spec.n_kv_heads * spec.head_dim,
+        );
+        let linear = |name: &str, rows, cols, bias| {
+            Linear::load(
+                checkpoint,
+                backend,
+                &format!("{prefix}.{name}"),
+                rows,
+                cols,
+                bias,
+            )
+        };
+        let norm = |name: &str| {
+            let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), spec.head_dim)?;
+            Ok::<_, ModelError>(backend.upload(&gain))
+        };
+        Ok(Self {
+            spec: spec.clone(),
+            q: linear("q_proj", q_len, hidden, spec.qkv_bias)?,
+            k: linear("k_proj", kv_len, hidden, spec.qkv_bias)?,
+            v: linear("v_proj", kv_len, hidden, spec.qkv_bias)?,
+            o: linear("o_proj", hidden, q_len, spec.output_bias)?,
+            qk_norm: if spec.qk_norm {
+                Some([norm("q_norm")?, norm("k_norm")?])
+            } else {
+                None
+            },
+        })
+    }
+
+    pub(super) fn forward(
+        &self,
+        step: &StepContext<'_, B>,
+        cache: &mut B::Buffer,
+        ws: &mut Workspace<B>,
+    ) {
+        let (b, n_rows, spec) = (step.backend, step.inputs.n_rows(), &self.spec);
+        let heads = |n_heads: usize| HeadView {
+            offset: 0,
+            row_stride: n_heads * spec.head_dim,
+            n_heads,
+            head_stride: spec.head_dim,
+            len: spec.head_dim,
+        };
+        self.q.run(b, &ws.normed, n_rows, &mut ws.q);
+        self.k.run(b, &ws.normed, n_rows, &mut ws.k);
+        self.v.run(b, &ws.normed, n_rows, &mut ws.v);
+        if let Some([q_gain, k_gain]) = &self.qk_norm {
+            b.rms_norm_heads(
+                &mut ws.q,
+                n_rows,
+                heads(spec.n_heads),
+                q_gain,
+                step.rms_norm_eps,
+            );
+            b.rms_norm_heads(
+                &mut ws.k,
+                n_rows,
+                heads(spec.n_kv_heads),
+                k_gain,
+                step.rms_norm_eps,
+            );
+        }
+        b.rope(
+            &mut ws.q,
+            n_rows,
+            heads(spec.n_heads),
+            step.rope_layout,
+            &ws.angles,
+        );
+        b.rope(
+            &mut ws.k,
+            n_rows,
+            heads(spec.n_kv_heads),
+            step.rope_layout,
+            &ws.angles,
+        );
+        b.store_heads(&ws.k, &ws.v, cache, step.cache_shape, step.inputs);
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "head dimensions are far below 2^24"
+        )]
+        let scale = (spec.head_dim as f32).powf(-0.5);
+        let shape = AttentionShape {
+            n_heads: spec.n_heads,
+            scale,
+        };
+        b.attention(
+            &ws.q,
+            cache,
+            step.cache_shape,
+            shape,
+            step.inputs,
+            &mut ws.o,
+        );
+        self.o.run(b, &ws.o, n_rows, &mut ws.y);
+    }
+}
+
+/// Multi-head latent attention in its absorbed form: the cache holds `kv_lora_rank + rope`
+/// elements per position, and `kv_b_proj` is applied to queries and results instead of keys and
+/// values (DeepSeek-V2, section 2.1.2). Prefill and decode are the same computation.
+pub(super) struct Mla<B: Backend> {
+    spec: MlaSpec,
+    q: MlaQuery<B>,
+    kv_a: Linear<B>,
+    kv_a_gain: B::Buffer,
+    kv_b: B::Weight,
+    o: Linear<B>,
+}
+
+enum MlaQuery<B: Backend> {
+    Direct(Linear<B>),
+    Compressed {
+        rank: usize,
+        a: Linear<B>,
+        gain: B::Buffer,
+        b: Linear<B>,
+    },
+}
+
+impl<B: Backend> Mla<B> {
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        backend: &B,
+        decoder: &DecoderSpec,
+        spec: &MlaSpec,
+        prefix: &str,
+    ) -> Result<Self, ModelError> {
+        let hidden = decoder.hidden;
+        let q_len = spec.n_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim);
+        let kv_b_rows = spec.n_heads * (spec.qk_nope_head_dim + spec.v_head_dim);
+        let linear = |name: &str, rows, cols, bias| {
+            Linear::load(
+                checkpoint,
+                backend,
+                &format!("{prefix}.{name}"),
+                rows,
+                cols,
+                bias,
+            )
+        };
+        let gain = |name: &str, len| {
+            let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), len)?;
+            Ok::<_, ModelError>(backend.upload(&gain))
+        };
+        let q = match spec.q_lora_rank {
+            None => MlaQuery::Direct(linear("q_proj", q_len, hidden, false)?),
+            Some(rank) => MlaQuery::Compressed {
+                rank,
+                a: linear("q_a_proj", rank, hidden, spec.bias)?,
+                gain: gain("q_a_layernorm", rank)?,
+                b: linear("q_b_proj", q_len, rank, false)?,
+            },
+        };
+        let kv_b = checkpoint.matrix(
+            &format!("{prefix}.kv_b_proj.weight"),
+            kv_b_rows,
+            spec.kv_lora_rank,
+        )?;
+        Ok(Self {
+            spec: spec.clone(),
+            q,
+            kv_a: linear(
+                "kv_a_proj_with_mqa",
+                spec.kv_lora_rank + spec.qk_rope_head_dim,
+                hidden,
+                spec.bias,
+            )?,
+            kv_a_gain: gain("kv_a_layernorm", spec.kv_lora_rank)?,
+            kv_b: backend.weight(kv_b),
+            o: linear("o_proj", hidden, spec.n_heads * spec.v_head_dim, spec.bias)?,
+        })
+    }
+
+    pub(super) fn forward(
+        &self,
+        step: &StepContext<'_, B>,
+        cache: &mut B::Buffer,
+        ws: &mut Workspace<B>,
+    ) {
+        let (b, n_rows) = (step.backend, step.inputs.n_rows());
+        let MlaSpec {
+            n_heads,
+            kv_lora_rank,
+            qk_nope_head_dim,
+            qk_rope_head_dim,
+            ..
+        } = self.spec;
+        let (head_len, row_len) = (
+            qk_nope_head_dim + qk_rope_head_dim,
+            kv_lora_rank + qk_rope_head_dim,
+        );
+        match &self.q {
+            MlaQuery::Direct(q) => q.run(b, &ws.normed, n_rows, &mut ws.q),
+            MlaQuery::Compressed {
+                rank,
+                a,
+                gain,
+                b: q_b,
+            } => {
+                let [raw, normed] = &mut ws.q_a;
+                a.run(b, &ws.normed, n_rows, raw);
+                b.rms_norm(
+                    raw,
+                    RowView::dense(*rank),
+                    n_rows,
+                    gain,
+                    MLA_NORM_EPS,
+                    normed,
+                );
+                q_b.run(b, normed, n_rows, &mut ws.q);
+            }
+        }
+        self.kv_a.run(b, &ws.normed, n_rows, &mut ws.k);
+        let latent = RowView {
+            offset: 0,
+            stride: row_len,
+            width: kv_lora_rank,
+        };
+        b.rms_norm(
+            &ws.k,
+            latent,
+            n_rows,
+            &self.kv_a_gain,
+            MLA_NORM_EPS,
+            &mut ws.v,
+        );
+        b.copy_rows(
+            &ws.v,
+            RowView::dense(kv_lora_rank),
+            &mut ws.k,
+            latent,
+            n_rows,
+        );
+        let shared_key = HeadView {
+            offset: kv_lora_rank,
+            row_stride: row_len,
+            n_heads: 1,
+            head_stride: 0,
+            len: qk_rope_head_dim,
+        };
+        b.rope(&mut ws.k, n_rows, shared_key, step.rope_layout, &ws.angles);
+        b.store_latent(
+            &ws.k,
+            RowView::dense(row_len),
+            cache,
+            step.cache_shape,
+            step.inputs,
+        );
+
+        let rotated = HeadView {
+            offset: qk_nope_head_dim,
+            row_stride: n_heads * head_len,
+            n_heads,
+            head_stride: head_len,
+            len: qk_rope_head_dim,
+        };
+        b.rope(&mut ws.q, n_rows, rotated, step.rope_layout, &ws.angles);
+        let plain = HeadView {
+            offset: 0,
+            len: qk_nope_head_dim,
+            ..rotated
+        };
+        let rows_per_head = qk_nope_head_dim + self.spec.v_head_dim;
+        b.absorb_keys(
+            &ws.q,
+            plain,
+            &self.kv_b,
+            rows_per_head,
+            &mut ws.q_absorbed,
+            row_len,
+            n_rows,
+        );
+        let from = RowView {
+            offset: qk_nope_head_dim,
+            stride: head_len,
+            width: qk_rope_head_dim,
+        };
+        let to = RowView {
+            offset: kv_lora_rank,
+            stride: row_len,
+            width: qk_rope_head_dim,
+        };
+        b.copy_rows(&ws.q, from, &mut ws.q_absorbed, to, n_rows * n_heads);
+
+        let shape = AttentionShape {
+            n_heads,
+            scale: self.spec.softmax_scale,
+        };
+        b.attention(
+            &ws.q_absorbed,
+            cache,
+            step.cache_shape,
+            shape,
+            step.inputs,
+            &mut ws.o_latent,
+        );
+        let values = ValueHeads {
+            n_heads,
+            rows_per_head,
+            first_row: qk_nope_head_dim,
+            head_dim: self.spec.v_head_dim,
+        };
+        b.expand_values(&ws.o_latent, &self.kv_b, values, &mut ws.o, n_rows);
+        self.o.run(b, &ws.o, n_rows, &mut ws.y);
+    }
+}
+
+/// A layer's feed-forward part.
+pub(super) enum Ffn<B: Backend> {
+    Mlp(Mlp<B>),
+    Moe(Moe<B>),
+}
+
+/// `down(silu(gate x) * up x)`.
+pub(super) struct Mlp<B: Backend> {
+    inter: usize,
+    gate: Linear<B>,
+    up: Linear<B>,
+    down: Linear<B>,
+}
+
+impl<B: Backend> Mlp<B> {
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        backend: &B,
+        hidden: usize,
+        inter: usize,
+        bias: bool,
+        prefix: &str,
+    ) -> Result<Self, ModelError> {
+        let linear = |name: &str, rows, cols| {
+            Linear::load(
+                checkpoint,
+                backend,
+                &format!("{prefix}.{name}"),
+                rows,
+                cols,
+                bias,
+            )
+        };
+        Ok(Self {
+            inter,
+            gate: linear("gate_proj", inter, hidden)?,
+            up: linear("up_proj", inter, hidden)?,
+            down: linear("down_proj", hidden, inter)?,
+        })
+    }
+
+    pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
+        let (b, n_rows) = (step.backend, step.inputs.n_rows());
+        self.gate.run(b, &ws.normed, n_rows, &mut ws.gate);
+        self.up.run(b, &ws.normed, n_rows, &mut ws.up);
+        b.swiglu(&mut ws.gate, &ws.up, n_rows, self.inter);
+        self.down.run(b, &ws.gate, n_rows, &mut ws.y);
+    }
+}
+
+/// Routed experts on top of the shared one.
+pub(super) struct Moe<B: Backend> {
+    spec: MoeSpec,
+    hidden: usize,
+    gate: Linear<B>,
+    /// `e_score_correction_bias`.
+    gate_bias: Option<B::Buffer>,
+    experts: Vec<Expert<B::Weight>>,
+    shared: Option<Mlp<B>>,
+}
+
+impl<B: Backend> Moe<B> {
+    pub(super) fn load(
+        checkpoint: &Checkpoint,
+        backend: &B,
+        hidden: usize,
+        spec: &MoeSpec,
+        prefix: &str,
+    ) -> Result<Self, ModelError> {
+        let n_experts = spec.gate.n_experts;
+        let gate_bias = if spec.gate_bias {
+            let name = format!("{prefix}.gate.e_score_correction_bias");
+            Some(backend.upload(&checkpoint.vector(&name, n_experts)?))
+        } else {
+            None
+        };
+        let expert = |index: usize| {
+            let matrix = |name: &str, rows, cols| {
+                let name = format!("{prefix}.experts.{index}.{name}.weight");
+                Ok::<_, ModelError>(backend.weight(checkpoint.matrix(&name, rows, cols)?))
+            };
+            Ok::<_, ModelError>(Expert {
+                gate: matrix("gate_proj", spec.inter, hidden)?,
+                up: matrix("up_proj", spec.inter, hidden)?,
+                down: matrix("down_proj", hidden, spec.inter)?,
+            })
+        };
+        let shared = spec.shared_inter.map(|inter| {
+            let prefix = format!("{prefix}.shared_experts");
+            Mlp::load(checkpoint, backend, hidden, inter, false, &prefix)
+        });
+        Ok(Self {
+            spec: spec.clone(),
+            hidden,
+            gate: Linear::load(
+                checkpoint,
+                backend,
+                &format!("{prefix}.gate"),
+                n_experts,
+                hidden,
+                false,
+            )?,
+            gate_bias,
+            experts: (0..n_experts).map(expert).collect::<Result<_, _>>()?,
+            shared: shared.transpose()?,
+        })
+    }
+
+    pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
+        let (b, n_rows) = (step.backend, step.inputs.n_rows());
+        match &self.shared {
+            Some(shared) => shared.forward(step, ws),
+            None => b.clear(&mut ws.y, n_rows * self.hidden),
+        }
+        self.gate.run(b, &ws.normed, n_rows, &mut ws.gate_logits);
+        if let Some(routes) = &mut ws.routes {
+            b.gate(
+                &ws.gate_logits,
+                n_rows,
+                self.spec.gate,
+                self.gate_bias.as_ref(),
+                routes,
+            );
+            b.experts(&ws.normed, n_rows, &self.experts, routes, &mut ws.y);
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! DeepSeek-V3, R1, V3.1: latent attention, sigmoid-routed experts balanced by a bias
+//! (DeepSeek-V3 report, section 2.1).
+
+use dsd_kernels::backend::{GateShape, GroupScore, RopeLayout, Scoring};
+
+use super::{
+    super::{
+        fields::{ConfigError, Fields},
+        spec::DecoderSpec,
+    },
+    deepseek_v2::{ffns, routed_scaling, with_groups},
+    mla,
+};
+
+pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigError> {
+    config.only("scoring_func", "sigmoid")?;
+    config.only("topk_method", "noaux_tc")?;
+    let mut spec = mla("deepseek_v3", config)?;
+    if !config.flag_or("rope_interleave", true)? {
+        spec.rope_layout = RopeLayout::Halves;
+    }
+    let gate = GateShape {
+        n_experts: config.size("n_routed_experts")?,
+        top_k: config.size("num_experts_per_tok")?,
+        scoring: Scoring::Sigmoid,
+        groups: None,
+        normalize: config.flag_or("norm_topk_prob", true)?,
+        scale: routed_scaling(config)?,
+    };
+    spec.ffns = ffns(
+        config,
+        with_groups(config, gate, Some(GroupScore::TopTwoSum))?,
+        true,
+    )?;
+    spec.n_extra_layers = config.count_opt("num_nextn_predict_layers")?.unwrap_or(0);
+    Ok(spec)
+}

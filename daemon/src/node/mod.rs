@@ -1,0 +1,450 @@
+//! A whole node: sockets, certificates, models and the way up and down.
+//!
+//! Puts the other modules together and nothing else. Sockets are bound before a model is loaded, so
+//! that a taken port is said at once; HTTP answers while models load (`/health` is 200, `/ready`
+//! says what is missing).
+//!
+//! Called by `dsd dev` and `dsd serve`.
+
+mod loader;
+mod watchdog;
+
+use std::{
+    fs, io,
+    net::{SocketAddr, TcpListener, UdpSocket},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use dsd_proto::{
+    ids::{ClusterName, NodeName},
+    quic::{Identity, PkiError, Server, ServerError, ServerLimits, pki},
+};
+use sd_notify::NotifyState;
+use tokio::{
+    runtime::{Builder, Runtime},
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::{
+    admin::{Admin, AdminConfig},
+    catalog::{Catalog, LoadError},
+    config::{Config, ModelConfig},
+    gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
+    runtime::clock,
+    telemetry::{self, Metrics},
+};
+
+/// Name of the cluster in certificates: until nodes join each other, each is its own.
+const CLUSTER: &str = "dsd";
+/// How often histogram samples are folded together, whether anybody scrapes or not.
+const METRICS_TIDY_INTERVAL: Duration = Duration::from_secs(5);
+/// What a stop may take beyond the drain time before connections are cut.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+/// Why a node does not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The state folder cannot be made or written.
+    #[error("cannot write the state folder `{}`; choose another with --state or node.state_dir", path.display())]
+    StateFolder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// An address is taken or not ours.
+    #[error(
+        "cannot listen on {protocol} {address}; is another dsd running? choose another with {option}"
+    )]
+    Listen {
+        /// `HTTP` or `QUIC`.
+        protocol: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// Where to change it.
+        option: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The node's name cannot stand in a certificate.
+    #[error("node.name `{name}` cannot be used")]
+    Name {
+        /// The name.
+        name: String,
+        /// Why.
+        #[source]
+        source: dsd_proto::ids::NameError,
+    },
+    /// Certificates cannot be made or used.
+    #[error("cannot use the certificates in `{}`", path.display())]
+    Pki {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PkiError,
+    },
+    /// The QUIC server cannot be set up.
+    #[error(transparent)]
+    Quic(#[from] ServerError),
+    /// The file of API keys cannot be used.
+    #[error(transparent)]
+    ApiKeys(#[from] ApiKeysError),
+    /// Counters cannot be set up.
+    #[error(transparent)]
+    Telemetry(#[from] telemetry::TelemetryError),
+    /// The async runtime or a signal handler cannot be set up.
+    #[error("cannot set up the network runtime")]
+    Runtime(#[source] io::Error),
+    /// An engine panicked. Only a new process is known to be sound.
+    #[error("the engine of the model `{model}` has broken down")]
+    EngineBroken {
+        /// Its model.
+        model: String,
+    },
+    /// No model of the configuration could be loaded; the log has one line for each.
+    #[error("no model could be loaded")]
+    NoModel(#[source] LoadError),
+}
+
+/// A node with its sockets bound and its models not yet loaded.
+pub struct Node {
+    config: Config,
+    runtime: Runtime,
+    http: TcpListener,
+    quic: UdpSocket,
+    identity: Identity,
+    keys: ApiKeys,
+    metrics: Metrics,
+    catalog: Arc<Catalog>,
+    addresses: NodeAddresses,
+}
+
+/// Where a node answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeAddresses {
+    /// The OpenAI API.
+    pub http: SocketAddr,
+    /// `dsctl` and other nodes.
+    pub quic: SocketAddr,
+}
+
+impl Node {
+    /// Takes sockets, state folder and certificates.
+    ///
+    /// # Errors
+    /// [`NodeError`].
+    pub fn bind(config: Config) -> Result<Self, NodeError> {
+        let state = &config.node.state_dir;
+        probe_writable(state).map_err(|source| NodeError::StateFolder {
+            path: state.clone(),
+            source,
+        })?;
+        let bad_name = |source| NodeError::Name {
+            name: config.node.name.clone(),
+            source,
+        };
+        let name = config.node.name.parse::<NodeName>().map_err(bad_name)?;
+        let cluster = CLUSTER.parse::<ClusterName>().map_err(bad_name)?;
+        let pki_folder = state.join("pki");
+        let identity =
+            pki::ensure(&pki_folder, &cluster, &name, clock::unix_seconds()).map_err(|source| {
+                NodeError::Pki {
+                    path: pki_folder,
+                    source,
+                }
+            })?;
+        let keys = match &config.http.api_keys_file {
+            Some(path) => ApiKeys::read(path)?,
+            None => ApiKeys::default(),
+        };
+        let listen = |protocol, address, option| {
+            move |source| NodeError::Listen {
+                protocol,
+                address,
+                option,
+                source,
+            }
+        };
+        let failed = listen("HTTP", config.http.listen, "--http or http.listen");
+        let http = TcpListener::bind(config.http.listen).map_err(failed)?;
+        http.set_nonblocking(true).map_err(failed)?;
+        let failed = listen("QUIC", config.quic.listen, "--quic or quic.listen");
+        let quic = UdpSocket::bind(config.quic.listen).map_err(failed)?;
+        let addresses = NodeAddresses {
+            http: http.local_addr().map_err(NodeError::Runtime)?,
+            quic: quic.local_addr().map_err(NodeError::Runtime)?,
+        };
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(NodeError::Runtime)?;
+        let metrics = telemetry::install_metrics()?;
+        let catalog = Arc::new(Catalog::new(loader::new(&config.engine, &config.node)));
+        Ok(Self {
+            config,
+            runtime,
+            http,
+            quic,
+            identity,
+            keys,
+            metrics,
+            catalog,
+            addresses,
+        })
+    }
+
+    /// Where the node answers; with port 0 in the configuration, the one that was given.
+    pub fn addresses(&self) -> NodeAddresses {
+        self.addresses
+    }
+
+    /// Loads the models, calls `on_ready` and serves until SIGTERM or SIGINT, or until an engine
+    /// breaks down; then lets requests finish within the drain time. A second signal ends the wait.
+    ///
+    /// # Errors
+    /// [`NodeError`].
+    pub fn run(self, on_ready: impl FnOnce(&Catalog)) -> Result<(), NodeError> {
+        let Self {
+            config,
+            runtime,
+            http,
+            quic,
+            identity,
+            keys,
+            metrics,
+            catalog,
+            addresses,
+        } = self;
+        let drain = Duration::from_secs(config.node.drain_timeout_s);
+        let outcome = runtime.block_on(async {
+            let shutdown = CancellationToken::new();
+            let mut services = JoinSet::new();
+            let listener = tokio::net::TcpListener::from_std(http).map_err(NodeError::Runtime)?;
+            let gateway = Gateway::new(
+                GatewayConfig::new(&config.http, drain),
+                keys,
+                Arc::clone(&catalog),
+                metrics.clone(),
+            );
+            services.spawn(gateway.serve(listener, shutdown.clone()));
+            let admin = Admin::new(admin_config(&config, addresses), Arc::clone(&catalog));
+            let limits = ServerLimits {
+                drain_timeout: drain,
+                ..ServerLimits::default()
+            };
+            let server = Server::new(quic, &identity, admin, limits)?;
+            services.spawn(server.run(shutdown.clone().cancelled_owned()));
+            let mut upkeep = JoinSet::new();
+            upkeep.spawn(tidy_metrics(metrics));
+            info!(http = %addresses.http, quic = %addresses.quic, "listening");
+
+            let mut stop = StopSignals::new().map_err(NodeError::Runtime)?;
+            tokio::select! {
+                loaded = load_models(&catalog, &config.models) => loaded?,
+                () = stop.wait() => {
+                    info!("stopped while loading");
+                    return Ok(());
+                }
+            }
+            let token_age_max = Duration::from_secs(config.http.token_age_max_s);
+            upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
+            notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
+            on_ready(&catalog);
+
+            let broken = tokio::select! {
+                () = stop.wait() => None,
+                model = watchdog::broken_engine(&catalog) => Some(model),
+            };
+            let drain_s = drain.as_secs();
+            match &broken {
+                None => info!(drain_s, "stopping, requests may finish"),
+                Some(model) => {
+                    warn!(
+                        model,
+                        drain_s, "stopping over a broken engine, other models may finish"
+                    );
+                }
+            }
+            notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
+            shutdown.cancel();
+            tokio::select! {
+                () = async { while services.join_next().await.is_some() {} } => {}
+                () = stop.wait() => warn!("stopped at once by a second signal"),
+                () = tokio::time::sleep(drain + STOP_GRACE) => warn!("drain time is over"),
+            }
+            broken.map_or(Ok(()), |model| Err(NodeError::EngineBroken { model }))
+        });
+        for model in catalog.served() {
+            model.replica.stop(Duration::ZERO);
+        }
+        runtime.shutdown_timeout(STOP_GRACE);
+        info!("stopped");
+        outcome
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct StopSignals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl StopSignals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn admin_config(config: &Config, addresses: NodeAddresses) -> AdminConfig {
+    AdminConfig {
+        node: config.node.name.clone(),
+        cluster: CLUSTER.to_owned(),
+        http_address: addresses.http.to_string(),
+        quic_address: addresses.quic.to_string(),
+        models_dir: models_dir(config),
+        token_age_max: Duration::from_secs(config.http.token_age_max_s),
+        request_timeout: Duration::from_secs(config.http.request_timeout_s),
+        drain_timeout: Duration::from_secs(config.node.drain_timeout_s),
+        encoders_max: config.http.encoders_max,
+    }
+}
+
+/// Where models are looked for by name.
+pub fn models_dir(config: &Config) -> PathBuf {
+    let default = || config.node.state_dir.join("models");
+    config.node.models_dir.clone().unwrap_or_else(default)
+}
+
+/// Loads one model after the other; those that fail are logged and left out.
+async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(), NodeError> {
+    let mut failed = None;
+    let mut n_loaded = 0;
+    for ModelConfig { name, path } in models {
+        let (catalog, name, path) = (Arc::clone(catalog), name.clone(), path.clone());
+        let model = name.clone();
+        let load = move || catalog.load(&name, &path, &mut |_| {}).map(|_| ());
+        match tokio::task::spawn_blocking(load).await {
+            Ok(Ok(())) => n_loaded += 1,
+            Ok(Err(e)) => {
+                error!(%model, error = %telemetry::chain(&e), "model not loaded");
+                failed = Some(e);
+            }
+            Err(e) => error!(%model, error = %e, "the loader of a model died"),
+        }
+    }
+    match failed {
+        Some(e) if n_loaded == 0 => Err(NodeError::NoModel(e)),
+        _ => Ok(()),
+    }
+}
+
+async fn tidy_metrics(metrics: Metrics) {
+    let mut ticks = tokio::time::interval(METRICS_TIDY_INTERVAL);
+    loop {
+        ticks.tick().await;
+        metrics.tidy();
+    }
+}
+
+/// Tells systemd; without it there is nobody to tell.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(states) {
+        warn!(error = %e, "cannot notify systemd");
+    }
+}
+
+/// Makes the folder and a file in it, which is taken away again.
+fn probe_writable(folder: &std::path::Path) -> io::Result<()> {
+    fs::create_dir_all(folder)?;
+    let probe = folder.join(".writable");
+    fs::write(&probe, b"")?;
+    fs::remove_file(probe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        flow::{self, Request, RequestId, SamplingParams},
+        gateway::tests::kit::{self, BOMB, QUICK},
+    };
+
+    /// A node over a fake model, its sockets on free ports.
+    fn node(state: &std::path::Path) -> Node {
+        let mut config = Config::default();
+        config.node.drain_timeout_s = 5;
+        let name = config.node.name.parse::<NodeName>().unwrap();
+        let cluster = CLUSTER.parse::<ClusterName>().unwrap();
+        let identity = pki::ensure(state, &cluster, &name, clock::unix_seconds()).unwrap();
+        let http = TcpListener::bind("127.0.0.1:0").unwrap();
+        http.set_nonblocking(true).unwrap();
+        let quic = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let addresses = NodeAddresses {
+            http: http.local_addr().unwrap(),
+            quic: quic.local_addr().unwrap(),
+        };
+        let catalog = Catalog::new(loader::new(&config.engine, &config.node));
+        catalog.insert(kit::model("tiny", &QUICK));
+        Node {
+            config,
+            runtime: Builder::new_current_thread().enable_all().build().unwrap(),
+            http,
+            quic,
+            identity,
+            keys: ApiKeys::default(),
+            metrics: kit::metrics(),
+            catalog: Arc::new(catalog),
+            addresses,
+        }
+    }
+
+    /// The process used to live on without its engine; systemd can restart only what ends.
+    #[test]
+    fn a_node_ends_with_an_error_when_an_engine_breaks_down() {
+        let state = tempfile::tempdir().unwrap();
+        // Read by nobody but alive: a dropped stream would cancel the request before its step.
+        let (sink, _stream) = flow::token_stream(1);
+        let outcome = node(state.path()).run(|catalog| {
+            let request = Request {
+                id: RequestId(1),
+                prompt: vec![BOMB],
+                max_tokens: 1,
+                stop_tokens: Arc::new([]),
+                sampling: SamplingParams::default(),
+                top_logprobs: None,
+                deadline: None,
+                cache_owner: flow::CacheOwner::default(),
+                sink,
+            };
+            catalog
+                .lookup(None)
+                .unwrap()
+                .replica
+                .submit(request)
+                .unwrap();
+        });
+        let error = outcome.unwrap_err();
+        assert!(
+            matches!(&error, NodeError::EngineBroken { model } if model == "tiny"),
+            "{error}"
+        );
+    }
+}

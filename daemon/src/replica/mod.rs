@@ -1,0 +1,180 @@
+//! Handle to an engine that serves one full copy of a model.
+//!
+//! Today the engine is a thread of this process; a remote one will look the same from here. Refuses
+//! what can be refused by looking at it; knows no text, HTTP or catalog.
+//!
+//! Invariant: a refused request has cost nothing; a taken one gets exactly one end, unless its
+//! reader left or the engine broke down.
+//!
+//! Called by catalog, gateway and admin.
+
+#[cfg(test)]
+mod tests;
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    engine::{self, EngineConfig, EngineHandle, EngineLimits, PostError, StartError, StepExecutor},
+    flow::{FinishReason, Request, StreamItem},
+};
+
+/// Why a request was not taken. Nothing was spent on it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The waiting line is full.
+    #[error("{waiting} requests wait already, the limit is {max}")]
+    QueueFull {
+        /// Requests waiting.
+        waiting: usize,
+        /// The limit.
+        max: usize,
+        /// When a place is expected to be free, from the measured drain rate.
+        retry_after: Duration,
+    },
+    /// Prompt plus at least one new token does not fit the context or the KV pool.
+    #[error("the prompt has {n_prompt} tokens, at most {max} fit")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        n_prompt: usize,
+        /// Longest prompt that leaves room for one new token.
+        max: usize,
+    },
+    /// No prompt tokens.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// A prompt token is not in the vocabulary.
+    #[error("token id {token} is not below the vocabulary size {vocab_len}")]
+    TokenOutOfRange {
+        /// The offending id.
+        token: u32,
+        /// Rows of the embedding.
+        vocab_len: usize,
+    },
+    /// The model is being unloaded or the node is going down.
+    #[error("the model is stopping")]
+    Stopping,
+    /// The engine broke down; only a restart brings it back.
+    #[error("the model's engine has broken down")]
+    Dead,
+}
+
+/// What an engine is doing, as of its last step.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LoadReport {
+    /// Sequences in the running set.
+    pub n_running: usize,
+    /// Requests waiting for a place.
+    pub n_waiting: usize,
+    /// KV blocks in use.
+    pub n_blocks_used: usize,
+    /// KV blocks in the pool.
+    pub n_blocks: usize,
+    /// Steps since start.
+    pub n_steps: u64,
+    /// Prompt tokens computed since start.
+    pub n_prompt_tokens: u64,
+    /// Tokens generated since start.
+    pub n_output_tokens: u64,
+    /// Sequences preempted since start.
+    pub n_preemptions: u64,
+    /// Since the last generated token, canaries included; `None` before the first.
+    pub last_token_age: Option<Duration>,
+    /// True when the last canary produced another token than the first one did.
+    pub canary_wrong: bool,
+    /// True when the engine broke down: no token comes any more.
+    pub is_dead: bool,
+}
+
+/// A model that answers. Clones share the engine; when the last one goes, requests that were taken
+/// may finish within the configured drain limit and the engine's thread is joined. Call
+/// [`Replica::stop`] to choose another limit and to wait where blocking is allowed.
+#[derive(Debug, Clone)]
+pub struct Replica {
+    engine: Arc<EngineHandle>,
+}
+
+impl Replica {
+    /// Starts an engine on `executor` and returns after its first token.
+    ///
+    /// # Errors
+    /// [`StartError`] when configuration and executor do not fit or the executor does not work.
+    pub fn start(executor: Box<dyn StepExecutor>, cfg: EngineConfig) -> Result<Self, StartError> {
+        let engine = Arc::new(engine::start(executor, cfg)?);
+        Ok(Self { engine })
+    }
+
+    /// Hands a request to the engine without blocking. A `max_tokens` beyond the context is cut to
+    /// it.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; the request's stream then ends without an event.
+    pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
+        self.check_prompt(&request.prompt)?;
+        if request.max_tokens == 0 {
+            // Nothing to compute: the end is all there is to say.
+            request
+                .sink
+                .send(StreamItem::Finished(FinishReason::Length));
+            return Ok(());
+        }
+        self.engine.post(request).map_err(|e| match e {
+            PostError::QueueFull {
+                waiting,
+                max,
+                retry_after,
+            } => SubmitError::QueueFull {
+                waiting,
+                max,
+                retry_after,
+            },
+            PostError::Stopping => SubmitError::Stopping,
+            PostError::Dead => SubmitError::Dead,
+        })
+    }
+
+    /// Stops taking requests, waits for those taken for at most `drain`, ends the rest with
+    /// [`FinishReason::Stopped`] and joins the engine. Blocks: call it where that is allowed.
+    pub fn stop(&self, drain: Duration) {
+        self.engine.stop(drain);
+    }
+
+    /// A snapshot, without locks.
+    pub fn load(&self) -> LoadReport {
+        let load = self.engine.load();
+        LoadReport {
+            n_running: load.n_running,
+            n_waiting: load.n_waiting,
+            n_blocks_used: load.n_blocks_used,
+            n_blocks: load.n_blocks,
+            n_steps: load.n_steps,
+            n_prompt_tokens: load.n_prompt_tokens,
+            n_output_tokens: load.n_output_tokens,
+            n_preemptions: load.n_preemptions,
+            last_token_age: load.last_token_age,
+            canary_wrong: load.canary_wrong,
+            is_dead: load.is_dead,
+        }
+    }
+
+    /// What fits.
+    pub fn limits(&self) -> EngineLimits {
+        self.engine.limits()
+    }
+
+    fn check_prompt(&self, prompt: &[u32]) -> Result<(), SubmitError> {
+        let limits = self.engine.limits();
+        let n_prompt = prompt.len();
+        let max = limits.prompt_len_max();
+        if n_prompt == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if max < n_prompt {
+            return Err(SubmitError::PromptTooLong { n_prompt, max });
+        }
+        let vocab_len = limits.vocab_len;
+        match prompt.iter().find(|&&t| vocab_len <= t as usize) {
+            Some(&token) => Err(SubmitError::TokenOutOfRange { token, vocab_len }),
+            None => Ok(()),
+        }
+    }
+}

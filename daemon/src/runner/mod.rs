@@ -1,0 +1,69 @@
+//! Turns a [`StepPlan`] into logits; owns the KV memory and the memory plan.
+//!
+//! Does not know requests, queues or text.
+//!
+//! Invariant: nothing is allocated after construction; every plan within [`ExecutorLimits`] fits.
+
+pub mod plan;
+mod memory;
+mod executor;
+mod load;
+
+pub use executor::ModelExecutor;
+pub use load::{LoadError, LoadedModel, load_cpu};
+pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, available_bytes};
+pub use plan::{LogitRows, Span, StepPlan};
+
+/// What one executor can take in a step; fixed at construction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExecutorLimits {
+    /// Width of a logits row.
+    pub vocab_len: usize,
+    /// Token positions in one KV block.
+    pub block_len: usize,
+    /// KV blocks in the pool; ids are `0..n_blocks`.
+    pub n_blocks: usize,
+    /// Tokens over all spans of a step.
+    pub step_tokens_max: usize,
+    /// Spans of a step.
+    pub step_spans_max: usize,
+    /// Logits rows of a step.
+    pub step_logits_max: usize,
+    /// Positions a sequence may have (prompt and output together).
+    pub context_len_max: usize,
+}
+
+/// Why a step failed; the engine ends the sequences of the step and goes on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// The plan breaks [`ExecutorLimits`]; a bug of the caller, refused before any work.
+    #[error("step plan exceeds {limit}: {found} of {max}")]
+    PlanTooLarge {
+        /// Name of the limit.
+        limit: &'static str,
+        /// Amount in the plan.
+        found: usize,
+        /// Amount allowed.
+        max: usize,
+    },
+    /// A logits row holds NaN or infinity: damaged weights or a kernel bug.
+    #[error("logits row {row} is not finite")]
+    NotFinite {
+        /// Row of the step's logits.
+        row: usize,
+    },
+}
+
+/// Runs steps. The real one drives a model on a backend; tests of the engine use one that computes
+/// logits from a hash of the tokens.
+pub trait StepExecutor: Send {
+    /// Fixed capacities.
+    fn limits(&self) -> ExecutorLimits;
+
+    /// Writes the keys and values of the plan's tokens into their blocks and returns the logits
+    /// asked for: `[rows, vocab_len]`, spans in plan order, positions in order within a span.
+    ///
+    /// # Errors
+    /// [`StepError`]; the KV contents of the plan's positions are then undefined.
+    fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError>;
+}

@@ -1,0 +1,178 @@
+//! Logits, parameters, seed and position to a token; pure.
+//!
+//! The order is the one most clients know from Hugging Face's logits processors and warpers:
+//! repetition penalty, then frequency and presence penalties and bias, then temperature, top_k,
+//! top_p, min_p. The repetition penalty comes first because it looks at the sign of the model's own
+//! logit; the next three only add, so their order does not matter; top_p measures mass among what
+//! top_k left, and min_p compares with the likeliest token, which no filter removes.
+//!
+//! Knows no sequences, text or executor. What is random comes from Philox keyed by the seed and
+//! counted by the position, so that a token can be drawn again.
+//!
+//! Invariant: the result depends on the arguments only, never on what the [`Scratch`] was used for.
+//! Invariant: an id at or above `sampleable_len`, or with a NaN logit, is never chosen.
+//!
+//! Called by the engine once per logits row.
+
+mod filter;
+mod penalty;
+pub mod philox;
+#[cfg(test)]
+mod tests;
+
+use crate::flow::{SamplingParams, TokenLogprobs};
+
+use filter::Candidate;
+
+/// Memory that sampling needs; taken once, reused for every token.
+#[derive(Debug)]
+pub struct Scratch {
+    /// Occurrences by token id; all zero between calls.
+    occurrences: Vec<u32>,
+    /// Ids with a non-zero entry in `occurrences`.
+    seen: Vec<u32>,
+    candidates: Vec<Candidate>,
+    /// The row before penalties, kept when log-probabilities are wanted.
+    unmodified: Vec<f32>,
+}
+
+impl Scratch {
+    /// Room for rows of `vocab_len` logits.
+    pub fn new(vocab_len: usize) -> Self {
+        Self {
+            occurrences: vec![0; vocab_len],
+            seen: Vec::with_capacity(vocab_len),
+            candidates: Vec::with_capacity(vocab_len),
+            unmodified: Vec::with_capacity(vocab_len),
+        }
+    }
+}
+
+/// What a token is drawn for.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleContext<'a> {
+    /// How to choose.
+    pub params: &'a SamplingParams,
+    /// Tokens that count for the repetition penalty only.
+    pub prompt: &'a [u32],
+    /// Tokens that count for all penalties.
+    pub output: &'a [u32],
+    /// `None`: no log-probabilities; `Some(n)`: of the chosen token and the `n` likeliest.
+    pub top_logprobs: Option<usize>,
+    /// Ids from here on are padding of the vocabulary and never chosen or listed.
+    pub sampleable_len: usize,
+}
+
+/// A chosen token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// Vocabulary id.
+    pub token: u32,
+    /// Under the model's unmodified distribution over the whole row, when asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Why no token could be chosen.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SampleError {
+    /// Every logit is NaN or minus infinity.
+    #[error("none of {n_logits} logits is a number")]
+    NoCandidate {
+        /// Sampleable logits in the row.
+        n_logits: usize,
+    },
+}
+
+/// Chooses the token that follows `prompt` and `output`. Its position in the sequence is the
+/// counter of the generator. Overwrites `logits`.
+///
+/// # Errors
+/// [`SampleError`] when the row holds no number.
+pub fn sample(
+    scratch: &mut Scratch,
+    logits: &mut [f32],
+    ctx: &SampleContext<'_>,
+) -> Result<Sampled, SampleError> {
+    scratch.unmodified.clear();
+    if ctx.top_logprobs.is_some() {
+        scratch.unmodified.extend_from_slice(logits);
+    }
+    let n_logits = ctx.sampleable_len.min(logits.len());
+    let logits = &mut logits[..n_logits];
+    penalty::apply(scratch, logits, ctx);
+    let (best, best_logit) = argmax(logits).ok_or(SampleError::NoCandidate { n_logits })?;
+
+    let token = if 0.0 < ctx.params.temperature {
+        let position = ctx.prompt.len() + ctx.output.len();
+        let uniform = philox::uniform(ctx.params.seed, position as u64);
+        weigh(logits, best_logit, ctx.params.temperature);
+        filter::draw(scratch, logits, ctx.params, uniform).unwrap_or(best)
+    } else {
+        best
+    };
+    let logprobs = ctx
+        .top_logprobs
+        .map(|n| token_logprobs(scratch, token, n, n_logits));
+    Ok(Sampled { token, logprobs })
+}
+
+/// The largest logit that is a number, and the smallest id that has it.
+fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
+    let mut best = None;
+    let mut best_logit = f32::NEG_INFINITY;
+    for (id, &logit) in logits.iter().enumerate() {
+        // False for NaN.
+        if best_logit < logit {
+            (best, best_logit) = (Some(id as u32), logit);
+        }
+    }
+    best.map(|id| (id, best_logit))
+}
+
+/// Replaces logits by softmax weights relative to the likeliest token, whose weight becomes 1.
+fn weigh(logits: &mut [f32], best_logit: f32, temperature: f32) {
+    for logit in logits {
+        // Subtract first: `best / temperature` may overflow. exp(-104) is below the least f32.
+        let exponent = (*logit - best_logit) / temperature;
+        *logit = if *logit == best_logit {
+            1.0
+        } else if -104.0 < exponent {
+            exponent.exp()
+        } else {
+            0.0
+        };
+    }
+}
+
+fn token_logprobs(
+    scratch: &mut Scratch,
+    token: u32,
+    n_top: usize,
+    n_logits: usize,
+) -> TokenLogprobs {
+    let row = &scratch.unmodified;
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row
+        .iter()
+        .filter(|l| !l.is_nan())
+        .map(|&l| f64::from((l - max).exp()))
+        .sum();
+    let log_sum = f64::from(max) + sum.ln();
+    let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+
+    let candidates = &mut scratch.candidates;
+    candidates.clear();
+    if 0 < n_top {
+        candidates.extend(filter::candidates(&row[..n_logits]));
+        filter::keep_first(candidates, n_top);
+    }
+    TokenLogprobs {
+        chosen: row
+            .get(token as usize)
+            .map_or(f32::NEG_INFINITY, |&l| logprob(l)),
+        top: candidates
+            .iter()
+            .map(|c| (c.id, logprob(c.weight)))
+            .collect(),
+    }
+}

@@ -1,0 +1,415 @@
+//! Decides what runs in the next step: admission, token budget, chunked prefill, preemption.
+//!
+//! Pure: the same calls with the same `now` give the same plans. Knows no logits, sinks, threads or
+//! clock.
+//!
+//! A step is planned like this. Sequences whose deadline passed end. Every running sequence that
+//! needs one position gets it (decodes first), the rest of the token budget goes to prefills in
+//! order of arrival, cut into chunks. Blocks are handed out in order of arrival as well; a sequence
+//! that gets none takes the place of the youngest running one, which drops its blocks, keeps its
+//! tokens, and goes to the front of the waiting line to be computed again. A sequence with nobody
+//! younger to displace sits the step out. If all got what they wanted, waiting sequences are
+//! admitted in order.
+//!
+//! Invariant: every running sequence arrived before every waiting one, so service is first come,
+//! first served even across preemptions, and the oldest makes progress in every step: it may
+//! displace all others, and alone it fits the pool, because a longer one is refused on arrival.
+//! Full blocks stay behind when their sequence ends or is displaced; one that begins alike takes
+//! them over when it is admitted and computes only what is missing, at least its last position.
+//!
+//! Invariant: a step never has more tokens than the budget, and every position of a sequence is
+//! computed once between two preemptions.
+//!
+//! Called by the engine, in this order: [`Scheduler::enqueue`] and [`Scheduler::remove`] at will,
+//! then [`Scheduler::plan`], then exactly one of [`Scheduler::apply`] and [`Scheduler::fail_step`].
+
+mod planning;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::VecDeque, ops::Range, time::Instant};
+
+use crate::{
+    kv_cache::{BlockPool, BlockTable},
+    runner::StepPlan,
+};
+
+use sequence::Sequence;
+pub use sequence::SequenceSpec;
+
+/// What the scheduler may use; fixed at construction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// Ids of the KV blocks it may hand out.
+    pub blocks: Range<u32>,
+    /// Positions in a block.
+    pub block_len: usize,
+    /// Positions of a sequence at most, prompt and output together.
+    pub context_len_max: usize,
+    /// Tokens of a step at most; not below `running_max`, so that every decode fits.
+    pub step_tokens_max: usize,
+    /// Sequences in the running set at most.
+    pub running_max: usize,
+    /// Sequences that wait for their first step at most.
+    pub waiting_max: usize,
+    /// Keep full blocks after their sequence and give them to the next one that begins alike.
+    pub prefix_cache: bool,
+    /// Blocks that stay free when a sequence is admitted beside others, as room for those to grow.
+    pub watermark_blocks: usize,
+}
+
+impl SchedulerConfig {
+    /// Tokens of a sequence at most: what both the context and the whole pool hold.
+    pub fn sequence_len_max(&self) -> usize {
+        self.context_len_max
+            .min(self.blocks.len().saturating_mul(self.block_len))
+    }
+}
+
+/// Where a sequence is kept; free for another one after its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(usize);
+
+impl Slot {
+    /// Below [`Scheduler::n_slots`], for tables beside the scheduler's.
+    pub fn idx(self) -> usize {
+        self.0
+    }
+}
+
+/// Why a sequence was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnqueueError {
+    /// The waiting line is full.
+    #[error("{max} sequences wait already")]
+    QueueFull {
+        /// The limit.
+        max: usize,
+    },
+    /// No prompt, or nothing to generate.
+    #[error("a sequence needs a prompt and at least one token to generate")]
+    Empty,
+    /// Prompt and one new token do not fit the context or the whole pool.
+    #[error("the prompt has {n_prompt} tokens, at most {max} fit")]
+    TooLong {
+        /// Tokens of the prompt.
+        n_prompt: usize,
+        /// Longest prompt that leaves room for one new token.
+        max: usize,
+    },
+}
+
+/// A sequence that is gone from the scheduler; its blocks are free.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Where it was.
+    pub slot: Slot,
+    /// Why.
+    pub reason: EndReason,
+}
+
+/// Why a sequence ended, unless the engine removed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndReason {
+    /// A stop token came out.
+    Stop,
+    /// The wanted length, the context or the pool is full.
+    Length,
+    /// Its deadline passed, waiting or running.
+    DeadlinePassed,
+    /// [`Scheduler::apply`] got no token for its row.
+    NotSampled,
+    /// It was in a step that failed.
+    StepFailed,
+}
+
+/// A sequence in the planned step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheduled {
+    /// Which.
+    pub slot: Slot,
+    /// Positions computed.
+    pub n_tokens: usize,
+    /// Of these, prompt positions computed for the first time.
+    pub n_prompt_tokens: usize,
+    /// Of these, positions that were lost to a preemption.
+    pub n_recomputed: usize,
+    /// True when the step yields a logits row for it.
+    pub is_sampled: bool,
+}
+
+/// Waiting line, running set and KV blocks of one engine.
+#[derive(Debug)]
+pub struct Scheduler {
+    cfg: SchedulerConfig,
+    pool: BlockPool,
+    slots: Vec<Option<Sequence>>,
+    free_slots: Vec<usize>,
+    /// In order of arrival.
+    waiting: VecDeque<usize>,
+    /// Of `waiting`, those that never ran.
+    n_waiting_new: usize,
+    /// In order of arrival.
+    running: Vec<usize>,
+    scheduled: Vec<Scheduled>,
+    admitted: Vec<Slot>,
+    serial_next: u64,
+    n_preemptions: u64,
+}
+
+impl Scheduler {
+    /// An empty scheduler; allocates all its tables.
+    ///
+    /// # Panics
+    /// When a limit is 0, or the budget is too small for one token per running sequence.
+    pub fn new(cfg: SchedulerConfig) -> Self {
+        assert!(
+            0 < cfg.waiting_max && 0 < cfg.running_max,
+            "room for a sequence"
+        );
+        assert!(
+            cfg.running_max <= cfg.step_tokens_max,
+            "every decode fits the budget"
+        );
+        assert!(0 < cfg.sequence_len_max(), "room for a position");
+        // Sequences that ever ran and still live are at most running_max: new ones are admitted
+        // only after all preempted ones, which stand before them.
+        let n_slots = cfg.waiting_max.saturating_add(cfg.running_max);
+        Self {
+            pool: BlockPool::new(cfg.blocks.clone(), cfg.block_len),
+            slots: (0..n_slots).map(|_| None).collect(),
+            free_slots: (0..n_slots).rev().collect(),
+            waiting: VecDeque::with_capacity(n_slots),
+            n_waiting_new: 0,
+            running: Vec::with_capacity(cfg.running_max),
+            scheduled: Vec::with_capacity(cfg.running_max),
+            admitted: Vec::with_capacity(cfg.running_max),
+            serial_next: 0,
+            n_preemptions: 0,
+            cfg,
+        }
+    }
+
+    /// Puts a sequence at the end of the waiting line.
+    ///
+    /// # Errors
+    /// [`EnqueueError`]; nothing has changed then.
+    pub fn enqueue(&mut self, spec: SequenceSpec) -> Result<Slot, EnqueueError> {
+        let n_prompt = spec.prompt.len();
+        let len_max = self.cfg.sequence_len_max();
+        if n_prompt == 0 || spec.n_output_max == 0 {
+            return Err(EnqueueError::Empty);
+        }
+        if len_max <= n_prompt {
+            return Err(EnqueueError::TooLong {
+                n_prompt,
+                max: len_max - 1,
+            });
+        }
+        if self.cfg.waiting_max <= self.n_waiting_new {
+            return Err(EnqueueError::QueueFull {
+                max: self.cfg.waiting_max,
+            });
+        }
+        let slot = self.free_slots.pop();
+        let Some(slot) = slot else {
+            unreachable!("waiting_max + running_max slots hold every live sequence");
+        };
+        assert!(self.slots[slot].is_none(), "a free slot is empty");
+        self.slots[slot] = Some(Sequence {
+            serial: self.serial_next,
+            n_prompt,
+            len_max: n_prompt.saturating_add(spec.n_output_max).min(len_max),
+            tokens: spec.prompt,
+            stop_tokens: spec.stop_tokens,
+            deadline: spec.deadline,
+            n_computed: 0,
+            n_computed_ever: 0,
+            table: BlockTable::new(spec.root),
+            n_scheduled: 0,
+            n_cached: 0,
+            was_running: false,
+        });
+        self.serial_next += 1;
+        self.waiting.push_back(slot);
+        self.n_waiting_new += 1;
+        Ok(Slot(slot))
+    }
+
+    /// Takes a sequence out, waiting or running, and frees its blocks. Not between
+    /// [`Scheduler::plan`] and [`Scheduler::apply`].
+    ///
+    /// # Panics
+    /// When the slot is empty.
+    pub fn remove(&mut self, slot: Slot) {
+        assert!(self.scheduled.is_empty(), "no step is under way");
+        self.release(slot.0);
+    }
+
+    /// Fills `plan` with the next step and names the sequences whose deadline passed. The plan is
+    /// empty exactly when no sequence is left.
+    pub fn plan(&mut self, now: Instant, plan: &mut StepPlan, ended: &mut Vec<Ended>) {
+        assert!(self.scheduled.is_empty(), "the last step was applied");
+        plan.clear();
+        self.admitted.clear();
+        self.end_expired(now, ended);
+
+        let n_preemptions_before = self.n_preemptions;
+        let n_decodes = self
+            .running
+            .iter()
+            .filter(|&&s| self.sequence(s).is_decode())
+            .count();
+        let mut prefill_budget = self.cfg.step_tokens_max - n_decodes;
+        let mut is_short = false;
+        let mut idx = 0;
+        // The running set shrinks from its end while this goes through it.
+        while idx < self.running.len() {
+            let seq = self.sequence(self.running[idx]);
+            let is_decode = seq.is_decode();
+            let n_wanted = if is_decode {
+                1
+            } else {
+                seq.n_pending().min(prefill_budget)
+            };
+            let n_got = self.schedule(idx, n_wanted);
+            is_short |= n_got < n_wanted;
+            prefill_budget -= if is_decode { 0 } else { n_got };
+            idx += 1;
+        }
+        // A sequence admitted now would take the blocks that others just went without.
+        if !is_short && self.n_preemptions == n_preemptions_before {
+            self.admit(prefill_budget);
+        }
+        self.write_plan(plan);
+        self.check(plan);
+    }
+
+    /// Advances every sequence of the planned step. `sampled` holds one token per logits row in
+    /// plan order; `None` ends the sequence.
+    ///
+    /// # Panics
+    /// When `sampled` has another number of rows than the plan.
+    pub fn apply(&mut self, sampled: &[Option<u32>], ended: &mut Vec<Ended>) {
+        let mut rows = sampled.iter();
+        for i in 0..self.scheduled.len() {
+            let Scheduled {
+                slot,
+                n_tokens,
+                is_sampled,
+                ..
+            } = self.scheduled[i];
+            let seq = self.sequence_mut(slot.0);
+            seq.n_computed += n_tokens;
+            seq.n_computed_ever = seq.n_computed_ever.max(seq.n_computed);
+            seq.n_scheduled = 0;
+            self.label(slot.0);
+            let seq = self.sequence_mut(slot.0);
+            if !is_sampled {
+                continue;
+            }
+            assert_eq!(
+                seq.n_computed,
+                seq.tokens.len(),
+                "a sampled sequence is fully computed"
+            );
+            let token = rows.next();
+            assert!(token.is_some(), "one token per logits row");
+            let reason = match token.copied().flatten() {
+                None => Some(EndReason::NotSampled),
+                Some(token) => {
+                    seq.tokens.push(token);
+                    if seq.stop_tokens.contains(&token) {
+                        Some(EndReason::Stop)
+                    } else {
+                        (seq.len_max <= seq.tokens.len()).then_some(EndReason::Length)
+                    }
+                }
+            };
+            if let Some(reason) = reason {
+                self.release(slot.0);
+                ended.push(Ended { slot, reason });
+            }
+        }
+        assert!(rows.next().is_none(), "one token per logits row");
+        self.scheduled.clear();
+    }
+
+    /// Ends every sequence of the planned step: what it left in the KV memory is undefined.
+    pub fn fail_step(&mut self, ended: &mut Vec<Ended>) {
+        for i in 0..self.scheduled.len() {
+            let slot = self.scheduled[i].slot;
+            self.release(slot.0);
+            ended.push(Ended {
+                slot,
+                reason: EndReason::StepFailed,
+            });
+        }
+        self.scheduled.clear();
+    }
+
+    /// The planned step's sequences in plan order; those sampled have their logits rows in this
+    /// order.
+    pub fn scheduled(&self) -> &[Scheduled] {
+        &self.scheduled
+    }
+
+    /// Sequences that the last plan ran for the first time.
+    pub fn admitted(&self) -> &[Slot] {
+        &self.admitted
+    }
+
+    /// Prompt and output of a live sequence.
+    ///
+    /// # Panics
+    /// When the slot is empty.
+    pub fn tokens(&self, slot: Slot) -> (&[u32], &[u32]) {
+        let seq = self.sequence(slot.0);
+        seq.tokens.split_at(seq.n_prompt)
+    }
+
+    /// Prompt positions of a live sequence that were not computed but found in the cache when it
+    /// ran first.
+    ///
+    /// # Panics
+    /// When the slot is empty.
+    pub fn n_cached(&self, slot: Slot) -> usize {
+        self.sequence(slot.0).n_cached
+    }
+
+    /// True when nothing waits and nothing runs.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Sequences in the running set.
+    pub fn n_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences waiting, preempted ones included.
+    pub fn n_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Of those waiting, the preempted ones.
+    pub fn n_waiting_again(&self) -> usize {
+        self.waiting.len() - self.n_waiting_new
+    }
+
+    /// KV blocks in use.
+    pub fn n_blocks_used(&self) -> usize {
+        self.pool.n_used()
+    }
+
+    /// Sequences live at once at most.
+    pub fn n_slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Preemptions since construction.
+    pub fn n_preemptions(&self) -> u64 {
+        self.n_preemptions
+    }
+}

@@ -1,0 +1,529 @@
+//! Admission, planning and preemption, in tables and as properties.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    kv_cache::BlockKey,
+    runner::{LogitRows, StepPlan},
+    runtime::clock,
+    sampler::philox,
+};
+
+use super::*;
+
+fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
+    let mut cfg = SchedulerConfig {
+        blocks: 0..100,
+        block_len: 4,
+        context_len_max: 200,
+        step_tokens_max: 16,
+        running_max: 4,
+        waiting_max: 8,
+        prefix_cache: false,
+        watermark_blocks: 0,
+    };
+    change(&mut cfg);
+    Scheduler::new(cfg)
+}
+
+fn spec(n_prompt: usize, n_output_max: usize) -> SequenceSpec {
+    SequenceSpec {
+        prompt: vec![1; n_prompt],
+        n_output_max,
+        stop_tokens: Arc::new([0]),
+        deadline: None,
+        root: BlockKey::root(b""),
+    }
+}
+
+/// Plans and applies a step in which every row gives token 2; returns (serial, first position,
+/// tokens).
+fn step(scheduler: &mut Scheduler, ended: &mut Vec<Ended>) -> Vec<(u64, usize, usize)> {
+    let mut plan = StepPlan::default();
+    scheduler.plan(clock::now(), &mut plan, ended);
+    scheduler.apply(&vec![Some(2); plan.n_logits()], ended);
+    plan.spans
+        .iter()
+        .map(|s| (s.seq, s.first_pos, s.tokens.len()))
+        .collect()
+}
+
+#[test]
+fn decodes_come_first_and_prefill_fills_the_rest_of_the_budget() {
+    let mut scheduler = scheduler(|cfg| cfg.step_tokens_max = 10);
+    let mut ended = Vec::new();
+    scheduler.enqueue(spec(8, 5)).unwrap();
+    scheduler.enqueue(spec(20, 5)).unwrap();
+    scheduler.enqueue(spec(3, 5)).unwrap();
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 0, 8), (1, 0, 2)]);
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 8, 1), (1, 2, 9)]);
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 9, 1), (1, 11, 9)]);
+    assert_eq!(
+        step(&mut scheduler, &mut ended),
+        [(0, 10, 1), (1, 20, 1), (2, 0, 3)]
+    );
+    assert_eq!(ended, []);
+}
+
+#[test]
+fn the_youngest_is_preempted_keeps_its_tokens_and_comes_back_first() {
+    let mut scheduler = scheduler(|cfg| cfg.blocks = 0..4);
+    let mut ended = Vec::new();
+    let first = scheduler.enqueue(spec(7, 6)).unwrap();
+    let second = scheduler.enqueue(spec(7, 6)).unwrap();
+    scheduler.enqueue(spec(1, 1)).unwrap();
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 0, 7), (1, 0, 7)]);
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 7, 1), (1, 7, 1)]);
+    // Both need a third block, and there is none.
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 8, 1)]);
+    assert_eq!(scheduler.n_preemptions(), 1);
+    assert_eq!(scheduler.tokens(second), (&[1; 7][..], &[2; 2][..]));
+    while ended.is_empty() {
+        assert_eq!(
+            step(&mut scheduler, &mut ended).len(),
+            1,
+            "its blocks are not free yet"
+        );
+    }
+    let slot = first;
+    assert_eq!(
+        ended,
+        [Ended {
+            slot,
+            reason: EndReason::Length
+        }]
+    );
+    assert_eq!(step(&mut scheduler, &mut ended), [(2, 0, 1), (1, 0, 9)]);
+}
+
+#[test]
+fn the_watermark_holds_back_all_but_the_first_sequence() {
+    let mut scheduler = scheduler(|cfg| {
+        cfg.blocks = 0..5;
+        cfg.watermark_blocks = 3;
+    });
+    let mut ended = Vec::new();
+    for _ in 0..2 {
+        scheduler.enqueue(spec(12, 2)).unwrap();
+    }
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 0, 12)]);
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 12, 1)]);
+    assert_eq!(step(&mut scheduler, &mut ended), [(1, 0, 12)]);
+}
+
+#[test]
+fn what_was_computed_before_is_taken_over_but_for_the_last_position() {
+    let mut scheduler = scheduler(|cfg| cfg.prefix_cache = true);
+    let mut ended = Vec::new();
+    scheduler.enqueue(spec(9, 1)).unwrap();
+    assert_eq!(step(&mut scheduler, &mut ended), [(0, 0, 9)]);
+    assert_eq!((ended.len(), scheduler.n_blocks_used()), (1, 0));
+    // Two full blocks are known; of a prompt that is just as long, its last position is not taken.
+    let longer = scheduler.enqueue(spec(11, 1)).unwrap();
+    let shorter = scheduler.enqueue(spec(8, 1)).unwrap();
+    let other = scheduler.enqueue(SequenceSpec {
+        root: BlockKey::root(b"x"),
+        ..spec(9, 1)
+    });
+    let mut plan = StepPlan::default();
+    scheduler.plan(clock::now(), &mut plan, &mut ended);
+    let firsts = plan
+        .spans
+        .iter()
+        .map(|s| (s.seq, s.first_pos))
+        .collect::<Vec<_>>();
+    assert_eq!(firsts, [(1, 8), (2, 4), (3, 0)]);
+    let n_cached = [longer, shorter, other.unwrap()].map(|slot| scheduler.n_cached(slot));
+    assert_eq!(n_cached, [8, 4, 0]);
+    scheduler.apply(&[Some(2); 3], &mut ended);
+    assert_eq!(scheduler.n_blocks_used(), 0);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_numbers() {
+    let mut scheduler = scheduler(|cfg| {
+        cfg.blocks = 0..5;
+        cfg.waiting_max = 1;
+    });
+    let n_prompt = 20;
+    let refused = scheduler.enqueue(spec(n_prompt, 1));
+    assert_eq!(refused, Err(EnqueueError::TooLong { n_prompt, max: 19 }));
+    assert_eq!(scheduler.enqueue(spec(0, 1)), Err(EnqueueError::Empty));
+    assert_eq!(scheduler.enqueue(spec(1, 0)), Err(EnqueueError::Empty));
+    assert!(scheduler.enqueue(spec(19, usize::MAX)).is_ok());
+    assert_eq!(
+        scheduler.enqueue(spec(1, 1)),
+        Err(EnqueueError::QueueFull { max: 1 })
+    );
+    let mut ended = Vec::new();
+    while ended.is_empty() {
+        step(&mut scheduler, &mut ended);
+    }
+    assert_eq!(ended[0].reason, EndReason::Length);
+}
+
+#[test]
+fn a_stop_token_a_missing_token_and_a_failed_step_end_sequences() {
+    let check = |sampled: Option<u32>, expected: EndReason| {
+        let mut scheduler = scheduler(|_| {});
+        let slot = scheduler.enqueue(spec(3, 9)).unwrap();
+        let (mut plan, mut ended) = (StepPlan::default(), Vec::new());
+        scheduler.plan(clock::now(), &mut plan, &mut ended);
+        match expected {
+            EndReason::StepFailed => scheduler.fail_step(&mut ended),
+            _ => scheduler.apply(&[sampled], &mut ended),
+        }
+        let reason = expected;
+        assert_eq!(ended, [Ended { slot, reason }]);
+        assert!(scheduler.is_idle());
+        assert_eq!(scheduler.n_blocks_used(), 0);
+    };
+    check(Some(0), EndReason::Stop);
+    check(None, EndReason::NotSampled);
+    check(Some(1), EndReason::StepFailed);
+}
+
+/// Random numbers of a simulation: a pure function of its seed and the draw's number.
+struct Draws {
+    seed: u64,
+    n: u64,
+}
+
+impl Draws {
+    fn below(&mut self, n: usize) -> usize {
+        self.n += 1;
+        (philox::uniform(self.seed, self.n) * n as f64) as usize
+    }
+}
+
+/// What the simulation knows of a live sequence.
+struct Model {
+    slot: Slot,
+    tokens: Vec<u32>,
+    n_computed: usize,
+    n_prompt: usize,
+    n_output_max: usize,
+    deadline: Option<Instant>,
+}
+
+/// Of every beginning of `tokens`.
+fn digests(tokens: &[u32]) -> Vec<u64> {
+    let mut digest = 0u64;
+    let next = |token: &u32| {
+        digest = (digest ^ u64::from(*token))
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(29);
+        digest
+    };
+    tokens.iter().map(next).collect()
+}
+
+/// One engine's life on a virtual clock, against a model of every sequence.
+struct Simulation {
+    draws: Draws,
+    cfg: SchedulerConfig,
+    scheduler: Scheduler,
+    now: Instant,
+    live: BTreeMap<u64, Model>,
+    /// Digest of all tokens up to the position last computed there, by block and offset.
+    kv: BTreeMap<(u32, usize), u64>,
+    n_enqueued: u64,
+    n_ended: u64,
+    last_admitted: Option<u64>,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Self {
+        let mut draws = Draws { seed, n: 0 };
+        let running_max = 1 + draws.below(6);
+        let first_block = draws.below(3) as u32;
+        let cfg = SchedulerConfig {
+            blocks: first_block..first_block + 1 + draws.below(20) as u32,
+            block_len: 1 + draws.below(5),
+            context_len_max: 2 + draws.below(60),
+            step_tokens_max: running_max + draws.below(20),
+            running_max,
+            waiting_max: 1 + draws.below(10),
+            prefix_cache: draws.below(2) == 1,
+            watermark_blocks: draws.below(4),
+        };
+        Self {
+            scheduler: Scheduler::new(cfg.clone()),
+            cfg,
+            draws,
+            now: clock::now(),
+            live: BTreeMap::new(),
+            kv: BTreeMap::new(),
+            n_enqueued: 0,
+            n_ended: 0,
+            last_admitted: None,
+        }
+    }
+
+    fn arrive(&mut self) {
+        let n_prompt = self.draws.below(self.cfg.context_len_max + 2);
+        let n_output_max = self.draws.below(20);
+        let deadline = (self.draws.below(6) == 0)
+            .then(|| self.now + Duration::from_millis(self.draws.below(40) as u64));
+        let serial = self.n_enqueued;
+        // Few beginnings, so that many sequences share one, and an end of its own.
+        let beginning = 1000 * (1 + self.draws.below(3) as u32);
+        let n_shared = self.draws.below(self.cfg.context_len_max);
+        let prompt: Vec<u32> = (0..n_prompt)
+            .map(|i| beginning + if i < n_shared { 0 } else { 1 + serial as u32 })
+            .collect();
+        let result = self.scheduler.enqueue(SequenceSpec {
+            prompt: prompt.clone(),
+            n_output_max,
+            stop_tokens: Arc::new([7]),
+            deadline,
+            root: BlockKey::root(b""),
+        });
+        match result {
+            Ok(slot) => {
+                let model = Model {
+                    slot,
+                    tokens: prompt,
+                    n_computed: 0,
+                    n_prompt,
+                    n_output_max,
+                    deadline,
+                };
+                assert!(
+                    self.live.values().all(|m| m.slot != slot),
+                    "a slot is used once"
+                );
+                self.live.insert(serial, model);
+                self.n_enqueued += 1;
+            }
+            Err(EnqueueError::Empty) => assert!(n_prompt == 0 || n_output_max == 0),
+            Err(EnqueueError::TooLong { max, .. }) => assert!(max < n_prompt),
+            Err(EnqueueError::QueueFull { max }) => assert!(max <= self.scheduler.n_waiting()),
+        }
+    }
+
+    fn cancel(&mut self) {
+        let idx = self.draws.below(self.live.len().max(1));
+        if let Some(serial) = self.live.keys().nth(idx).copied() {
+            let model = self.live.remove(&serial).unwrap();
+            self.scheduler.remove(model.slot);
+            self.n_ended += 1;
+        }
+    }
+
+    fn step(&mut self) {
+        let (mut plan, mut ended) = (StepPlan::default(), Vec::new());
+        self.now += Duration::from_millis(1);
+        let n_preemptions_before = self.scheduler.n_preemptions();
+        self.scheduler.plan(self.now, &mut plan, &mut ended);
+        let n_expired = self
+            .live
+            .values()
+            .filter(|m| m.deadline.is_some_and(|d| d <= self.now));
+        assert_eq!(
+            ended.len(),
+            n_expired.count(),
+            "exactly the expired end before a step"
+        );
+        self.settle(&mut ended);
+        self.check_plan(
+            &plan,
+            self.scheduler.n_preemptions() != n_preemptions_before,
+        );
+
+        if self.draws.below(40) == 0 {
+            let mut expected: Vec<Slot> =
+                self.scheduler.scheduled().iter().map(|s| s.slot).collect();
+            self.scheduler.fail_step(&mut ended);
+            expected.sort_unstable();
+            let mut failed: Vec<Slot> = ended.iter().map(|e| e.slot).collect();
+            failed.sort_unstable();
+            assert_eq!(
+                failed, expected,
+                "a failed step ends its own sequences only"
+            );
+        } else {
+            self.apply(&plan, &mut ended);
+        }
+        self.settle(&mut ended);
+    }
+
+    fn check_plan(&mut self, plan: &StepPlan, has_preempted: bool) {
+        assert!(plan.tokens.len() <= self.cfg.step_tokens_max);
+        assert!(plan.spans.len() <= self.cfg.running_max);
+        let mut written = BTreeSet::new();
+        let mut read = BTreeSet::new();
+        let mut serials = BTreeSet::new();
+        for (span, scheduled) in plan.spans.iter().zip(self.scheduler.scheduled()) {
+            assert!(serials.insert(span.seq), "a sequence has one span");
+            let model = self
+                .live
+                .get_mut(&span.seq)
+                .expect("only live sequences run");
+            assert_eq!(scheduled.slot, model.slot);
+            if span.first_pos != model.n_computed {
+                // It begins, or begins again, behind what the cache had of it.
+                let n_blocks_cached = span.first_pos / self.cfg.block_len;
+                assert_eq!(
+                    span.first_pos % self.cfg.block_len,
+                    0,
+                    "whole blocks are taken over"
+                );
+                assert!(self.cfg.prefix_cache || n_blocks_cached == 0);
+                assert!(model.n_computed == 0 || 0 < self.scheduler.n_preemptions());
+                assert!(!has_preempted, "nobody comes back in a step that preempts");
+            }
+            let end = span.first_pos + span.tokens.len();
+            assert!(!span.tokens.is_empty());
+            assert_eq!(
+                plan.tokens[span.tokens.clone()],
+                model.tokens[span.first_pos..end]
+            );
+            let is_last = end == model.tokens.len();
+            assert_eq!(span.logits == LogitRows::Last, is_last);
+            assert_eq!(scheduled.is_sampled, is_last);
+            let table = &plan.blocks[span.blocks.clone()];
+            assert_eq!(
+                table.len(),
+                end.div_ceil(self.cfg.block_len),
+                "no more than needed"
+            );
+            assert!(table.iter().all(|block| self.cfg.blocks.contains(block)));
+            let (whole, own) = table.split_at(span.first_pos / self.cfg.block_len);
+            read.extend(whole);
+            for block in own {
+                assert!(written.insert(*block), "no two sequences write a block");
+            }
+            model.n_computed = span.first_pos;
+            let digests = digests(&model.tokens);
+            let cell = |pos| (table[pos / self.cfg.block_len], pos % self.cfg.block_len);
+            for pos in 0..span.first_pos {
+                let found = self.kv.get(&cell(pos));
+                assert_eq!(
+                    found,
+                    Some(&digests[pos]),
+                    "what was computed is still there"
+                );
+            }
+            self.kv
+                .extend((span.first_pos..end).map(|pos| (cell(pos), digests[pos])));
+        }
+        assert!(written.is_disjoint(&read), "a shared block is only read");
+        if let Some((oldest, _)) = self.live.first_key_value() {
+            assert!(
+                serials.contains(oldest),
+                "the oldest progresses in every step"
+            );
+        }
+        for slot in self.scheduler.admitted() {
+            let serial = self
+                .live
+                .iter()
+                .find(|(_, m)| m.slot == *slot)
+                .map(|(&s, _)| s);
+            assert!(self.last_admitted < serial, "first come, first served");
+            self.last_admitted = serial;
+        }
+    }
+
+    fn apply(&mut self, plan: &StepPlan, ended: &mut Vec<Ended>) {
+        let mut sampled = Vec::new();
+        let mut ended_expected = Vec::new();
+        for span in &plan.spans {
+            let model = self.live.get_mut(&span.seq).unwrap();
+            model.n_computed += span.tokens.len();
+            if span.logits == LogitRows::Skip {
+                continue;
+            }
+            let token = self.draws.below(50) as u32;
+            model.tokens.push(token);
+            sampled.push(Some(token));
+            let n_max = model.n_prompt + model.n_output_max;
+            if token == 7 {
+                ended_expected.push((model.slot, EndReason::Stop));
+            } else if model.tokens.len() == n_max.min(self.cfg.sequence_len_max()) {
+                ended_expected.push((model.slot, EndReason::Length));
+            }
+        }
+        self.scheduler.apply(&sampled, ended);
+        let ended: Vec<_> = ended.iter().map(|e| (e.slot, e.reason)).collect();
+        assert_eq!(ended, ended_expected);
+    }
+
+    fn settle(&mut self, ended: &mut Vec<Ended>) {
+        for Ended { slot, .. } in ended.drain(..) {
+            let serial = self
+                .live
+                .iter()
+                .find(|(_, m)| m.slot == slot)
+                .map(|(&s, _)| s);
+            self.live.remove(&serial.expect("a sequence ends once"));
+            self.n_ended += 1;
+        }
+    }
+
+    fn run(mut self) -> u64 {
+        for _ in 0..150 {
+            match self.draws.below(8) {
+                0..3 => self.arrive(),
+                3 => self.cancel(),
+                _ => self.step(),
+            }
+        }
+        // The oldest progresses in every step, so the tokens left bound the steps left.
+        let n_left: usize = self
+            .live
+            .values()
+            .map(|m| m.tokens.len() + m.n_output_max)
+            .sum();
+        let mut n_steps = 0;
+        while !self.scheduler.is_idle() {
+            assert!(n_steps <= n_left, "it never ends");
+            n_steps += 1;
+            self.step();
+        }
+        self.step();
+        assert!(self.live.is_empty(), "every sequence ended");
+        assert_eq!(self.n_ended, self.n_enqueued, "exactly once");
+        assert_eq!(self.scheduler.n_blocks_used(), 0, "all blocks are free");
+        self.scheduler.n_preemptions()
+    }
+}
+
+#[test]
+fn random_lives_keep_every_promise() {
+    let mut n_preemptions = 0;
+    for seed in 0..1500 {
+        // A failure is found again by its seed.
+        let life = std::panic::catch_unwind(|| Simulation::new(seed).run());
+        n_preemptions += life.unwrap_or_else(|_| panic!("the life of seed {seed} failed"));
+    }
+    assert!(
+        1000 < n_preemptions,
+        "the pools were tiny enough: {n_preemptions}"
+    );
+}
+
+#[test]
+fn the_same_calls_give_the_same_plans() {
+    let now = clock::now();
+    let run = || {
+        let mut scheduler = scheduler(|cfg| cfg.blocks = 0..9);
+        let (mut plans, mut ended) = (Vec::new(), Vec::new());
+        for n in 1..6 {
+            scheduler.enqueue(spec(3 * n, 9)).unwrap();
+        }
+        while !scheduler.is_idle() {
+            let mut plan = StepPlan::default();
+            scheduler.plan(now, &mut plan, &mut ended);
+            scheduler.apply(&vec![Some(2); plan.n_logits()], &mut ended);
+            plans.push(plan);
+        }
+        plans
+    };
+    assert_eq!(run(), run());
+}

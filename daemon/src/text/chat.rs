@@ -1,0 +1,262 @@
+//! Conversations to prompts: prepares messages for the template, renders, encodes.
+//!
+//! Invariant: no character of a message, tool or template argument becomes part of an added token,
+//! except `<think>` and `</think>` in what the assistant said before.
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    error::TextError,
+    guard::{Guard, UsedMarks},
+    model::TextModel,
+    reasoning::ReasoningMode,
+    template::ChatTemplates,
+};
+
+/// What a conversation is rendered with, besides its messages.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ChatOptions {
+    /// Open the assistant's turn at the end.
+    pub add_generation_prompt: bool,
+    /// The template's reasoning switch (`thinking`, `enable_thinking`); `None` leaves its default.
+    pub thinking: Option<bool>,
+    /// Tools offered, a list as in the public API.
+    pub tools: Option<Value>,
+    /// Further variables for the template; they win over all others but the messages.
+    pub template_kwargs: Map<String, Value>,
+}
+
+/// A rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatPrompt {
+    /// Tokens, BOS included where the template writes it.
+    pub ids: Vec<u32>,
+    /// The same as text.
+    pub text: String,
+    /// The prompt ends in `<think>`: the answer starts with reasoning.
+    pub starts_in_reasoning: bool,
+    /// How the answer is to be split.
+    pub reasoning: ReasoningMode,
+}
+
+/// Roles that templates are given.
+const ROLES: [&str; 7] = [
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "latest_reminder",
+];
+
+/// What stands in for a message without content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum NoContent {
+    Null,
+    EmptyString,
+}
+
+impl TextModel {
+    /// Renders a conversation with the model's template and encodes it. Messages are objects as in
+    /// the public API; content is a string, null, or a list of text parts.
+    ///
+    /// # Errors
+    /// [`TextError`]; [`TextError::is_request_fault`] tells whose fault it is.
+    pub fn render_chat(
+        &self,
+        messages: &[Value],
+        options: &ChatOptions,
+    ) -> Result<ChatPrompt, TextError> {
+        let templates = self.templates().ok_or(TextError::NoTemplate)?;
+        let guard = self.guard(templates, messages, options)?;
+        let render = |no_content| -> Result<String, TextError> {
+            let mut prepared = Vec::with_capacity(messages.len());
+            for (index, message) in messages.iter().enumerate() {
+                let parse_arguments = templates.wants_parsed_arguments();
+                prepared.push(prepare(
+                    index,
+                    message,
+                    &guard,
+                    parse_arguments,
+                    no_content,
+                )?);
+            }
+            let context = self.context(prepared, options, &guard);
+            templates.render(&context, options.tools.is_some())
+        };
+        // Some templates want null for an absent content (V2.5 and later tell a tool call by it),
+        // others fail on it (V2, R1-0528-Qwen3).
+        let marked = match render(NoContent::Null) {
+            Err(TextError::Render { .. }) if messages.iter().any(lacks_content) => {
+                render(NoContent::EmptyString)?
+            }
+            other => other?,
+        };
+        let ids = self.encode_marked(&marked, Some(guard.mark()))?;
+        let end = marked.trim_end();
+        let starts_in_reasoning = end.ends_with("<think>");
+        let closed = end.ends_with("</think>");
+        let reasoning = match options.thinking {
+            _ if starts_in_reasoning => ReasoningMode::Inside,
+            Some(false) => ReasoningMode::Off,
+            _ if closed || !templates.knows_reasoning() => ReasoningMode::Off,
+            _ => ReasoningMode::MayOpen,
+        };
+        Ok(ChatPrompt {
+            ids,
+            text: guard.clean(&marked),
+            starts_in_reasoning,
+            reasoning,
+        })
+    }
+
+    /// A guard whose mark occurs in nothing that is rendered.
+    fn guard(
+        &self,
+        templates: &ChatTemplates,
+        messages: &[Value],
+        options: &ChatOptions,
+    ) -> Result<Guard<'_>, TextError> {
+        let mut used = UsedMarks::default();
+        messages.iter().for_each(|m| used.add(m));
+        options.tools.iter().for_each(|t| used.add(t));
+        for (key, value) in &options.template_kwargs {
+            used.add_str(key);
+            used.add(value);
+        }
+        templates.sources().iter().for_each(|s| used.add_str(s));
+        self.first_chars()
+            .iter()
+            .for_each(|c| used.add_str(c.encode_utf8(&mut [0; 4])));
+        let mark = used.free().ok_or(TextError::NoMark)?;
+        Ok(Guard::new(mark, self.first_chars()))
+    }
+
+    /// The template's variables.
+    fn context(&self, messages: Vec<Value>, options: &ChatOptions, guard: &Guard<'_>) -> Value {
+        let mut context = Map::new();
+        let special = self.special();
+        for (key, token) in [
+            ("bos_token", &special.bos),
+            ("eos_token", &special.eos),
+            ("pad_token", &special.pad),
+            ("unk_token", &special.unk),
+        ] {
+            if let Some(token) = token {
+                context.insert(key.to_owned(), json!(token));
+            }
+        }
+        context.insert(
+            "add_generation_prompt".to_owned(),
+            json!(options.add_generation_prompt),
+        );
+        if let Some(thinking) = options.thinking {
+            context.insert("thinking".to_owned(), json!(thinking));
+            context.insert("enable_thinking".to_owned(), json!(thinking));
+        }
+        let tools = options
+            .tools
+            .as_ref()
+            .map_or(Value::Null, |t| guard.value(t));
+        context.insert("tools".to_owned(), tools);
+        context.insert("documents".to_owned(), Value::Null);
+        for (key, value) in &options.template_kwargs {
+            context.insert(key.clone(), guard.value(value));
+        }
+        context.insert("messages".to_owned(), Value::Array(messages));
+        Value::Object(context)
+    }
+}
+
+fn lacks_content(message: &Value) -> bool {
+    message.get("content").is_none_or(Value::is_null)
+}
+
+/// Checks one message and marks its strings.
+fn prepare(
+    index: usize,
+    message: &Value,
+    guard: &Guard<'_>,
+    parse_arguments: bool,
+    no_content: NoContent,
+) -> Result<Value, TextError> {
+    let refuse = |field: &str, expected: &'static str, found: &Value| TextError::Message {
+        index,
+        field: field.to_owned(),
+        expected,
+        found: found.to_string().chars().take(100).collect(),
+    };
+    let Some(fields) = message.as_object() else {
+        return Err(refuse("(all)", "an object", message));
+    };
+    let role = fields.get("role").unwrap_or(&Value::Null);
+    let Some(role) = role.as_str().filter(|r| ROLES.contains(r)) else {
+        return Err(refuse(
+            "role",
+            "system, developer, user, assistant or tool",
+            role,
+        ));
+    };
+    let content = match fields.get("content").unwrap_or(&Value::Null) {
+        Value::Null => match no_content {
+            NoContent::Null => Value::Null,
+            NoContent::EmptyString => json!(""),
+        },
+        Value::String(text) => json!(mark_content(guard, role, text)),
+        Value::Array(parts) => {
+            let mut text = String::new();
+            for part in parts {
+                let kind = part.get("type").and_then(Value::as_str);
+                match part.get("text").and_then(Value::as_str) {
+                    Some(t) if kind == Some("text") => text.push_str(t),
+                    _ => return Err(refuse("content", "a list of text parts", part)),
+                }
+            }
+            json!(mark_content(guard, role, &text))
+        }
+        other => {
+            return Err(refuse(
+                "content",
+                "a string, null or a list of text parts",
+                other,
+            ));
+        }
+    };
+    let mut prepared = Map::new();
+    for (key, value) in fields {
+        let value = match key.as_str() {
+            "role" => value.clone(),
+            "content" => continue,
+            "tool_calls" if parse_arguments => guard.value(&with_parsed_arguments(value)),
+            _ => guard.value(value),
+        };
+        prepared.insert(guard.key(key), value);
+    }
+    prepared.insert("content".to_owned(), content);
+    Ok(Value::Object(prepared))
+}
+
+fn mark_content(guard: &Guard<'_>, role: &str, text: &str) -> String {
+    match role {
+        "assistant" => guard.assistant_text(text),
+        _ => guard.text(text),
+    }
+}
+
+/// Tool calls with arguments as values; a string that is no JSON stays one.
+fn with_parsed_arguments(tool_calls: &Value) -> Value {
+    let mut tool_calls = tool_calls.clone();
+    for call in tool_calls.as_array_mut().into_iter().flatten() {
+        let Some(arguments) = call.pointer_mut("/function/arguments") else {
+            continue;
+        };
+        let parsed = arguments
+            .as_str()
+            .and_then(|text| serde_json::from_str(text).ok());
+        if let Some(parsed) = parsed {
+            *arguments = parsed;
+        }
+    }
+    tool_calls
+}

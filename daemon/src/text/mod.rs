@@ -1,0 +1,35 @@
+//! Text to tokens and back: tokenizer, chat templates, incremental output parsing.
+//!
+//! Knows a checkpoint's tokenizer and template files; knows no request, no model and no sampling.
+//!
+//! Invariant: text from a client never becomes a special or added token, whatever it spells; only
+//! a chat template and [`TextModel::encode_trusted`] make those.
+//! Invariant: the text of a token stream does not depend on how the stream was cut.
+//!
+//! `catalog` opens one [`TextModel`] per model; `gateway` renders prompts and parses output with it.
+
+pub mod model;
+pub mod chat;
+pub mod output;
+mod error;
+mod load;
+mod gguf;
+mod split;
+mod template;
+mod guard;
+mod added;
+mod vocab;
+mod decoder;
+mod reasoning;
+mod stop;
+mod jinja_value;
+mod pyjson;
+#[cfg(test)]
+mod tests;
+
+pub use chat::{ChatOptions, ChatPrompt};
+pub use decoder::OutputDecoder;
+pub use error::TextError;
+pub use model::TextModel;
+pub use output::{OutputDelta, OutputParser, OutputStep};
+pub use reasoning::ReasoningMode;

@@ -1,0 +1,223 @@
+//! One model's text side: tokenizer, special tokens, chat template.
+//!
+//! Encoding a long prompt takes milliseconds; callers keep it off the async threads.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use tokenizers::Tokenizer;
+
+use super::{
+    added::{AddedToken, AddedVocabulary, Piece},
+    error::TextError,
+    gguf, load,
+    template::ChatTemplates,
+    vocab::TokenTable,
+};
+use crate::weights::Checkpoint;
+
+/// Turns text into tokens and back for one model. Shared between threads by `Arc`.
+#[derive(Debug)]
+pub struct TextModel {
+    /// Without added vocabulary: whatever it is given stays ordinary text.
+    plain: Tokenizer,
+    added: AddedVocabulary,
+    first_chars: HashSet<char>,
+    table: TokenTable,
+    special: SpecialTokens,
+    templates: Option<ChatTemplates>,
+}
+
+/// The named tokens of a tokenizer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct SpecialTokens {
+    pub(super) bos: Option<String>,
+    pub(super) eos: Option<String>,
+    pub(super) pad: Option<String>,
+    pub(super) unk: Option<String>,
+    /// BOS goes in front of raw text.
+    pub(super) add_bos: bool,
+}
+
+/// What a loader found; the parts of a [`TextModel`].
+pub(super) struct Parts {
+    pub(super) file: PathBuf,
+    pub(super) plain: Tokenizer,
+    pub(super) table: TokenTable,
+    pub(super) added: Vec<AddedToken>,
+    pub(super) special: SpecialTokens,
+    /// Name and source; the first is the default.
+    pub(super) templates: Vec<(String, String)>,
+}
+
+impl TextModel {
+    /// The text side of an open checkpoint.
+    ///
+    /// # Errors
+    /// [`TextError`] naming the file and the part that cannot be used.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, TextError> {
+        match checkpoint.gguf_metadata() {
+            Some(metadata) => Self::from_parts(gguf::load(metadata)?),
+            None => Self::from_parts(load::folder(checkpoint.path())?),
+        }
+    }
+
+    /// The text side of a folder with `tokenizer.json` (weights are not needed), or of anything
+    /// else that [`Checkpoint::open`] opens.
+    ///
+    /// # Errors
+    /// [`TextError`] naming the file and the part that cannot be used.
+    pub fn open(path: &Path) -> Result<Self, TextError> {
+        if path.join(load::TOKENIZER_NAME).is_file() {
+            return Self::from_parts(load::folder(path)?);
+        }
+        Self::from_checkpoint(&Checkpoint::open(path)?)
+    }
+
+    fn from_parts(parts: Parts) -> Result<Self, TextError> {
+        let templates = ChatTemplates::compile(&parts.file, parts.templates)?;
+        let added = AddedVocabulary::new(parts.added);
+        let mut table = parts.table;
+        for token in added.tokens() {
+            table.insert_added(token);
+        }
+        Ok(Self {
+            plain: parts.plain,
+            first_chars: added.first_chars(),
+            added,
+            table,
+            special: parts.special,
+            templates,
+        })
+    }
+
+    /// Encodes text as ordinary text: what spells a special token becomes its characters. BOS goes
+    /// in front when asked for and known.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`].
+    pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<u32>, TextError> {
+        let mut ids: Vec<u32> = self.bos_id().filter(|_| add_bos).into_iter().collect();
+        self.encode_plain(text, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Encodes the prompt of a raw completion: ordinary text, with BOS where the model wants it.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode(text, self.special.add_bos)
+    }
+
+    /// Encodes text in which special and added tokens count. For text of our own only; adds no BOS.
+    ///
+    /// # Errors
+    /// [`TextError::Encode`].
+    pub fn encode_trusted(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        self.encode_marked(text, None)
+    }
+
+    /// Decodes a whole output at once; special tokens are left out when `skip_special`.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let shown = ids
+            .iter()
+            .filter(|id| !skip_special || !self.is_special(**id));
+        let bytes: Vec<u8> = shown
+            .flat_map(|id| self.token_bytes(*id).unwrap_or_default())
+            .copied()
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// One more than the largest token id. Embeddings may have more rows; those ids are never to be
+    /// sampled.
+    pub fn vocab_len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// The bytes of a token; `None` for an id without one. Not always whole characters.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.table.bytes(id)
+    }
+
+    /// The text of a token, with U+FFFD for incomplete characters; empty for an id without one.
+    pub fn token_text(&self, id: u32) -> String {
+        String::from_utf8_lossy(self.token_bytes(id).unwrap_or_default()).into_owned()
+    }
+
+    /// True for tokens that are left out of decoded text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.table.is_special(id)
+    }
+
+    /// The token at the start of a sequence.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.added.id_of(self.special.bos.as_deref()?)
+    }
+
+    /// The token at the end of a sequence.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.added.id_of(self.special.eos.as_deref()?)
+    }
+
+    /// True when raw prompts start with BOS.
+    pub fn adds_bos(&self) -> bool {
+        self.special.add_bos
+    }
+
+    /// True when [`TextModel::render_chat`] can work.
+    pub fn has_chat_template(&self) -> bool {
+        self.templates.is_some()
+    }
+
+    /// Encodes text whose genuine added tokens are those not spoilt by `mark`.
+    pub(super) fn encode_marked(
+        &self,
+        text: &str,
+        mark: Option<char>,
+    ) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::new();
+        for piece in self.added.split(text, mark) {
+            match (piece, mark) {
+                (Piece::Token(id), _) => ids.push(id),
+                (Piece::Text(text), None) => self.encode_plain(text, &mut ids)?,
+                (Piece::Text(text), Some(mark)) => {
+                    self.encode_plain(&text.replace(mark, ""), &mut ids)?;
+                }
+            }
+        }
+        Ok(ids)
+    }
+
+    #[cfg(test)]
+    pub(super) fn added(&self) -> &AddedVocabulary {
+        &self.added
+    }
+
+    pub(super) fn first_chars(&self) -> &HashSet<char> {
+        &self.first_chars
+    }
+
+    pub(super) fn special(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    pub(super) fn templates(&self) -> Option<&ChatTemplates> {
+        self.templates.as_ref()
+    }
+
+    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let encoding = self
+            .plain
+            .encode_fast(text, false)
+            .map_err(|source| TextError::Encode { source })?;
+        self.table.append_ordinary(encoding.get_ids(), ids);
+        Ok(())
+    }
+}

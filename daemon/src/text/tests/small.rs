@@ -1,0 +1,241 @@
+//! The small model: encoding, rendering, output.
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::{
+    super::{
+        ChatOptions, OutputDecoder, OutputDelta, OutputParser, ReasoningMode, TextError, TextModel,
+    },
+    model_with, small_model, write_tokenizer,
+};
+
+fn options(thinking: Option<bool>) -> ChatOptions {
+    ChatOptions {
+        add_generation_prompt: true,
+        thinking,
+        ..ChatOptions::default()
+    }
+}
+
+#[test]
+fn only_trusted_text_becomes_special_tokens() {
+    let model = small_model();
+    assert_eq!(model.bos_id(), Some(260));
+    assert_eq!(model.eos_id(), Some(261));
+    assert_eq!(model.vocab_len(), 268);
+    assert_eq!(model.encode_trusted("<s>thi").unwrap(), [260, 257]);
+    assert_eq!(model.encode_prompt("thi").unwrap(), [260, 257]);
+    assert_eq!(model.encode("<s>", false).unwrap(), [60, 115, 62]);
+    assert_eq!(model.encode("", true).unwrap(), [260]);
+    assert_eq!(model.token_bytes(259), Some(&b" a"[..]));
+    assert_eq!(model.token_text(264), "<think>");
+    assert_eq!(model.token_bytes(9999), None);
+    assert_eq!(model.decode(&[260, 257, 261], true), "thi");
+    assert_eq!(model.decode(&[260, 257, 261], false), "<s>thi</s>");
+}
+
+#[test]
+fn prompts_say_where_the_answer_starts() {
+    let model = small_model();
+    let messages = [json!({"role": "user", "content": "hi"})];
+    let plain = model.render_chat(&messages, &options(Some(false))).unwrap();
+    assert_eq!(plain.text, "<s><|user|>hi<|assistant|>");
+    assert_eq!(plain.ids, [260, 262, 104, 105, 263]);
+    assert_eq!(
+        (plain.starts_in_reasoning, plain.reasoning),
+        (false, ReasoningMode::Off)
+    );
+    let thinking = model.render_chat(&messages, &options(Some(true))).unwrap();
+    assert_eq!(thinking.ids, [260, 262, 104, 105, 263, 264, 10]);
+    assert_eq!(
+        (thinking.starts_in_reasoning, thinking.reasoning),
+        (true, ReasoningMode::Inside)
+    );
+    let default = model.render_chat(&messages, &options(None)).unwrap();
+    assert_eq!(default.reasoning, ReasoningMode::MayOpen);
+}
+
+#[test]
+fn content_may_come_in_parts_or_not_at_all() {
+    let model =
+        model_with("{% for m in messages %}{{ m.content is none }}:{{ m.content }};{% endfor %}");
+    let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+    let messages = [
+        json!({"role": "user", "content": parts}),
+        json!({"role": "assistant"}),
+    ];
+    let text = model.render_chat(&messages, &options(None)).unwrap().text;
+    assert_eq!(text, "False:ab;True:None;");
+    // A template that cannot join null gets an empty string.
+    let model = model_with("{% for m in messages %}{{ m.content.strip() + '.' }}{% endfor %}");
+    let messages = [
+        json!({"role": "user", "content": " a "}),
+        json!({"role": "assistant"}),
+    ];
+    assert_eq!(
+        model.render_chat(&messages, &options(None)).unwrap().text,
+        "a.."
+    );
+}
+
+#[test]
+fn messages_that_are_none_are_refused_by_name() {
+    let model = small_model();
+    let check = |message: Value, expected: &str| {
+        let good = json!({"role": "user", "content": "x"});
+        let error = model
+            .render_chat(&[good, message], &options(None))
+            .unwrap_err();
+        assert!(error.is_request_fault());
+        assert_eq!(error.to_string(), expected);
+    };
+    check(json!("x"), "messages[1].(all) is \"x\", expected an object");
+    check(
+        json!({"content": "x"}),
+        "messages[1].role is null, expected system, developer, user, assistant or tool",
+    );
+    check(
+        json!({"role": "<s>", "content": "x"}),
+        "messages[1].role is \"<s>\", expected system, developer, user, assistant or tool",
+    );
+    check(
+        json!({"role": "user", "content": 7}),
+        "messages[1].content is 7, expected a string, null or a list of text parts",
+    );
+    check(
+        json!({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
+        "messages[1].content is {\"type\":\"image_url\",\"image_url\":{}}, expected a list of text parts",
+    );
+}
+
+#[test]
+fn template_faults_have_names() {
+    let user = [json!({"role": "user", "content": "x"})];
+    let error = |template: &str| {
+        model_with(template)
+            .render_chat(&user, &options(None))
+            .unwrap_err()
+    };
+    assert!(matches!(
+        error("{{ raise_exception('roles must alternate') }}"),
+        TextError::Refused { message } if message == "roles must alternate"
+    ));
+    let endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% set x = j %}{% endfor %}{% endfor %}";
+    assert!(matches!(error(endless), TextError::Render { .. }));
+    assert!(matches!(error("{{ 1 + {} }}"), TextError::Render { .. }));
+    let dir = tempfile::tempdir().unwrap();
+    write_tokenizer(dir.path(), &super::ADDED, "{% for %}");
+    assert!(matches!(
+        TextModel::open(dir.path()),
+        Err(TextError::Template { .. })
+    ));
+}
+
+#[test]
+fn tokenizers_that_are_not_understood_are_refused_by_name() {
+    let check = |edit: &dyn Fn(&mut Value, &mut Value), expected: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        write_tokenizer(dir.path(), &super::ADDED, "x");
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
+        };
+        let (mut tokenizer, mut config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+        edit(&mut tokenizer, &mut config);
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let error = TextModel::open(dir.path()).unwrap_err().to_string();
+        assert_eq!(
+            error.replace(&format!("{}/", dir.path().display()), "@"),
+            expected
+        );
+    };
+    check(
+        &|t, _| t["model"]["type"] = json!("Unigram"),
+        "`@tokenizer.json`: model.type is \"Unigram\", expected BPE",
+    );
+    check(
+        &|t, _| t["decoder"]["type"] = json!("Metaspace"),
+        "`@tokenizer.json`: decoder.type is \"Metaspace\", expected ByteLevel",
+    );
+    check(
+        &|t, _| t["model"]["vocab"]["a"] = json!(-1),
+        "`@tokenizer.json`: model.vocab is -1, expected token ids",
+    );
+    check(
+        &|t, _| t["added_tokens"][0]["id"] = json!(1u32 << 30),
+        "`@tokenizer.json`: the id of token `<s>` is 1073741824, expected at most 4194303",
+    );
+    check(
+        &|t, _| t["model"]["merges"] = json!([["zz", "a"]]),
+        "`@tokenizer.json` does not make a tokenizer",
+    );
+    check(
+        &|_, c| c["eos_token"] = json!("<eos>"),
+        "`@tokenizer_config.json`: eos_token is \"<eos>\", expected a token of tokenizer.json",
+    );
+    check(
+        &|_, c| c["chat_template"] = json!(7),
+        "`@tokenizer_config.json`: chat_template is 7, expected a string or a list",
+    );
+}
+
+#[test]
+fn reasoning_and_stops_are_split_from_tokens() {
+    let model = small_model();
+    let ids = model
+        .encode_trusted("\nwhy</think>\n\nthe end. STOP more")
+        .unwrap();
+    let mut parser = OutputParser::new(model, ReasoningMode::Inside, vec!["STOP".to_owned()]);
+    let (mut reasoning, mut content, mut stopped) = (String::new(), String::new(), false);
+    for id in ids {
+        let step = parser.push(id);
+        assert!(
+            !stopped || step.deltas.is_empty(),
+            "nothing comes after a stop"
+        );
+        stopped = step.stopped;
+        for delta in step.deltas {
+            match delta {
+                OutputDelta::Reasoning(text) => reasoning += &text,
+                OutputDelta::Content(text) => content += &text,
+            }
+        }
+    }
+    assert!(parser.finish().is_empty());
+    assert_eq!(
+        (reasoning.as_str(), content.as_str(), stopped),
+        ("why", "the end. ", true)
+    );
+}
+
+proptest! {
+    #[test]
+    fn streamed_text_is_the_whole_text(ids in prop::collection::vec(0u32..300, 0..40)) {
+        let model = small_model();
+        let mut decoder = OutputDecoder::new(std::sync::Arc::clone(&model));
+        let mut text = String::new();
+        for id in &ids {
+            text += &decoder.push(*id);
+        }
+        text += &decoder.finish();
+        prop_assert_eq!(&text, &model.decode(&ids, true));
+        let mut parser = OutputParser::new(std::sync::Arc::clone(&model), ReasoningMode::Off, Vec::new());
+        let mut deltas: Vec<OutputDelta> = ids.iter().flat_map(|id| parser.push(*id).deltas).collect();
+        deltas.extend(parser.finish());
+        let content: String = deltas
+            .into_iter()
+            .map(|d| match d {
+                OutputDelta::Content(text) | OutputDelta::Reasoning(text) => text,
+            })
+            .collect();
+        prop_assert_eq!(content, text);
+    }
+
+    #[test]
+    fn any_text_survives_encoding(text in "\\PC{0,40}") {
+        let model = small_model();
+        let ids = model.encode(&text, false).unwrap();
+        prop_assert_eq!(model.decode(&ids, false), text);
+    }
+}

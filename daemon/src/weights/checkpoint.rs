@@ -1,0 +1,429 @@
+//! One checkpoint: its configuration and its tensors under Hugging Face names.
+//!
+//! Does not know which tensors a model needs; it only remembers which were taken.
+//!
+//! Invariant: every tensor of the files is reachable under exactly one name.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use dsd_kernels::{
+    dtype::Format,
+    matrix::{Matrix, TileScales},
+};
+use serde_json::Value;
+
+use super::{
+    error::WeightsError,
+    folder,
+    gguf::{self, GgufMetadata},
+    gguf_config,
+    gguf_names::{self, HfName},
+    quantization::{self, TileShape},
+    safetensors,
+    side_file::read_json,
+    tensor::{StoredTensor, StoredType},
+};
+
+/// An opened checkpoint. Matrices taken from it share its mappings and may outlive it.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    /// The file that holds the configuration, for messages.
+    config_file: PathBuf,
+    architecture: String,
+    config: Value,
+    generation_config: Option<Value>,
+    eos_token_ids: Vec<u32>,
+    gguf: Option<GgufMetadata>,
+    tile_shape: Option<TileShape>,
+    files: Vec<MappedFile>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+/// A file of the checkpoint and how many of its bytes are mapped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MappedFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    tensor: StoredTensor,
+    claimed: AtomicBool,
+}
+
+const CONFIG_NAME: &str = "config.json";
+const GENERATION_CONFIG_NAME: &str = "generation_config.json";
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder, a GGUF file, or a folder that holds exactly one GGUF file, maps
+    /// its files and checks every header against its file's length.
+    ///
+    /// # Errors
+    /// [`WeightsError`] naming file, tensor, what was expected and what was found.
+    pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let metadata = path.metadata().map_err(|source| WeightsError::Read {
+            file: path.to_owned(),
+            source,
+        })?;
+        if !metadata.is_dir() {
+            return Self::open_gguf(path, path);
+        }
+        match folder::only_gguf_in(path)? {
+            Some(file) => Self::open_gguf(path, &file),
+            None => Self::open_folder(path),
+        }
+    }
+
+    fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
+        let gguf::Gguf { metadata, tensors } = gguf::read(file)?;
+        let config = gguf_config::translate(&metadata, &tensors)?;
+        let eos_token_ids = gguf_config::eos_token_ids(&metadata)?;
+        let files = vec![mapped_file(file)?];
+        let mut entries = BTreeMap::new();
+        for tensor in tensors {
+            match gguf_names::translate(&tensor.name) {
+                HfName::Whole(name) => insert(&mut entries, name, tensor)?,
+                HfName::ExpertStack { prefix, suffix } => {
+                    for (expert, matrix) in cut_stack(&tensor)?.into_iter().enumerate() {
+                        insert(&mut entries, format!("{prefix}.{expert}.{suffix}"), matrix)?;
+                    }
+                }
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            config_file: file.to_owned(),
+            architecture: config["model_type"].as_str().unwrap_or_default().to_owned(),
+            config,
+            generation_config: None,
+            eos_token_ids,
+            gguf: Some(metadata),
+            tile_shape: None,
+            files,
+            tensors: entries,
+        })
+    }
+
+    fn open_folder(path: &Path) -> Result<Self, WeightsError> {
+        let config_file = path.join(CONFIG_NAME);
+        let config = read_object(&config_file, CONFIG_NAME)?;
+        let generation_file = path.join(GENERATION_CONFIG_NAME);
+        let generation_config = match generation_file.exists() {
+            true => Some(read_object(&generation_file, GENERATION_CONFIG_NAME)?),
+            false => None,
+        };
+        let architecture = architecture_of(&config_file, &config)?;
+        let tile_shape = quantization::tile_shape(&config_file, &config)?;
+        let mut eos_token_ids = token_ids(&config_file, &config, "eos_token_id")?;
+        if let Some(generation) = &generation_config {
+            for id in token_ids(&generation_file, generation, "eos_token_id")? {
+                if !eos_token_ids.contains(&id) {
+                    eos_token_ids.push(id);
+                }
+            }
+        }
+        let (shard_paths, index) = folder::find_shards(path)?;
+        let mut tensors = BTreeMap::new();
+        let mut files = Vec::with_capacity(shard_paths.len());
+        for shard in shard_paths {
+            let stored = safetensors::read(&shard)?;
+            if let Some(index) = &index {
+                index.check_shard(&shard, &stored)?;
+            }
+            for tensor in stored {
+                insert(&mut tensors, tensor.name.clone(), tensor)?;
+            }
+            files.push(mapped_file(&shard)?);
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            config_file,
+            architecture,
+            config,
+            generation_config,
+            eos_token_ids,
+            gguf: None,
+            tile_shape,
+            files,
+            tensors,
+        })
+    }
+
+    /// The `model_type` of the configuration, or the first of its `architectures` where it has no
+    /// `model_type`.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// The configuration under the keys of a Hugging Face `config.json`; made from the metadata for
+    /// a GGUF file.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// `generation_config.json`, where there is one.
+    pub fn generation_config(&self) -> Option<&Value> {
+        self.generation_config.as_ref()
+    }
+
+    /// True when rows of the query and key projections are stored so that rotary pairs are
+    /// neighbours (llama.cpp permutes them when it converts the `llama` architecture).
+    pub fn rope_interleaved_qk(&self) -> bool {
+        self.gguf.is_some() && self.architecture == "llama"
+    }
+
+    /// Tokens that end a generation, from configuration and generation configuration.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+
+    /// Sum of the lengths of the mapped files.
+    pub fn bytes_mapped(&self) -> u64 {
+        self.files.iter().map(|f| f.bytes).sum()
+    }
+
+    /// The mapped files.
+    pub fn files(&self) -> &[MappedFile] {
+        &self.files
+    }
+
+    /// What was opened: a folder or a GGUF file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file the configuration comes from.
+    pub fn config_file(&self) -> &Path {
+        &self.config_file
+    }
+
+    /// The metadata of a GGUF file; `None` for safetensors.
+    pub fn gguf_metadata(&self) -> Option<&GgufMetadata> {
+        self.gguf.as_ref()
+    }
+
+    /// True when there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Dimensions of a tensor, slowest first. Does not claim it.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|e| e.tensor.shape.as_slice())
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Takes a matrix of exactly this shape, FP8 with its scales.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it is missing, has another shape or a type kernels do not know, or
+    /// when FP8 and scales do not belong together.
+    pub fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix, WeightsError> {
+        let tensor = self.claim(name)?;
+        tensor.expect_shape(&[n_rows, n_cols])?;
+        let StoredType::Weights(format) = tensor.stored_type else {
+            let expected = "a type this version computes with";
+            return Err(tensor.wrong_type(expected, tensor.stored_type));
+        };
+        let scale_name = format!("{name}_scale_inv");
+        let tile_scales = match (format == Format::F8E4m3, self.contains(&scale_name)) {
+            (true, true) => Some(self.tile_scales(&scale_name, n_rows, n_cols)?),
+            (false, false) => None,
+            (true, false) => {
+                return Err(WeightsError::MissingScale {
+                    file: tensor.file.to_path_buf(),
+                    tensor: name.to_owned(),
+                    expected: scale_name,
+                });
+            }
+            (false, true) => {
+                return Err(WeightsError::UnexpectedScale {
+                    file: tensor.file.to_path_buf(),
+                    tensor: name.to_owned(),
+                    scale: scale_name,
+                    found: tensor.stored_type,
+                });
+            }
+        };
+        Matrix::new(format, n_rows, n_cols, tensor.data.clone(), tile_scales).map_err(|source| {
+            WeightsError::Matrix {
+                file: tensor.file.to_path_buf(),
+                tensor: name.to_owned(),
+                source,
+            }
+        })
+    }
+
+    /// Takes a vector of exactly this length, as f32.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it is missing, has another shape, is not F32, F16 or BF16, or holds
+    /// NaN or infinity.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, WeightsError> {
+        let tensor = self.claim(name)?;
+        tensor.expect_shape(&[len])?;
+        tensor.to_f32()
+    }
+
+    /// Marks a tensor as known though not needed (copies, layers of another stage).
+    ///
+    /// # Errors
+    /// [`WeightsError::MissingTensor`].
+    pub fn skip(&self, name: &str) -> Result<(), WeightsError> {
+        self.claim(name).map(|_| ())
+    }
+
+    /// Names of the tensors that nothing took, sorted.
+    pub fn unclaimed(&self) -> Vec<String> {
+        self.tensors
+            .iter()
+            .filter(|(_, entry)| !entry.claimed.load(Ordering::Relaxed))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    fn claim(&self, name: &str) -> Result<&StoredTensor, WeightsError> {
+        let Some(entry) = self.tensors.get(name) else {
+            return Err(WeightsError::MissingTensor {
+                file: self.path.clone(),
+                tensor: name.to_owned(),
+            });
+        };
+        entry.claimed.store(true, Ordering::Relaxed);
+        Ok(&entry.tensor)
+    }
+
+    fn tile_scales(
+        &self,
+        name: &str,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<TileScales, WeightsError> {
+        let tensor = self.claim(name)?;
+        let Some(tile) = self.tile_shape else {
+            return Err(WeightsError::Field {
+                file: self.config_file.clone(),
+                field: "quantization_config".to_owned(),
+                expected: "the tile shape of the FP8 tensors".to_owned(),
+                found: "missing".to_owned(),
+            });
+        };
+        tensor.expect_shape(&[n_rows.div_ceil(tile.rows), n_cols.div_ceil(tile.cols)])?;
+        Ok(TileScales {
+            tile_rows: tile.rows,
+            tile_cols: tile.cols,
+            values: tensor.to_f32()?,
+        })
+    }
+}
+
+fn insert(
+    tensors: &mut BTreeMap<String, Entry>,
+    name: String,
+    tensor: StoredTensor,
+) -> Result<(), WeightsError> {
+    if let Some(first) = tensors.get(&name) {
+        return Err(WeightsError::DuplicateTensor {
+            file: tensor.file.to_path_buf(),
+            tensor: name,
+            first: first.tensor.file.to_path_buf(),
+        });
+    }
+    let entry = Entry {
+        tensor,
+        claimed: AtomicBool::new(false),
+    };
+    tensors.insert(name, entry);
+    Ok(())
+}
+
+/// Cuts `[experts, rows, cols]` into matrices that share the bytes.
+fn cut_stack(stack: &StoredTensor) -> Result<Vec<StoredTensor>, WeightsError> {
+    let [n_experts, n_rows, n_cols] = stack.shape[..] else {
+        return Err(WeightsError::TensorShape {
+            file: stack.file.to_path_buf(),
+            tensor: stack.name.clone(),
+            expected: "three dimensions".to_owned(),
+            found: super::tensor::shape_of(&stack.shape),
+        });
+    };
+    // Exact: the bytes are n_experts times whole rows, checked when the file was read.
+    let matrix_bytes = stack.data.len() / n_experts;
+    Ok((0..n_experts)
+        .map(|expert| StoredTensor {
+            file: Arc::clone(&stack.file),
+            name: stack.name.clone(),
+            stored_type: stack.stored_type,
+            shape: vec![n_rows, n_cols],
+            data: stack
+                .data
+                .slice(expert * matrix_bytes..(expert + 1) * matrix_bytes),
+        })
+        .collect())
+}
+
+fn mapped_file(path: &Path) -> Result<MappedFile, WeightsError> {
+    let metadata = path.metadata().map_err(|source| WeightsError::Read {
+        file: path.to_owned(),
+        source,
+    })?;
+    Ok(MappedFile {
+        path: path.to_owned(),
+        bytes: metadata.len(),
+    })
+}
+
+fn read_object(file: &Path, what: &'static str) -> Result<Value, WeightsError> {
+    let map: serde_json::Map<String, Value> = read_json(file, what)?;
+    Ok(Value::Object(map))
+}
+
+fn architecture_of(file: &Path, config: &Value) -> Result<String, WeightsError> {
+    let named = config.get("model_type").and_then(Value::as_str);
+    let listed = config
+        .get("architectures")
+        .and_then(|list| list.get(0)?.as_str());
+    match named.or(listed) {
+        Some(architecture) => Ok(architecture.to_owned()),
+        None => Err(WeightsError::Field {
+            file: file.to_owned(),
+            field: "model_type".to_owned(),
+            expected: "the name of an architecture".to_owned(),
+            found: "missing".to_owned(),
+        }),
+    }
+}
+
+/// One id or a list of them; none when the key is absent or null.
+fn token_ids(file: &Path, config: &Value, key: &str) -> Result<Vec<u32>, WeightsError> {
+    let refuse = |found: &Value| WeightsError::Field {
+        file: file.to_owned(),
+        field: key.to_owned(),
+        expected: "a token id or a list of them".to_owned(),
+        found: found.to_string().chars().take(200).collect(),
+    };
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|value| id(value).ok_or_else(|| refuse(value)))
+            .collect(),
+        Some(value) => Ok(vec![id(value).ok_or_else(|| refuse(value))?]),
+    }
+}

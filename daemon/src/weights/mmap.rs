@@ -1,0 +1,38 @@
+//! Read-only file mappings as shared bytes.
+//!
+//! Does not know what is in a file.
+//!
+//! Invariant: the mapping lives until the last `Bytes` cut from it is dropped.
+
+use std::{fs::File, path::Path};
+
+use bytes::Bytes;
+use memmap2::Mmap;
+
+use super::error::WeightsError;
+
+/// Maps a whole file. An empty file gives empty bytes.
+///
+/// # Errors
+/// [`WeightsError::Read`] or [`WeightsError::NotAFile`].
+pub(super) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
+    let read_error = |source| WeightsError::Read {
+        file: path.to_owned(),
+        source,
+    };
+    // Asked before opening: opening a pipe would wait for a writer for ever.
+    if !path.metadata().map_err(read_error)?.is_file() {
+        return Err(WeightsError::NotAFile {
+            file: path.to_owned(),
+        });
+    }
+    let file = File::open(path).map_err(read_error)?;
+    if file.metadata().map_err(read_error)?.len() == 0 {
+        return Ok(Bytes::new());
+    }
+    // SAFETY: the mapping is read-only and private to this process. That no other process shortens
+    // or rewrites the file while it is mapped is the operator's side of the contract, as for every
+    // program that maps its weights: checkpoints are replaced by rename, never edited in place.
+    let mapping = unsafe { Mmap::map(&file) }.map_err(read_error)?;
+    Ok(Bytes::from_owner(mapping))
+}

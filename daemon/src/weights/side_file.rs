@@ -1,0 +1,44 @@
+//! Reads the small files beside the weights: configuration, index, tokenizer, templates.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::{error::WeightsError, mmap};
+
+/// Longest side file that is read; the largest real ones are tokenizers of about 20 MB.
+const SIDE_BYTES_MAX: u64 = 64 << 20;
+
+/// Reads a JSON side file of bounded size.
+pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(
+    file: &Path,
+    what: &'static str,
+) -> Result<T, WeightsError> {
+    serde_json::from_slice(&read_side_file(file)?).map_err(|source| WeightsError::Json {
+        file: file.to_owned(),
+        what,
+        source,
+    })
+}
+
+/// Reads a text side file of bounded size.
+pub(crate) fn read_text(file: &Path, what: &'static str) -> Result<String, WeightsError> {
+    String::from_utf8(read_side_file(file)?).map_err(|_| WeightsError::NotUtf8 {
+        file: file.to_owned(),
+        what: what.to_owned(),
+    })
+}
+
+/// Copied, not mapped: side files are small, and people edit them in place.
+fn read_side_file(file: &Path) -> Result<Vec<u8>, WeightsError> {
+    let bytes = mmap::map_file(file)?;
+    if SIDE_BYTES_MAX < bytes.len() as u64 {
+        return Err(WeightsError::TooLarge {
+            file: file.to_owned(),
+            what: "the length".to_owned(),
+            found: bytes.len() as u64,
+            max: SIDE_BYTES_MAX,
+        });
+    }
+    Ok(bytes.to_vec())
+}

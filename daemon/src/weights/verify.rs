@@ -1,0 +1,305 @@
+//! Reads every byte of a checkpoint: digests, damage, differences from saved digests.
+//!
+//! Does not stop at the first damaged tensor: the report lists all findings.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use dsd_kernels::dtype::Format;
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    checkpoint::Checkpoint,
+    error::WeightsError,
+    folder::stored_tensors,
+    side_file::read_json,
+    tensor::{StoredTensor, StoredType},
+};
+
+/// What [`verify`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyReport {
+    /// The checkpoint.
+    pub path: PathBuf,
+    /// Bytes of tensors read.
+    pub bytes: u64,
+    /// blake3 over names, types, shapes and bytes of all tensors, in the order of names.
+    pub digest: String,
+    /// Every tensor, in the order of names.
+    pub tensors: Vec<TensorDigest>,
+    /// Everything that is wrong; empty means the checkpoint is good.
+    pub findings: Vec<Finding>,
+}
+
+/// One tensor as it lies in its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorDigest {
+    /// The file.
+    pub file: PathBuf,
+    /// The name in that file.
+    pub name: String,
+    /// Name of the stored type.
+    pub stored_type: String,
+    /// Dimensions, slowest first.
+    pub shape: Vec<usize>,
+    /// Length.
+    pub bytes: u64,
+    /// blake3 of the bytes, hexadecimal.
+    pub digest: String,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// The file.
+    pub file: PathBuf,
+    /// The tensor.
+    pub tensor: String,
+    /// What should be there.
+    pub expected: String,
+    /// What is there.
+    pub found: String,
+}
+
+/// How far a verification is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// Tensors read.
+    pub n_tensors_done: usize,
+    /// Tensors in all.
+    pub n_tensors: usize,
+    /// Bytes read.
+    pub bytes_done: u64,
+    /// Bytes in all.
+    pub bytes: u64,
+}
+
+/// Saved digests of a good checkpoint: tensor name to blake3.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Digests {
+    /// Over all tensors.
+    pub digest: String,
+    /// Of each tensor's bytes.
+    pub tensors: BTreeMap<String, String>,
+}
+
+/// Opens a checkpoint afresh, reads every tensor, looks for non-finite numbers and compares with
+/// `saved` where given. `on_progress` is called after every tensor.
+///
+/// # Errors
+/// [`WeightsError`] when the checkpoint cannot be opened at all; damage to tensors is in the report.
+pub fn verify(
+    path: &Path,
+    saved: Option<&Digests>,
+    mut on_progress: impl FnMut(VerifyProgress),
+) -> Result<VerifyReport, WeightsError> {
+    // Checks the configuration too; its mappings are dropped before the tensors are read.
+    Checkpoint::open(path)?;
+    let mut tensors = stored_tensors(path)?;
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let bytes = tensors.iter().map(|t| t.data.len() as u64).sum();
+    let n_tensors = tensors.len();
+    let mut overall = blake3::Hasher::new();
+    let mut digests = Vec::with_capacity(n_tensors);
+    let mut findings = Vec::new();
+    let mut bytes_done = 0;
+    for (i, tensor) in tensors.iter().enumerate() {
+        let digest = digest_of(tensor);
+        add_to_overall(&mut overall, &digest);
+        findings.extend(non_finite(tensor));
+        bytes_done += digest.bytes;
+        digests.push(digest);
+        on_progress(VerifyProgress {
+            n_tensors_done: i + 1,
+            n_tensors,
+            bytes_done,
+            bytes,
+        });
+    }
+    let mut report = VerifyReport {
+        path: path.to_owned(),
+        bytes,
+        digest: overall.finalize().to_hex().to_string(),
+        tensors: digests,
+        findings,
+    };
+    if let Some(saved) = saved {
+        let differences = differences(&report, saved);
+        report.findings.extend(differences);
+    }
+    Ok(report)
+}
+
+impl VerifyReport {
+    /// True when nothing is wrong.
+    pub fn is_good(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    /// The digests, to be saved and compared with later.
+    pub fn digests(&self) -> Digests {
+        Digests {
+            digest: self.digest.clone(),
+            tensors: self
+                .tensors
+                .iter()
+                .map(|t| (t.name.clone(), t.digest.clone()))
+                .collect(),
+        }
+    }
+}
+
+impl Digests {
+    /// Reads a saved file (JSON).
+    ///
+    /// # Errors
+    /// [`WeightsError::Read`] or [`WeightsError::Json`].
+    pub fn load(file: &Path) -> Result<Self, WeightsError> {
+        read_json(file, "digest file")
+    }
+
+    /// Writes a file that [`Digests::load`] reads.
+    ///
+    /// # Errors
+    /// [`WeightsError::Read`] with the system's answer.
+    pub fn save(&self, file: &Path) -> Result<(), WeightsError> {
+        let write_error = |source| WeightsError::Read {
+            file: file.to_owned(),
+            source,
+        };
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| write_error(std::io::Error::other(e)))?;
+        std::fs::write(file, text).map_err(write_error)
+    }
+}
+
+fn digest_of(tensor: &StoredTensor) -> TensorDigest {
+    TensorDigest {
+        file: tensor.file.to_path_buf(),
+        name: tensor.name.clone(),
+        stored_type: tensor.stored_type.to_string(),
+        shape: tensor.shape.clone(),
+        bytes: tensor.data.len() as u64,
+        digest: blake3::hash(&tensor.data).to_hex().to_string(),
+    }
+}
+
+/// Lengths in front of the parts keep two different checkpoints from feeding the same bytes.
+fn add_to_overall(overall: &mut blake3::Hasher, tensor: &TensorDigest) {
+    for part in [&tensor.name, &tensor.stored_type, &tensor.digest] {
+        overall.update(&(part.len() as u64).to_le_bytes());
+        overall.update(part.as_bytes());
+    }
+    overall.update(&(tensor.shape.len() as u64).to_le_bytes());
+    for dim in &tensor.shape {
+        overall.update(&(*dim as u64).to_le_bytes());
+    }
+}
+
+fn differences(report: &VerifyReport, saved: &Digests) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut left: BTreeMap<&str, &str> = saved
+        .tensors
+        .iter()
+        .map(|(k, v)| (k.as_str(), v.as_str()))
+        .collect();
+    for tensor in &report.tensors {
+        let expected = match left.remove(tensor.name.as_str()) {
+            Some(digest) if digest == tensor.digest => continue,
+            Some(digest) => format!("blake3 {digest}"),
+            None => "no such tensor".to_owned(),
+        };
+        findings.push(Finding {
+            file: tensor.file.clone(),
+            tensor: tensor.name.clone(),
+            expected,
+            found: format!("blake3 {}", tensor.digest),
+        });
+    }
+    for (name, digest) in left {
+        findings.push(Finding {
+            file: report.path.clone(),
+            tensor: name.to_owned(),
+            expected: format!("blake3 {digest}"),
+            found: "missing".to_owned(),
+        });
+    }
+    if findings.is_empty() && saved.digest != report.digest {
+        findings.push(Finding {
+            file: report.path.clone(),
+            tensor: "(all)".to_owned(),
+            expected: format!("blake3 {}", saved.digest),
+            found: format!("blake3 {}", report.digest),
+        });
+    }
+    findings
+}
+
+/// The first NaN or infinity among a tensor's numbers or block scales.
+fn non_finite(tensor: &StoredTensor) -> Option<Finding> {
+    let (unit, index) = first_non_finite(tensor.stored_type, &tensor.data)?;
+    Some(Finding {
+        file: tensor.file.to_path_buf(),
+        tensor: tensor.name.clone(),
+        expected: "finite numbers".to_owned(),
+        found: format!("NaN or infinity at {unit} {index}"),
+    })
+}
+
+fn first_non_finite(stored_type: StoredType, data: &[u8]) -> Option<(&'static str, usize)> {
+    let f16_at = |block: &[u8], at: usize| match block.get(at..at + 2) {
+        Some(&[a, b]) => f16::from_le_bytes([a, b]).is_finite(),
+        _ => false,
+    };
+    let element = |i| ("element", i);
+    // Offsets of the f16 factors in a block (ggml-common.h).
+    let factor_offsets: &[usize] = match stored_type {
+        StoredType::Weights(format) => match format {
+            Format::F32 => {
+                let (v, _) = data.as_chunks::<4>();
+                return v
+                    .iter()
+                    .position(|b| !f32::from_le_bytes(*b).is_finite())
+                    .map(element);
+            }
+            Format::F16 => {
+                let (v, _) = data.as_chunks::<2>();
+                return v
+                    .iter()
+                    .position(|b| !f16::from_le_bytes(*b).is_finite())
+                    .map(element);
+            }
+            Format::Bf16 => {
+                let (v, _) = data.as_chunks::<2>();
+                return v
+                    .iter()
+                    .position(|b| !bf16::from_le_bytes(*b).is_finite())
+                    .map(element);
+            }
+            Format::F8E4m3 => return data.iter().position(|b| b & 0x7F == 0x7F).map(element),
+            Format::Q4_0 | Format::Q8_0 => &[0],
+            Format::Q4_1 | Format::Q4K => &[0, 2],
+            Format::Q6K => &[208],
+        },
+        StoredType::F64 => {
+            let (v, _) = data.as_chunks::<8>();
+            return v
+                .iter()
+                .position(|b| !f64::from_le_bytes(*b).is_finite())
+                .map(element);
+        }
+        StoredType::F8E5m2 => return data.iter().position(|b| 0x7C <= b & 0x7F).map(element),
+        StoredType::F8E8m0 => return data.iter().position(|b| *b == 0xFF).map(element),
+        StoredType::Int { .. } | StoredType::Bool => return None,
+    };
+    let StoredType::Weights(format) = stored_type else {
+        return None;
+    };
+    data.chunks(format.block_bytes())
+        .position(|block| factor_offsets.iter().any(|at| !f16_at(block, *at)))
+        .map(|i| ("block", i))
+}

@@ -1,0 +1,169 @@
+//! Invariant 1: the logits of a sequence are the same bits whatever else is in the batch and
+//! however its prompt is cut.
+
+use std::{cell::RefCell, path::PathBuf};
+
+use dsd::{
+    runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu},
+    weights::Checkpoint,
+};
+use dsd_kernels::{
+    backend::Activations,
+    cpu::{CpuConfig, Isa},
+};
+use proptest::prelude::*;
+
+const VOCAB: usize = 384;
+
+fn executor(model: &str, n_threads: usize, activations: Activations) -> Box<dyn StepExecutor> {
+    let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
+    let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
+    let folder = data.join("reference").join(model);
+    assert!(
+        folder.is_dir(),
+        "{} is missing: run `make test-setup`",
+        folder.display()
+    );
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let cpu = CpuConfig {
+        n_threads,
+        isa: Isa::available()[0],
+        activations,
+    };
+    let budget = Budget {
+        kv_bytes_max: 16 << 20,
+        step_tokens_max: 96,
+        step_spans_max: 8,
+    };
+    load_cpu(&checkpoint, cpu, budget).unwrap().executor
+}
+
+/// A sequence with its own blocks, fed to an executor piece by piece.
+struct Sequence {
+    tokens: Vec<u32>,
+    blocks: Vec<u32>,
+    done: usize,
+    last: Vec<u32>,
+}
+
+impl Sequence {
+    fn new(tokens: &[u32], first_block: u32) -> Self {
+        let blocks = (0..4).map(|i| first_block + i * 3).collect();
+        Self {
+            tokens: tokens.to_vec(),
+            blocks,
+            done: 0,
+            last: Vec::new(),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.done == self.tokens.len()
+    }
+}
+
+/// Runs all sequences together, `chunk(step, index)` tokens of each at a step, and returns the bits
+/// of each one's last logits.
+fn run(
+    executor: &mut dyn StepExecutor,
+    mut sequences: Vec<Sequence>,
+    mut chunk: impl FnMut(usize, usize) -> usize,
+) -> Vec<Vec<u32>> {
+    let mut plan = StepPlan::default();
+    for step in 0.. {
+        if sequences.iter().all(Sequence::is_done) {
+            break;
+        }
+        plan.clear();
+        let mut ends = Vec::new();
+        for (index, sequence) in sequences.iter_mut().enumerate() {
+            let n = chunk(step, index).min(sequence.tokens.len() - sequence.done);
+            if n == 0 {
+                continue;
+            }
+            let end = sequence.done + n;
+            let is_last = end == sequence.tokens.len();
+            let logits = if is_last {
+                LogitRows::Last
+            } else {
+                LogitRows::Skip
+            };
+            let tokens = &sequence.tokens[sequence.done..end];
+            plan.push(
+                index as u64,
+                sequence.done,
+                tokens,
+                &sequence.blocks,
+                logits,
+            );
+            sequence.done = end;
+            ends.extend(is_last.then_some(index));
+        }
+        if plan.spans.is_empty() {
+            continue;
+        }
+        let logits = executor.execute(&plan).unwrap();
+        for (row, index) in logits.chunks_exact(VOCAB).zip(ends) {
+            sequences[index].last = row.iter().map(|v| v.to_bits()).collect();
+        }
+    }
+    sequences.into_iter().map(|s| s.last).collect()
+}
+
+fn check(model: &str, activations: Activations) {
+    let one = RefCell::new(executor(model, 1, activations));
+    let two = RefCell::new(executor(model, 2, activations));
+    let prompt = |len: usize, seed: u32| {
+        (0..len as u32)
+            .map(|i| (i * 37 + seed * 101) % 370)
+            .collect::<Vec<_>>()
+    };
+    let cases = (
+        proptest::collection::vec((1usize..100, 0u32..1000), 1..5),
+        proptest::collection::vec(0usize..24, 32),
+    );
+    let config = ProptestConfig {
+        cases: 12,
+        failure_persistence: None,
+        ..Default::default()
+    };
+    proptest!(config, |((prompts, chunks) in cases)| {
+        let alone = prompts
+            .iter()
+            .map(|(len, seed)| {
+                let sequence = Sequence::new(&prompt(*len, *seed), 5);
+                run(&mut **one.borrow_mut(), vec![sequence], |_, _| 96).remove(0)
+            })
+            .collect::<Vec<_>>();
+        let sequences = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, (len, seed))| Sequence::new(&prompt(*len, *seed), 20 * i as u32))
+            .collect();
+        let together = run(&mut **two.borrow_mut(), sequences, |step, index| {
+            // Never all zero for good: every eighth step everybody moves.
+            if step % 8 == 7 { 1 } else { chunks[(step * 5 + index * 11) % chunks.len()] }
+        });
+        prop_assert_eq!(alone, together);
+    });
+}
+
+#[test]
+fn grouped_heads_have_the_same_bits_in_any_batch() {
+    check("llama", Activations::F32);
+}
+
+#[test]
+fn quantized_experts_have_the_same_bits_in_any_batch() {
+    check("deepseek_v3_fp8", Activations::F32);
+}
+
+#[test]
+fn latent_attention_and_experts_have_the_same_bits_in_any_batch() {
+    check("deepseek_v2", Activations::F32);
+}
+
+#[test]
+fn normalised_heads_and_experts_have_the_same_bits_in_any_batch() {
+    check("qwen3_moe", Activations::Int8);
+}

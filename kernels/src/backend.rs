@@ -1,0 +1,420 @@
+//! The operations that models are written in, at the level at which they are fused.
+//!
+//! A backend owns its memory; models see buffers only through it. Everything is f32 unless a
+//! weight's format or [`Activations`] says otherwise.
+//!
+//! Invariant: buffers are made at load time; no operation allocates.
+//! Invariant: every output row depends on its own input row, its sequence's cache and the weights,
+//! bit for bit; never on the other rows of the call.
+
+use crate::matrix::Matrix;
+
+/// How activations enter linear layers with block-quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K).
+/// Other formats always compute in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activations {
+    /// f32 products and sums.
+    F32,
+    /// Activations rounded to int8 in groups of 32, integer products, f32 sums.
+    Int8,
+}
+
+/// Rows inside a buffer: row `m` is `width` elements from `offset + m * stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowView {
+    /// First element of row 0.
+    pub offset: usize,
+    /// Elements between the starts of neighbouring rows.
+    pub stride: usize,
+    /// Elements of a row.
+    pub width: usize,
+}
+
+impl RowView {
+    /// Rows of `width` elements, one after the other.
+    pub const fn dense(width: usize) -> Self {
+        Self {
+            offset: 0,
+            stride: width,
+            width,
+        }
+    }
+}
+
+/// One sequence's rows in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSpan {
+    /// First row of the sequence in the step's buffers.
+    pub first_row: usize,
+    /// Rows of the sequence.
+    pub n_rows: usize,
+    /// Position of the first row in its sequence.
+    pub first_pos: usize,
+    /// Where the sequence's block table starts in [`StepInputs::blocks`].
+    pub first_block: usize,
+}
+
+/// What a step computes on: tokens, their positions and where their keys and values lie.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInputs<'a> {
+    /// Token of every row.
+    pub tokens: &'a [u32],
+    /// Position of every row in its sequence.
+    pub positions: &'a [usize],
+    /// Index into `spans` of every row.
+    pub span_of_row: &'a [usize],
+    /// The sequences of the step.
+    pub spans: &'a [StepSpan],
+    /// Block tables of all spans, one after the other.
+    pub blocks: &'a [u32],
+}
+
+impl StepInputs<'_> {
+    /// Rows of the step.
+    pub fn n_rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The block table of row `row`'s sequence, from position 0 on.
+    pub fn blocks_of_row(&self, row: usize) -> &[u32] {
+        let span = &self.spans[self.span_of_row[row]];
+        &self.blocks[span.first_block..]
+    }
+}
+
+/// How a layer's cache is laid out inside a block of [`CacheShape::block_len`] positions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheRows {
+    /// Keys then values, per KV head: `[n_kv_heads, block_len, head_dim]` each.
+    Heads {
+        /// KV heads.
+        n_kv_heads: usize,
+        /// Elements of a key, and of a value.
+        head_dim: usize,
+    },
+    /// One row per position: the latent `c` and the rotated shared key (MLA, DeepSeek-V2 2.1.2).
+    Latent {
+        /// Elements of the latent, `kv_lora_rank`.
+        latent_len: usize,
+        /// Elements of the shared rotary key.
+        rope_len: usize,
+    },
+}
+
+impl CacheRows {
+    /// Elements of one position in one layer.
+    pub const fn row_len(self) -> usize {
+        match self {
+            Self::Heads {
+                n_kv_heads,
+                head_dim,
+            } => 2 * n_kv_heads * head_dim,
+            Self::Latent {
+                latent_len,
+                rope_len,
+            } => latent_len + rope_len,
+        }
+    }
+}
+
+/// Size of one layer's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Layout of a block.
+    pub rows: CacheRows,
+    /// Blocks in the pool.
+    pub n_blocks: usize,
+    /// Positions in a block; attention is split at multiples of it.
+    pub block_len: usize,
+}
+
+impl CacheShape {
+    /// Elements of one block.
+    pub const fn block_size(&self) -> usize {
+        self.rows.row_len() * self.block_len
+    }
+
+    /// Elements of the layer's cache.
+    pub const fn size(&self) -> usize {
+        self.block_size() * self.n_blocks
+    }
+}
+
+/// Which elements of a head are turned together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// `(x[i], x[i + d/2])`: Hugging Face Llama and Qwen.
+    Halves,
+    /// `(x[2i], x[2i + 1])`: DeepSeek MLA, and Llama rows as GGUF stores them.
+    Pairs,
+}
+
+/// The heads to rotate inside rows: head `h` of a row is `len` elements from
+/// `offset + h * head_stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadView {
+    /// Start of head 0 in row 0.
+    pub offset: usize,
+    /// Elements between rows.
+    pub row_stride: usize,
+    /// Heads of a row.
+    pub n_heads: usize,
+    /// Elements between heads.
+    pub head_stride: usize,
+    /// Elements that are rotated, even.
+    pub len: usize,
+}
+
+/// Attention over the cache.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads; a multiple of the cache's KV heads.
+    pub n_heads: usize,
+    /// Factor on scores before the softmax.
+    pub scale: f32,
+}
+
+/// How a layer chooses experts (DeepSeek-V2 section 2.2, DeepSeek-V3 section 2.1.2).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateShape {
+    /// Routed experts.
+    pub n_experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Scores from logits.
+    pub scoring: Scoring,
+    /// Restriction of the choice to groups of experts.
+    pub groups: Option<GateGroups>,
+    /// Divide the chosen weights by their sum.
+    pub normalize: bool,
+    /// Factor on the weights, after normalisation.
+    pub scale: f32,
+}
+
+/// Scores of experts from the gate's logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scoring {
+    /// Softmax over all experts.
+    Softmax,
+    /// Logistic function of each logit.
+    Sigmoid,
+}
+
+/// Group-limited choice: only experts of the best groups compete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GateGroups {
+    /// Groups; experts are dealt to them in runs.
+    pub n_groups: usize,
+    /// Groups that stay in the choice.
+    pub top_groups: usize,
+    /// What makes a group good.
+    pub group_score: GroupScore,
+}
+
+/// What a group of experts is judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert (V2 `group_limited_greedy`).
+    Max,
+    /// The sum of its two best, bias included (V3 `noaux_tc`).
+    TopTwoSum,
+}
+
+/// One expert's three matrices.
+#[derive(Debug)]
+pub struct Expert<W> {
+    /// `[inter, hidden]`.
+    pub gate: W,
+    /// `[inter, hidden]`.
+    pub up: W,
+    /// `[hidden, inter]`.
+    pub down: W,
+}
+
+/// Capacities of the scratch for a model's expert layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// Rows of a step at most.
+    pub n_rows_max: usize,
+    /// Routed experts.
+    pub n_experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside an expert.
+    pub inter: usize,
+}
+
+/// Device arithmetic. Rows beyond those of the call are left as they are.
+pub trait Backend: Send + 'static {
+    /// f32 elements in the backend's memory.
+    type Buffer: Send;
+    /// A weight matrix ready for [`Backend::linear`].
+    type Weight: Send;
+    /// Chosen experts and their weights per row, and the scratch to run them.
+    type Routes: Send;
+
+    /// Zeroed, resident memory for `len` elements.
+    fn buffer(&self, len: usize) -> Self::Buffer;
+    /// A buffer with these values.
+    fn upload(&self, values: &[f32]) -> Self::Buffer;
+    /// The first `len` elements, in host memory.
+    fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
+    /// Takes a matrix over; shares its bytes where the format allows.
+    fn weight(&self, matrix: Matrix) -> Self::Weight;
+    /// Room for the routing of one expert layer at a time.
+    fn routes(&self, shape: ExpertShape) -> Self::Routes;
+
+    /// `out[m] = table[tokens[m]]`.
+    fn embed(&self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Buffer);
+    /// `out[m] = W x[m] + bias`; `x` and `out` dense.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+    /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * gain` (Zhang & Sennrich 2019).
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        rows: RowView,
+        n_rows: usize,
+        gain: &Self::Buffer,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
+    /// [`Backend::rms_norm`] of every head of every row, in place.
+    fn rms_norm_heads(
+        &self,
+        x: &mut Self::Buffer,
+        n_rows: usize,
+        heads: HeadView,
+        gain: &Self::Buffer,
+        eps: f32,
+    );
+    /// Zeroes the first `len` elements.
+    fn clear(&self, x: &mut Self::Buffer, len: usize);
+    /// `x[m] += y[m]`, dense, `width` wide.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, n_rows: usize, width: usize);
+    /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
+    fn swiglu(&self, gate: &mut Self::Buffer, up: &Self::Buffer, n_rows: usize, width: usize);
+    /// `to[m] = from[m]`, the views' widths being equal.
+    fn copy_rows(
+        &self,
+        from: &Self::Buffer,
+        from_rows: RowView,
+        to: &mut Self::Buffer,
+        to_rows: RowView,
+        n_rows: usize,
+    );
+    /// `to[i] = from[rows[i]]`, dense, `width` wide.
+    fn gather_rows(&self, from: &Self::Buffer, rows: &[usize], width: usize, to: &mut Self::Buffer);
+
+    /// `angles[m] = [cos(p f_0).., sin(p f_0)..] * factor` for every row's position `p`.
+    fn rope_angles(
+        &self,
+        inverse_frequencies: &[f64],
+        factor: f64,
+        inputs: &StepInputs<'_>,
+        angles: &mut Self::Buffer,
+    );
+    /// Rotates heads in place by [`Backend::rope_angles`] (Su et al. 2021).
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        n_rows: usize,
+        heads: HeadView,
+        layout: RopeLayout,
+        angles: &Self::Buffer,
+    );
+
+    /// Writes rows of keys and values (`[m, n_kv_heads * head_dim]` each) into the cache.
+    fn store_heads(
+        &self,
+        keys: &Self::Buffer,
+        values: &Self::Buffer,
+        cache: &mut Self::Buffer,
+        shape: CacheShape,
+        inputs: &StepInputs<'_>,
+    );
+    /// Writes rows of `[c | rope key]` into the cache.
+    fn store_latent(
+        &self,
+        rows: &Self::Buffer,
+        view: RowView,
+        cache: &mut Self::Buffer,
+        shape: CacheShape,
+        inputs: &StepInputs<'_>,
+    );
+    /// Causal attention of every row over its sequence's cache. Queries are `[m, n_heads, key]`,
+    /// the result is `[m, n_heads, value]`: key and value are `head_dim` for [`CacheRows::Heads`],
+    /// `latent_len + rope_len` and `latent_len` for [`CacheRows::Latent`].
+    fn attention(
+        &self,
+        queries: &Self::Buffer,
+        cache: &Self::Buffer,
+        cache_shape: CacheShape,
+        attention: AttentionShape,
+        inputs: &StepInputs<'_>,
+        out: &mut Self::Buffer,
+    );
+
+    /// MLA's key absorption: `out[m, h, ..R] = sum_d q[m, h, d] * W[h * rows_per_head + d]` for
+    /// `d < head.len`; `heads` views the queries, head `h` of `out` starts at `h * out_stride`.
+    fn absorb_keys(
+        &self,
+        queries: &Self::Buffer,
+        heads: HeadView,
+        weight: &Self::Weight,
+        rows_per_head: usize,
+        out: &mut Self::Buffer,
+        out_stride: usize,
+        n_rows: usize,
+    );
+    /// MLA's value expansion: `out[m, h, d] = W[h * rows_per_head + first_row + d] . x[m, h]`,
+    /// dense `x [m, n_heads, R]` and `out [m, n_heads, head_dim]`.
+    fn expand_values(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        heads: ValueHeads,
+        out: &mut Self::Buffer,
+        n_rows: usize,
+    );
+
+    /// Chooses experts for every row from gate logits `[m, n_experts]`.
+    fn gate(
+        &self,
+        logits: &Self::Buffer,
+        n_rows: usize,
+        shape: GateShape,
+        bias: Option<&Self::Buffer>,
+        routes: &mut Self::Routes,
+    );
+    /// `out[m] += sum over chosen experts of weight * expert(x[m])`, experts in ascending order.
+    fn experts(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        experts: &[Expert<Self::Weight>],
+        routes: &mut Self::Routes,
+        out: &mut Self::Buffer,
+    );
+}
+
+/// Where a head's value rows lie inside `kv_b_proj`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ValueHeads {
+    /// Heads.
+    pub n_heads: usize,
+    /// Rows of the weight per head, `qk_nope_head_dim + v_head_dim`.
+    pub rows_per_head: usize,
+    /// First value row of a head, `qk_nope_head_dim`.
+    pub first_row: usize,
+    /// Value rows of a head, `v_head_dim`.
+    pub head_dim: usize,
+}

@@ -1,0 +1,97 @@
+//! Sixteen f32 lanes on three instruction sets, behind one trait that kernels are generic over.
+//!
+//! A value of [`Avx512`] or [`Avx2`] exists only where the processor was probed for it, which is
+//! what makes their methods safe to call. All three keep element `16 i + lane` in lane `lane` and
+//! sum lanes in the same tree.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use portable::Portable;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// The operations kernels are written in. Pointers need no alignment.
+///
+/// # Safety
+/// Methods that take a pointer read or write [`LANES`] elements of the named width there.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// Sixteen f32.
+    type F: Copy;
+
+    /// Runs `body` compiled for this instruction set; kernels start here.
+    fn vectorize<R>(self, body: impl FnOnce() -> R) -> R;
+
+    fn splat(self, value: f32) -> Self::F;
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Nearest integer.
+    fn round(self, a: Self::F) -> Self::F;
+    /// 2 to the power of an integral value within -126..=127.
+    fn exp2i(self, a: Self::F) -> Self::F;
+    /// Sum of the lanes: halves added, then quarters, then eighths, then pairs.
+    fn sum(self, a: Self::F) -> f32;
+
+    /// 16 f32.
+    unsafe fn load(self, from: *const f32) -> Self::F;
+    unsafe fn store(self, to: *mut f32, a: Self::F);
+    /// 32 bytes of half precision.
+    unsafe fn load_f16(self, from: *const u8) -> Self::F;
+    /// 32 bytes of bf16.
+    unsafe fn load_bf16(self, from: *const u8) -> Self::F;
+    /// 16 bytes of e4m3fn.
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::F;
+    /// 16 signed bytes.
+    unsafe fn load_i8(self, from: *const u8) -> Self::F;
+    /// 16 bytes: low nibbles, high nibbles.
+    unsafe fn load_nibbles(self, from: *const u8) -> (Self::F, Self::F);
+    /// Sums of products of 16 codes (unsigned, stored in 16 bytes) and 16 signed bytes, twice:
+    /// elements 0..16 and 16..32.
+    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32);
+
+    /// e to the power of each lane within about 2 units in the last place; below -87 the result is
+    /// that of -87 (1.6e-38), which is nothing beside the softmax' largest term, 1.
+    #[inline(always)]
+    fn exp(self, x: Self::F) -> Self::F {
+        let x = self.min(self.max(x, self.splat(-87.0)), self.splat(88.0));
+        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, so that the remainder keeps its low bits (Cody & Waite).
+        let r = self.fma(n, self.splat(-0.693_359_4), x);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [
+            1.398_199_9e-3,
+            8.333_452e-3,
+            4.166_579_6e-2,
+            0.166_666_65,
+            0.5,
+        ] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let r2 = self.mul(r, r);
+        let e = self.add(self.fma(p, r2, r), self.splat(1.0));
+        self.mul(e, self.exp2i(n))
+    }
+
+    /// `x * sigmoid(x)`.
+    #[inline(always)]
+    fn silu(self, x: Self::F) -> Self::F {
+        let one = self.splat(1.0);
+        let e = self.exp(self.sub(self.splat(0.0), x));
+        self.div(x, self.add(one, e))
+    }
+}

@@ -1,0 +1,147 @@
+//! Plain arrays: every processor, and what the compiler makes of it.
+
+use half::f16;
+
+use super::{LANES, Simd};
+use crate::quant;
+
+/// Needs nothing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Portable;
+
+type F = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: F, b: F, op: impl Fn(f32, f32) -> f32) -> F {
+    std::array::from_fn(|i| op(a[i], b[i]))
+}
+
+/// Bytes `[WIDTH * i..]` of each lane.
+#[inline(always)]
+unsafe fn lanes<const WIDTH: usize>(from: *const u8, value: impl Fn([u8; WIDTH]) -> f32) -> F {
+    // SAFETY: the caller promises LANES elements of WIDTH bytes; arrays of bytes need no alignment.
+    let raw = unsafe { from.cast::<[[u8; WIDTH]; LANES]>().read() };
+    raw.map(value)
+}
+
+// SAFETY of every unsafe block below: pointer methods pass their caller's promise on.
+impl Simd for Portable {
+    type F = F;
+
+    #[inline(always)]
+    fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
+        body()
+    }
+    #[inline(always)]
+    fn splat(self, value: f32) -> F {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| x + y)
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| x - y)
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| x * y)
+    }
+    #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| x / y)
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| if x > y { x } else { y })
+    }
+    #[inline(always)]
+    fn min(self, a: F, b: F) -> F {
+        zip(a, b, |x, y| if x < y { x } else { y })
+    }
+    #[inline(always)]
+    fn fma(self, a: F, b: F, c: F) -> F {
+        // Not `mul_add`: without the instruction that is a library call per lane.
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn round(self, a: F) -> F {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "within -126..=127"
+    )]
+    fn exp2i(self, a: F) -> F {
+        a.map(|v| f32::from_bits(((v as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn sum(self, a: F) -> f32 {
+        let mut v = a;
+        for width in [8, 4, 2, 1] {
+            for i in 0..width {
+                v[i] += v[i + width];
+            }
+        }
+        v[0]
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> F {
+        // SAFETY: 16 f32 are readable.
+        unsafe { from.cast::<F>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, a: F) {
+        // SAFETY: 16 f32 are writable.
+        unsafe { to.cast::<F>().write_unaligned(a) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const u8) -> F {
+        // SAFETY: 32 bytes are readable.
+        unsafe { lanes::<2>(from, |raw| f16::from_le_bytes(raw).to_f32()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u8) -> F {
+        // SAFETY: 32 bytes are readable.
+        unsafe { lanes::<2>(from, quant::bf16_to_f32) }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> F {
+        // SAFETY: 16 bytes are readable.
+        unsafe { lanes::<1>(from, |[code]| quant::e4m3_to_f32(code)) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const u8) -> F {
+        // SAFETY: 16 bytes are readable.
+        unsafe { lanes::<1>(from, |[code]| f32::from(code.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(self, from: *const u8) -> (F, F) {
+        // SAFETY: 16 bytes are readable.
+        unsafe {
+            (
+                lanes::<1>(from, |[code]| f32::from(code & 15)),
+                lanes::<1>(from, |[code]| f32::from(code >> 4)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32) {
+        // SAFETY: 32 bytes are readable at both.
+        let (u, s) = unsafe {
+            (
+                codes.cast::<[u8; 32]>().read(),
+                values.cast::<[i8; 32]>().read(),
+            )
+        };
+        let half = |range: std::ops::Range<usize>| {
+            range
+                .map(|i| i32::from(u[i]) * i32::from(s[i]))
+                .sum::<i32>()
+        };
+        (half(0..16), half(16..32))
+    }
+}

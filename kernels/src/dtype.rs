@@ -1,0 +1,97 @@
+//! The storage formats of weights and how many bytes a run of elements takes in each.
+
+use std::fmt;
+
+/// How the elements of a stored matrix are encoded. A row is a whole number of blocks.
+///
+/// The `Q*` layouts are those of ggml (`ggml-common.h`); FP8 is e4m3fn (bias 7, largest 448, no
+/// infinities) with one f32 scale per 128x128 tile held beside the data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Format {
+    /// IEEE single precision, little endian.
+    F32,
+    /// IEEE half precision, little endian.
+    F16,
+    /// The upper half of an f32, little endian.
+    Bf16,
+    /// FP8 e4m3fn; a matrix in this format carries [`crate::matrix::TileScales`].
+    F8E4m3,
+    /// 32 elements: f16 scale `d`, 16 bytes of nibbles; value `d * (q - 8)`.
+    Q4_0,
+    /// 32 elements: f16 scale `d`, f16 minimum `m`, 16 bytes of nibbles; value `d * q + m`.
+    Q4_1,
+    /// 32 elements: f16 scale `d`, 32 signed bytes; value `d * q`.
+    Q8_0,
+    /// 256 elements in 8 sub-blocks with 6-bit scales and minima; 144 bytes.
+    Q4K,
+    /// 256 elements in 16 sub-blocks with 8-bit scales, 6-bit codes; 210 bytes.
+    Q6K,
+}
+
+impl Format {
+    /// All formats, in the order of the enum.
+    pub const ALL: [Self; 9] = [
+        Self::F32,
+        Self::F16,
+        Self::Bf16,
+        Self::F8E4m3,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q8_0,
+        Self::Q4K,
+        Self::Q6K,
+    ];
+
+    /// Elements in one block: 1 for the plain formats.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4m3 => 1,
+            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 => 32,
+            Self::Q4K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::F8E4m3 => 1,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q8_0 => 34,
+            Self::Q4K => 144,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// Bytes of a row of `n_cols` elements; `None` if it is not a whole number of blocks or the
+    /// result does not fit `usize`.
+    pub fn row_bytes(self, n_cols: usize) -> Option<usize> {
+        if !n_cols.is_multiple_of(self.block_len()) {
+            return None;
+        }
+        (n_cols / self.block_len()).checked_mul(self.block_bytes())
+    }
+
+    /// The name used in messages and in `--json` output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F8E4m3 => "fp8_e4m3",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q8_0 => "q8_0",
+            Self::Q4K => "q4_k",
+            Self::Q6K => "q6_k",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,220 @@
+//! A stored weight matrix: shape, format and shared bytes, checked to fit each other.
+//!
+//! Does not know where the bytes come from; a mapped file, a heap buffer and a test vector look
+//! alike through [`Bytes`].
+
+use bytes::Bytes;
+
+use crate::dtype::Format;
+
+/// A weight matrix `[n_rows, n_cols]`, row-major, in its stored format. A linear layer computes
+/// `y = W x`: `n_rows` outputs from `n_cols` inputs. Cloning shares the bytes.
+#[derive(Debug, Clone)]
+pub struct Matrix {
+    format: Format,
+    n_rows: usize,
+    n_cols: usize,
+    data: Bytes,
+    tile_scales: Option<TileScales>,
+}
+
+/// One f32 factor per tile of an FP8 matrix: `value = code * scale[row / tile_rows][col / tile_cols]`.
+/// The last tile of a row or column may be ragged.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TileScales {
+    /// Rows of a tile (128 in every published checkpoint).
+    pub tile_rows: usize,
+    /// Columns of a tile (128 in every published checkpoint).
+    pub tile_cols: usize,
+    /// `[ceil(n_rows / tile_rows), ceil(n_cols / tile_cols)]`, row-major.
+    pub values: Vec<f32>,
+}
+
+/// Why bytes and shape do not make a matrix.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MatrixError {
+    /// The row length is not a multiple of the format's block, or a size overflows.
+    #[error("a row of {n_cols} elements is not a whole number of {format} blocks of {block_len}")]
+    PartialBlock {
+        /// Stored format.
+        format: Format,
+        /// Columns asked for.
+        n_cols: usize,
+        /// Elements in a block of the format.
+        block_len: usize,
+    },
+    /// The byte count does not belong to the shape.
+    #[error("{format} [{n_rows}, {n_cols}] needs {expected} bytes, found {found}")]
+    WrongLength {
+        /// Stored format.
+        format: Format,
+        /// Rows asked for.
+        n_rows: usize,
+        /// Columns asked for.
+        n_cols: usize,
+        /// Bytes the shape needs (`usize::MAX` if the product overflows).
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// FP8 without scales, scales on another format, or a scale grid of the wrong size.
+    #[error("{format} [{n_rows}, {n_cols}] needs {expected} tile scales, found {found}")]
+    WrongScales {
+        /// Stored format.
+        format: Format,
+        /// Rows asked for.
+        n_rows: usize,
+        /// Columns asked for.
+        n_cols: usize,
+        /// Scales the shape needs (0 for formats without).
+        expected: usize,
+        /// Scales given.
+        found: usize,
+    },
+}
+
+impl Matrix {
+    /// Joins shape, format and bytes.
+    ///
+    /// # Errors
+    /// [`MatrixError`] when they do not fit each other exactly.
+    pub fn new(
+        format: Format,
+        n_rows: usize,
+        n_cols: usize,
+        data: Bytes,
+        tile_scales: Option<TileScales>,
+    ) -> Result<Self, MatrixError> {
+        let row_bytes = format.row_bytes(n_cols).ok_or(MatrixError::PartialBlock {
+            format,
+            n_cols,
+            block_len: format.block_len(),
+        })?;
+        let expected = row_bytes.checked_mul(n_rows).unwrap_or(usize::MAX);
+        if data.len() != expected {
+            let found = data.len();
+            return Err(MatrixError::WrongLength {
+                format,
+                n_rows,
+                n_cols,
+                expected,
+                found,
+            });
+        }
+        let n_scales_expected = match (&tile_scales, format) {
+            (_, f) if f != Format::F8E4m3 => 0,
+            (Some(s), _) if s.tile_rows > 0 && s.tile_cols > 0 => {
+                n_rows.div_ceil(s.tile_rows) * n_cols.div_ceil(s.tile_cols)
+            }
+            _ => n_rows.div_ceil(128) * n_cols.div_ceil(128),
+        };
+        let n_scales = tile_scales.as_ref().map_or(0, |s| s.values.len());
+        if n_scales != n_scales_expected {
+            return Err(MatrixError::WrongScales {
+                format,
+                n_rows,
+                n_cols,
+                expected: n_scales_expected,
+                found: n_scales,
+            });
+        }
+        Ok(Self {
+            format,
+            n_rows,
+            n_cols,
+            data,
+            tile_scales,
+        })
+    }
+
+    /// A matrix of plain f32 values, for tests and for tensors made at load time.
+    ///
+    /// # Panics
+    /// When `values` is not `n_rows * n_cols` long.
+    pub fn from_f32(n_rows: usize, n_cols: usize, values: &[f32]) -> Self {
+        assert_eq!(values.len(), n_rows * n_cols, "values fill the shape");
+        let data = values
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect::<Vec<u8>>();
+        Self {
+            format: Format::F32,
+            n_rows,
+            n_cols,
+            data: data.into(),
+            tile_scales: None,
+        }
+    }
+
+    /// Rows `first..first + count` as a matrix that shares the bytes; `None` when out of range or,
+    /// for FP8, when the cut does not fall on a tile border.
+    pub fn rows(&self, first: usize, count: usize) -> Option<Self> {
+        if first.checked_add(count)? > self.n_rows {
+            return None;
+        }
+        let tile_scales = match &self.tile_scales {
+            None => None,
+            Some(s) if first.is_multiple_of(s.tile_rows) => {
+                let grid_cols = self.n_cols.div_ceil(s.tile_cols);
+                let from = first / s.tile_rows * grid_cols;
+                let to = (first + count).div_ceil(s.tile_rows) * grid_cols;
+                let values = s.values.get(from..to)?.to_vec();
+                Some(TileScales {
+                    tile_rows: s.tile_rows,
+                    tile_cols: s.tile_cols,
+                    values,
+                })
+            }
+            Some(_) => return None,
+        };
+        let row_bytes = self.row_bytes();
+        let data = self
+            .data
+            .slice(first * row_bytes..(first + count) * row_bytes);
+        Some(Self {
+            format: self.format,
+            n_rows: count,
+            n_cols: self.n_cols,
+            data,
+            tile_scales,
+        })
+    }
+
+    /// How the elements are stored.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs of the linear layer.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Inputs of the linear layer.
+    pub fn n_cols(&self) -> usize {
+        self.n_cols
+    }
+
+    /// The stored bytes, `n_rows * row_bytes`.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// The scale grid of an FP8 matrix; `Some` exactly for [`Format::F8E4m3`].
+    pub fn tile_scales(&self) -> Option<&TileScales> {
+        self.tile_scales.as_ref()
+    }
+
+    /// Bytes of one stored row.
+    pub fn row_bytes(&self) -> usize {
+        self.n_cols / self.format.block_len() * self.format.block_bytes()
+    }
+
+    /// The stored bytes of row `row`.
+    ///
+    /// # Panics
+    /// When `row` is out of range.
+    pub fn row(&self, row: usize) -> &[u8] {
+        &self.data[row * self.row_bytes()..][..self.row_bytes()]
+    }
+}

@@ -1,0 +1,591 @@
+//! The scalar backend: one plain loop per operation, in the order of the formulas.
+//!
+//! Slow on purpose. It is what every other backend is compared with, and it is a whole backend, so
+//! that a model can be run on it.
+
+use std::cmp::Ordering;
+
+use crate::{
+    backend::{
+        AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
+        HeadView, RopeLayout, RowView, Scoring, StepInputs, ValueHeads,
+    },
+    matrix::Matrix,
+    quant,
+};
+
+/// The scalar backend.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Reference;
+
+/// Chosen experts per row.
+#[derive(Debug, Clone, Default)]
+pub struct Routes {
+    /// `[rows][top_k]`, ascending expert index: (expert, weight).
+    pub chosen: Vec<Vec<(usize, f32)>>,
+}
+
+impl Backend for Reference {
+    type Buffer = Vec<f32>;
+    type Weight = Matrix;
+    type Routes = Routes;
+
+    fn buffer(&self, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn upload(&self, values: &[f32]) -> Vec<f32> {
+        values.to_vec()
+    }
+
+    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
+        &mut buffer[..len]
+    }
+
+    fn weight(&self, matrix: Matrix) -> Matrix {
+        matrix
+    }
+
+    fn routes(&self, _shape: ExpertShape) -> Routes {
+        Routes::default()
+    }
+
+    fn embed(&self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
+        for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
+            quant::decode_row(table, *token as usize, row);
+        }
+    }
+
+    fn linear(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &Matrix,
+        bias: Option<&Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) {
+        let (n, k) = (weight.n_rows(), weight.n_cols());
+        for output in 0..n {
+            let row = decoded(weight, output);
+            for m in 0..n_rows {
+                let start = bias.map_or(0.0, |b| b[output]);
+                out[m * n + output] = start + dot(&row, &x[m * k..][..k]);
+            }
+        }
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Vec<f32>,
+        rows: RowView,
+        n_rows: usize,
+        gain: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
+        for m in 0..n_rows {
+            let row = &x[rows.offset + m * rows.stride..][..rows.width];
+            let scale = rms_scale(row, eps);
+            for (i, value) in out[m * rows.width..][..rows.width].iter_mut().enumerate() {
+                *value = row[i] * scale * gain[i];
+            }
+        }
+    }
+
+    fn rms_norm_heads(
+        &self,
+        x: &mut Vec<f32>,
+        n_rows: usize,
+        heads: HeadView,
+        gain: &Vec<f32>,
+        eps: f32,
+    ) {
+        for_each_head(x, n_rows, heads, |_, _, head| {
+            let scale = rms_scale(head, eps);
+            for (value, g) in head.iter_mut().zip(gain) {
+                *value *= scale * g;
+            }
+        });
+    }
+
+    fn clear(&self, x: &mut Vec<f32>, len: usize) {
+        x[..len].fill(0.0);
+    }
+
+    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
+        for (a, b) in x[..n_rows * width].iter_mut().zip(y) {
+            *a += b;
+        }
+    }
+
+    fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
+        for (g, u) in gate[..n_rows * width].iter_mut().zip(up) {
+            *g = silu(*g) * u;
+        }
+    }
+
+    fn copy_rows(
+        &self,
+        from: &Vec<f32>,
+        from_rows: RowView,
+        to: &mut Vec<f32>,
+        to_rows: RowView,
+        n_rows: usize,
+    ) {
+        for m in 0..n_rows {
+            let row = &from[from_rows.offset + m * from_rows.stride..][..from_rows.width];
+            to[to_rows.offset + m * to_rows.stride..][..to_rows.width].copy_from_slice(row);
+        }
+    }
+
+    fn gather_rows(&self, from: &Vec<f32>, rows: &[usize], width: usize, to: &mut Vec<f32>) {
+        for (out, row) in to.chunks_exact_mut(width).zip(rows) {
+            out.copy_from_slice(&from[row * width..][..width]);
+        }
+    }
+
+    fn rope_angles(
+        &self,
+        inverse_frequencies: &[f64],
+        factor: f64,
+        inputs: &StepInputs<'_>,
+        angles: &mut Vec<f32>,
+    ) {
+        rope_angles(inverse_frequencies, factor, inputs.positions, angles);
+    }
+
+    fn rope(
+        &self,
+        x: &mut Vec<f32>,
+        n_rows: usize,
+        heads: HeadView,
+        layout: RopeLayout,
+        angles: &Vec<f32>,
+    ) {
+        let half = heads.len / 2;
+        for_each_head(x, n_rows, heads, |m, _, head| {
+            let (cos, sin) = angles[m * heads.len..][..heads.len].split_at(half);
+            for i in 0..half {
+                let (a, b) = match layout {
+                    RopeLayout::Halves => (i, i + half),
+                    RopeLayout::Pairs => (2 * i, 2 * i + 1),
+                };
+                let (first, second) = (head[a], head[b]);
+                head[a] = first * cos[i] - second * sin[i];
+                head[b] = second * cos[i] + first * sin[i];
+            }
+        });
+    }
+
+    fn store_heads(
+        &self,
+        keys: &Vec<f32>,
+        values: &Vec<f32>,
+        cache: &mut Vec<f32>,
+        shape: CacheShape,
+        inputs: &StepInputs<'_>,
+    ) {
+        store_heads(keys, values, cache, shape, inputs);
+    }
+
+    fn store_latent(
+        &self,
+        rows: &Vec<f32>,
+        view: RowView,
+        cache: &mut Vec<f32>,
+        shape: CacheShape,
+        inputs: &StepInputs<'_>,
+    ) {
+        store_latent(rows, view, cache, shape, inputs);
+    }
+
+    fn attention(
+        &self,
+        queries: &Vec<f32>,
+        cache: &Vec<f32>,
+        cache_shape: CacheShape,
+        attention: AttentionShape,
+        inputs: &StepInputs<'_>,
+        out: &mut Vec<f32>,
+    ) {
+        let n_heads = attention.n_heads;
+        let (key_len, value_len) = match cache_shape.rows {
+            CacheRows::Heads { head_dim, .. } => (head_dim, head_dim),
+            CacheRows::Latent {
+                latent_len,
+                rope_len,
+            } => (latent_len + rope_len, latent_len),
+        };
+        for m in 0..inputs.n_rows() {
+            let n_positions = inputs.positions[m] + 1;
+            let blocks = inputs.blocks_of_row(m);
+            for h in 0..n_heads {
+                let query = &queries[(m * n_heads + h) * key_len..][..key_len];
+                let at = |t: usize| {
+                    let block = blocks[t / cache_shape.block_len] as usize;
+                    let start = block * cache_shape.block_size();
+                    cache_row(start, t % cache_shape.block_len, cache_shape, n_heads, h)
+                };
+                let mut scores = (0..n_positions)
+                    .map(|t| dot(query, &cache[at(t).0..][..key_len]) * attention.scale)
+                    .collect::<Vec<_>>();
+                softmax(&mut scores);
+                let result = &mut out[(m * n_heads + h) * value_len..][..value_len];
+                result.fill(0.0);
+                for (t, p) in scores.iter().enumerate() {
+                    for (o, v) in result.iter_mut().zip(&cache[at(t).1..][..value_len]) {
+                        *o += p * v;
+                    }
+                }
+            }
+        }
+    }
+
+    fn absorb_keys(
+        &self,
+        queries: &Vec<f32>,
+        heads: HeadView,
+        weight: &Matrix,
+        rows_per_head: usize,
+        out: &mut Vec<f32>,
+        out_stride: usize,
+        n_rows: usize,
+    ) {
+        let rank = weight.n_cols();
+        for h in 0..heads.n_heads {
+            for m in 0..n_rows {
+                out[(m * heads.n_heads + h) * out_stride..][..rank].fill(0.0);
+            }
+            for d in 0..heads.len {
+                let row = decoded(weight, h * rows_per_head + d);
+                for m in 0..n_rows {
+                    let q =
+                        queries[heads.offset + m * heads.row_stride + h * heads.head_stride + d];
+                    let result = &mut out[(m * heads.n_heads + h) * out_stride..][..rank];
+                    for (o, w) in result.iter_mut().zip(&row) {
+                        *o += q * w;
+                    }
+                }
+            }
+        }
+    }
+
+    fn expand_values(
+        &self,
+        x: &Vec<f32>,
+        weight: &Matrix,
+        heads: ValueHeads,
+        out: &mut Vec<f32>,
+        n_rows: usize,
+    ) {
+        let rank = weight.n_cols();
+        for h in 0..heads.n_heads {
+            for d in 0..heads.head_dim {
+                let row = decoded(weight, h * heads.rows_per_head + heads.first_row + d);
+                for m in 0..n_rows {
+                    let head = m * heads.n_heads + h;
+                    out[head * heads.head_dim + d] = dot(&row, &x[head * rank..][..rank]);
+                }
+            }
+        }
+    }
+
+    fn gate(
+        &self,
+        logits: &Vec<f32>,
+        n_rows: usize,
+        shape: GateShape,
+        bias: Option<&Vec<f32>>,
+        routes: &mut Routes,
+    ) {
+        routes.chosen.clear();
+        for row in logits[..n_rows * shape.n_experts].chunks_exact(shape.n_experts) {
+            let mut chosen = vec![(0, 0.0); shape.top_k];
+            let mut scratch = GateScratch::new(shape.n_experts);
+            choose_experts(
+                row,
+                bias.map(Vec::as_slice),
+                shape,
+                &mut scratch,
+                &mut chosen,
+            );
+            routes.chosen.push(chosen);
+        }
+    }
+
+    fn experts(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        experts: &[Expert<Matrix>],
+        routes: &mut Routes,
+        out: &mut Vec<f32>,
+    ) {
+        let Some(first) = experts.first() else { return };
+        let hidden = first.down.n_rows();
+        for m in 0..n_rows {
+            let input = &x[m * hidden..][..hidden];
+            for &(expert, weight) in &routes.chosen[m] {
+                let expert = &experts[expert];
+                let inner = (0..expert.gate.n_rows())
+                    .map(|i| {
+                        let gate = dot(&decoded(&expert.gate, i), input);
+                        silu(gate) * dot(&decoded(&expert.up, i), input)
+                    })
+                    .collect::<Vec<_>>();
+                for (i, o) in out[m * hidden..][..hidden].iter_mut().enumerate() {
+                    *o += weight * dot(&decoded(&expert.down, i), &inner);
+                }
+            }
+        }
+    }
+}
+
+/// Scratch of [`choose_experts`].
+#[derive(Debug, Clone)]
+pub struct GateScratch {
+    scores: Vec<f32>,
+    choice: Vec<f32>,
+    groups: Vec<(usize, f32)>,
+    order: Vec<(usize, f32)>,
+}
+
+impl GateScratch {
+    /// Room for `n_experts`.
+    pub fn new(n_experts: usize) -> Self {
+        Self {
+            scores: Vec::with_capacity(n_experts),
+            choice: Vec::with_capacity(n_experts),
+            groups: Vec::with_capacity(n_experts),
+            order: Vec::with_capacity(n_experts),
+        }
+    }
+}
+
+/// Chooses one row's experts into `chosen` (`top_k` entries, ascending expert index). Ties go to
+/// the lower index. Bias counts for the choice only, never for the weight.
+pub fn choose_experts(
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    shape: GateShape,
+    scratch: &mut GateScratch,
+    chosen: &mut [(usize, f32)],
+) {
+    let GateScratch {
+        scores,
+        choice,
+        groups,
+        order,
+    } = scratch;
+    scores.clear();
+    match shape.scoring {
+        Scoring::Sigmoid => scores.extend(logits.iter().map(|z| 1.0 / (1.0 + (-z).exp()))),
+        Scoring::Softmax => {
+            scores.extend_from_slice(logits);
+            softmax(scores);
+        }
+    }
+    choice.clear();
+    choice.extend_from_slice(scores);
+    if let Some(bias) = bias {
+        choice.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
+    }
+    let better = |a: &(usize, f32), b: &(usize, f32)| {
+        b.1.partial_cmp(&a.1)
+            .unwrap_or(Ordering::Equal)
+            .then(a.0.cmp(&b.0))
+    };
+    if let Some(limit) = shape.groups {
+        let group_len = shape.n_experts / limit.n_groups;
+        groups.clear();
+        groups.extend(
+            choice
+                .chunks_exact(group_len)
+                .map(group_score(limit.group_score))
+                .enumerate(),
+        );
+        groups.sort_unstable_by(better);
+        // Minus infinity, not zero: biased scores may be negative.
+        for (group, _) in &groups[limit.top_groups..] {
+            choice[group * group_len..][..group_len].fill(f32::NEG_INFINITY);
+        }
+    }
+    order.clear();
+    order.extend(choice.iter().copied().enumerate());
+    order.sort_unstable_by(better);
+    order.truncate(shape.top_k);
+    order.sort_unstable_by_key(|(expert, _)| *expert);
+    let sum = order.iter().map(|(expert, _)| scores[*expert]).sum::<f32>() + 1e-20;
+    for (slot, (expert, _)) in chosen.iter_mut().zip(&*order) {
+        let weight = if shape.normalize {
+            scores[*expert] / sum
+        } else {
+            scores[*expert]
+        };
+        *slot = (*expert, weight * shape.scale);
+    }
+}
+
+fn group_score(kind: GroupScore) -> impl Fn(&[f32]) -> f32 {
+    move |group| {
+        let mut best = [f32::NEG_INFINITY; 2];
+        for &score in group {
+            if best[0] < score {
+                best = [score, best[0]];
+            } else if best[1] < score {
+                best[1] = score;
+            }
+        }
+        match kind {
+            GroupScore::Max => best[0],
+            GroupScore::TopTwoSum if group.len() < 2 => best[0],
+            GroupScore::TopTwoSum => best[0] + best[1],
+        }
+    }
+}
+
+/// `[cos.., sin..] * factor` per position, computed in f64: angles reach 1e5 rad at long context.
+pub fn rope_angles(
+    inverse_frequencies: &[f64],
+    factor: f64,
+    positions: &[usize],
+    angles: &mut [f32],
+) {
+    let half = inverse_frequencies.len();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        reason = "f32 result"
+    )]
+    for (row, position) in angles.chunks_exact_mut(2 * half).zip(positions) {
+        for (i, frequency) in inverse_frequencies.iter().enumerate() {
+            let (sin, cos) = (*position as f64 * frequency).sin_cos();
+            row[i] = (cos * factor) as f32;
+            row[half + i] = (sin * factor) as f32;
+        }
+    }
+}
+
+/// Copies keys and values into their blocks.
+pub fn store_heads(
+    keys: &[f32],
+    values: &[f32],
+    cache: &mut [f32],
+    shape: CacheShape,
+    inputs: &StepInputs<'_>,
+) {
+    let CacheRows::Heads {
+        n_kv_heads,
+        head_dim,
+    } = shape.rows
+    else {
+        unreachable!("keys and values go to a cache of heads")
+    };
+    let width = n_kv_heads * head_dim;
+    for m in 0..inputs.n_rows() {
+        let position = inputs.positions[m];
+        let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
+        for head in 0..n_kv_heads {
+            let (key, value) = cache_row(
+                block * shape.block_size(),
+                position % shape.block_len,
+                shape,
+                n_kv_heads,
+                head,
+            );
+            let from = m * width + head * head_dim;
+            cache[key..][..head_dim].copy_from_slice(&keys[from..][..head_dim]);
+            cache[value..][..head_dim].copy_from_slice(&values[from..][..head_dim]);
+        }
+    }
+}
+
+/// Copies latent rows into their blocks.
+pub fn store_latent(
+    rows: &[f32],
+    view: RowView,
+    cache: &mut [f32],
+    shape: CacheShape,
+    inputs: &StepInputs<'_>,
+) {
+    for m in 0..inputs.n_rows() {
+        let position = inputs.positions[m];
+        let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
+        let to = block * shape.block_size() + position % shape.block_len * view.width;
+        cache[to..][..view.width]
+            .copy_from_slice(&rows[view.offset + m * view.stride..][..view.width]);
+    }
+}
+
+/// Where the key and the value of query head `head` of `n_heads` start for position `t` of the
+/// block at `block_start`.
+pub fn cache_row(
+    block_start: usize,
+    t: usize,
+    shape: CacheShape,
+    n_heads: usize,
+    head: usize,
+) -> (usize, usize) {
+    match shape.rows {
+        CacheRows::Heads {
+            n_kv_heads,
+            head_dim,
+        } => {
+            let kv_head = head / (n_heads / n_kv_heads);
+            let key = block_start + (kv_head * shape.block_len + t) * head_dim;
+            (key, key + n_kv_heads * shape.block_len * head_dim)
+        }
+        CacheRows::Latent {
+            latent_len,
+            rope_len,
+        } => {
+            let row = block_start + t * (latent_len + rope_len);
+            (row, row)
+        }
+    }
+}
+
+fn decoded(matrix: &Matrix, row: usize) -> Vec<f32> {
+    let mut values = vec![0.0; matrix.n_cols()];
+    quant::decode_row(matrix, row, &mut values);
+    values
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+fn rms_scale(row: &[f32], eps: f32) -> f32 {
+    #[expect(clippy::cast_precision_loss, reason = "row lengths are far below 2^24")]
+    let mean = row.iter().map(|v| v * v).sum::<f32>() / row.len() as f32;
+    1.0 / (mean + eps).sqrt()
+}
+
+/// `x * sigmoid(x)`.
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+fn softmax(values: &mut [f32]) {
+    let largest = values.iter().fold(f32::NEG_INFINITY, |a, v| a.max(*v));
+    let mut sum = 0.0;
+    for v in &mut *values {
+        *v = (*v - largest).exp();
+        sum += *v;
+    }
+    values.iter_mut().for_each(|v| *v /= sum);
+}
+
+fn for_each_head(
+    x: &mut [f32],
+    n_rows: usize,
+    heads: HeadView,
+    mut body: impl FnMut(usize, usize, &mut [f32]),
+) {
+    for m in 0..n_rows {
+        for h in 0..heads.n_heads {
+            let start = heads.offset + m * heads.row_stride + h * heads.head_stride;
+            body(m, h, &mut x[start..][..heads.len]);
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The public HTTP API, field for field: requests of OpenAI clients with the usual extensions, answers, errors.
+//!
+//! Knows JSON and ranges of numbers; knows no model, no tokens and no HTTP.
+//!
+//! Invariant: a request value holds only what may be run; everything else was refused by name.
+
+mod error;
+mod locate;
+mod raw;
+mod request;
+mod response;
+#[cfg(test)]
+mod tests;
+
+pub use error::{ErrorBody, ErrorDetail, RequestError};
+pub use request::{
+    ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationOptions, Prompt,
+    ReasoningEffort, Role, limits,
+};
+pub use response::{
+    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
+    ChatTokenLogprob, Completion, CompletionChoice, CompletionLogprobs, CompletionTokensDetails,
+    FinishReason, Model, ModelList, TopLogprob, Usage,
+};

@@ -1,0 +1,311 @@
+//! The way up, the way down, and models that come and go while others answer.
+
+use std::{
+    fs,
+    net::TcpStream,
+    os::unix::net::UnixDatagram,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use dsd_tests::{
+    data,
+    http::{self, Connection},
+    node::Node,
+    process, tool, wait,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// A stream of `n_tokens` whose first event has arrived.
+fn stream(node: &Node, n_tokens: usize) -> Connection {
+    let body = json!({
+        "prompt": [1, 2, 3], "max_tokens": n_tokens, "stream": true, "ignore_eos": true,
+        "stream_options": {"include_usage": true},
+    });
+    let mut connection = node.connect();
+    connection.send(&http::post_bytes(
+        "/v1/completions",
+        body.to_string().as_bytes(),
+    ));
+    assert_eq!(connection.head().status, 200);
+    assert!(connection.chunk().unwrap().is_some());
+    connection
+}
+
+/// The rest of a stream as text; empty chunks of a cut connection end it, too.
+fn rest(connection: &mut Connection) -> String {
+    let mut text = Vec::new();
+    while let Ok(Some(chunk)) = connection.chunk() {
+        text.extend(chunk);
+    }
+    String::from_utf8(text).unwrap()
+}
+
+fn wait_for_refusal(node: &Node) {
+    wait::until_true("new connections are refused", || {
+        TcpStream::connect(node.http).is_err()
+    });
+}
+
+#[test]
+fn sigterm_lets_a_running_stream_end_and_refuses_new_connections() {
+    let mut node = Node::start(&data::reference("deepseek_v3"));
+    let mut running = stream(&node, 2000);
+    node.terminate();
+    wait_for_refusal(&node);
+    let events = rest(&mut running);
+    assert!(events.ends_with("data: [DONE]\n\n"), "{events:?}");
+    let last = events
+        .split("\n\n")
+        .filter(|event| event.contains("\"usage\":{"))
+        .last();
+    let last: Value = serde_json::from_str(last.unwrap().strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!(last["usage"]["completion_tokens"], 2000);
+    assert_eq!(node.exit().code(), Some(0));
+    assert!(node.logged("stopping, requests may finish").is_some());
+}
+
+#[test]
+fn streams_longer_than_the_drain_time_are_cut_off() {
+    let mut node = Node::builder(&data::smollm2())
+        .env("DSD_NODE__DRAIN_TIMEOUT_S", 1)
+        .allow("requests were cut off at the end of the drain time")
+        .allow("drain time is over")
+        .start();
+    let mut running = stream(&node, 4000);
+    let started = Instant::now();
+    node.terminate();
+    let events = rest(&mut running);
+    assert!(
+        !events.contains("\"finish_reason\":\"length\""),
+        "{events:?}"
+    );
+    assert_eq!(node.exit().code(), Some(0));
+    assert!(
+        started.elapsed() < Duration::from_secs(15),
+        "took {:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn a_second_signal_ends_the_wait() {
+    let mut node = Node::builder(&data::smollm2())
+        .allow("stopped at once by a second signal")
+        .start();
+    let running = stream(&node, 4000);
+    node.terminate();
+    wait_for_refusal(&node);
+    let started = Instant::now();
+    process::signal(node.pid(), "INT");
+    assert_eq!(node.exit().code(), Some(0));
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "took {:?}",
+        started.elapsed()
+    );
+    drop(running);
+}
+
+#[test]
+fn a_signal_while_loading_ends_the_node() {
+    let mut node = Node::builder(&data::smollm2()).spawn();
+    assert_eq!(node.get("/health").status, 200);
+    node.terminate();
+    assert_eq!(node.exit().code(), Some(0));
+}
+
+/// Waits for a datagram with this line.
+fn expect_notice(socket: &UnixDatagram, line: &str) {
+    let mut bytes = [0; 4096];
+    wait::until_true(line, || {
+        let n = socket
+            .recv(&mut bytes)
+            .unwrap_or_else(|e| panic!("no {line}: {e}"));
+        String::from_utf8_lossy(&bytes[..n])
+            .lines()
+            .any(|found| found == line)
+    });
+}
+
+#[test]
+fn systemd_is_told_of_readiness_life_and_stop() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(wait::DEADLINE)).unwrap();
+    let mut node = Node::builder(&data::reference("deepseek_v3"))
+        .env("NOTIFY_SOCKET", path.display())
+        .env("WATCHDOG_USEC", 300_000)
+        .spawn();
+    expect_notice(&socket, "READY=1");
+    // Ready means that a token came out.
+    assert_eq!(node.get("/ready").status, 200);
+    let status = node.model_status();
+    assert!(status["last_token_age_ms"].is_u64(), "{status}");
+    for _ in 0..3 {
+        expect_notice(&socket, "WATCHDOG=1");
+    }
+    node.terminate();
+    expect_notice(&socket, "STOPPING=1");
+    assert_eq!(node.exit().code(), Some(0));
+}
+
+#[test]
+fn a_killed_node_comes_back_with_its_certificates() {
+    let state = TempDir::new().unwrap();
+    let model = data::reference("llama");
+    let mut node = Node::builder(&model).state(state.path()).start();
+    let certificate = fs::read(state.path().join("pki/node.pem")).unwrap();
+    let running = stream(&node, 1000);
+    process::signal(node.pid(), "KILL");
+    assert_eq!(node.exit().code(), None);
+    drop(running);
+    let node = Node::builder(&model).state(state.path()).start();
+    node.must_serve();
+    tool::dsctl_json(&node, &["status"]);
+    assert_eq!(
+        fs::read(state.path().join("pki/node.pem")).unwrap(),
+        certificate
+    );
+}
+
+#[test]
+fn models_come_and_go_while_others_answer() {
+    let node = Node::builder(&data::reference("deepseek_v3"))
+        .allow("a model called `qwen3` is served already")
+        .start();
+    let mut running = stream(&node, 1500);
+    let qwen3 = data::reference("qwen3");
+    let loaded = tool::dsctl_json(&node, &["model", "load", qwen3.to_str().unwrap()]);
+    assert_eq!(loaded["loaded"]["name"], "qwen3", "{loaded}");
+    assert_eq!(loaded["loaded"]["architecture"], "qwen3");
+
+    let twice = tool::dsctl(&node, &["--json", "model", "load", qwen3.to_str().unwrap()]);
+    assert_eq!(twice.code, Some(1), "{twice:?}");
+    assert!(twice.stdout.contains("model_exists") || twice.stderr.contains("model_exists"));
+    let list = tool::dsctl_json(&node, &["model", "list"]);
+    let names: Vec<&str> = list["models"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["deepseek_v3", "qwen3"]);
+    let ask = |model: &str| {
+        let body = json!({"model": model, "prompt": [1, 2], "max_tokens": 2, "ignore_eos": true});
+        node.post("/v1/completions", &body)
+    };
+    for model in ["deepseek_v3", "qwen3"] {
+        let reply = ask(model);
+        assert_eq!(
+            (reply.status, reply.json()["model"].as_str()),
+            (200, Some(model))
+        );
+    }
+    // With two models, which one is meant must be said.
+    let unnamed = node.post("/v1/completions", &json!({"prompt": [1]}));
+    unnamed.must_be_error(400, "invalid_request", Some("model"));
+
+    let unloaded = tool::dsctl_json(&node, &["model", "unload", "qwen3"]);
+    assert_eq!(
+        (&unloaded["name"], &unloaded["n_requests_ended"]),
+        (&json!("qwen3"), &json!(0))
+    );
+    ask("qwen3").must_be_error(404, "model_not_found", Some("model"));
+    let again = tool::dsctl(&node, &["model", "unload", "qwen3"]);
+    assert_eq!(again.code, Some(1), "{again:?}");
+    assert!(
+        rest(&mut running).ends_with("data: [DONE]\n\n"),
+        "the other model's stream was cut"
+    );
+
+    tool::dsctl_json(&node, &["model", "unload", "deepseek_v3"]);
+    node.get("/ready").must_be_error(503, "not_ready", None);
+    assert_eq!(node.get("/health").status, 200);
+    assert_eq!(tool::dsctl(&node, &["status"]).code, Some(2));
+    ask("deepseek_v3").must_be_error(404, "model_not_found", Some("model"));
+    tool::dsctl_json(&node, &["model", "load", qwen3.to_str().unwrap()]);
+    wait::until_true("/ready", || node.get("/ready").status == 200);
+    assert_eq!(ask("qwen3").status, 200);
+}
+
+#[test]
+fn a_model_that_cannot_be_loaded_does_not_touch_the_one_that_answers() {
+    let node = Node::builder(&data::reference("llama"))
+        .allow("a model was not loaded")
+        .start();
+    let folder = TempDir::new().unwrap();
+    let copy = data::copy_of(&data::reference("qwen3"), folder.path());
+    let weights = copy.join("model.safetensors");
+    let len = fs::metadata(&weights).unwrap().len();
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&weights)
+        .unwrap()
+        .set_len(len - 1)
+        .unwrap();
+    let refused = tool::dsctl(&node, &["--json", "model", "load", copy.to_str().unwrap()]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let said = refused.stdout + &refused.stderr;
+    assert!(
+        said.contains("weights_invalid") && said.contains("model.safetensors"),
+        "{said}"
+    );
+    node.must_serve();
+    assert_eq!(node.get("/ready").status, 200);
+    for absent in ["absent", "/nonexistent", "../llama", ""] {
+        let refused = tool::dsctl(&node, &["model", "load", absent]);
+        assert_eq!(refused.code, Some(1), "{absent}: {refused:?}");
+    }
+    node.must_serve();
+}
+
+fn flip(file: &Path, at: usize, to: [u8; 2]) {
+    let mut bytes = fs::read(file).unwrap();
+    bytes[at..at + 2].copy_from_slice(&to);
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn verify_notices_bytes_that_changed_on_disk() {
+    let folder = TempDir::new().unwrap();
+    let copy = data::copy_of(&data::reference("llama"), folder.path());
+    let weights = copy.join("model.safetensors");
+    let node = Node::start(&copy);
+    let good = tool::dsctl_json(&node, &["model", "verify", "llama"]);
+    assert_eq!(good["verified"]["findings"], json!([]), "{good}");
+    assert_eq!(good["verified"]["n_files"], 1);
+
+    let len = fs::metadata(&weights).unwrap().len() as usize;
+    flip(&weights, len - 2, [0x12, 0x34]);
+    let other = tool::dsctl(&node, &["--json", "model", "verify", "llama"]).json_lines();
+    let other = other.last().unwrap();
+    assert_ne!(
+        other["verified"]["digest"], good["verified"]["digest"],
+        "{other}"
+    );
+
+    // A NaN in bf16.
+    flip(&weights, len - 2, [0xc0, 0x7f]);
+    let outcome = tool::dsctl(&node, &["--json", "model", "verify", "llama"]);
+    assert_eq!(outcome.code, Some(2), "{outcome:?}");
+    let lines = outcome.json_lines();
+    let finding = &lines.last().unwrap()["verified"]["findings"][0];
+    assert!(
+        finding["file"]
+            .as_str()
+            .unwrap()
+            .ends_with("model.safetensors"),
+        "{finding}"
+    );
+    for key in ["tensor", "expected", "found"] {
+        assert!(
+            finding[key].as_str().is_some_and(|text| !text.is_empty()),
+            "{finding}"
+        );
+    }
+    let absent = tool::dsctl(&node, &["model", "verify", "absent"]);
+    assert_eq!(absent.code, Some(1), "{absent:?}");
+}

@@ -1,0 +1,18 @@
+//! End-to-end suites, one binary so that they link once.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    reason = "helpers of tests fail by panicking, and read the real clock"
+)]
+
+mod bad_input;
+mod cancel_storm;
+mod dsctl;
+mod lifecycle;
+mod memory;
+mod openai;
+mod quic;
+mod same_tokens;
+mod start_up;
+mod tidy;

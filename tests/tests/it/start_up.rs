@@ -1,0 +1,373 @@
+//! Everything that keeps a node from starting: exit code 1 and one line that says what and where.
+
+use std::{
+    fs,
+    net::{TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+};
+
+use dsd_tests::{data, process, tool};
+use tempfile::TempDir;
+
+/// Starts `dsd dev` for a checkpoint, which must be refused with a line that holds all of `expected`.
+#[track_caller]
+fn check_model(model: &Path, expected: &[&str]) {
+    let state = TempDir::new().unwrap();
+    let mut command = tool::command("dsd");
+    command
+        .args([
+            "dev",
+            "--http",
+            "127.0.0.1:0",
+            "--quic",
+            "127.0.0.1:0",
+            "--model",
+        ])
+        .arg(model)
+        .arg("--state")
+        .arg(state.path());
+    check(&mut command, expected);
+}
+
+/// Runs a command that must exit with 1 and end its standard error with one line that holds all of
+/// `expected`.
+#[track_caller]
+fn check(command: &mut std::process::Command, expected: &[&str]) {
+    let outcome = process::run(command, "");
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let last = outcome.stderr.lines().last().unwrap_or("");
+    assert!(last.starts_with("dsd: "), "{outcome:?}");
+    for text in expected {
+        assert!(last.contains(text), "no {text:?} in {last:?}");
+    }
+    assert_eq!(outcome.stderr.matches("dsd: ").count(), 1, "{outcome:?}");
+    assert!(!outcome.stderr.contains("panicked"), "{outcome:?}");
+    assert!(
+        !outcome.stderr.contains('\x1b'),
+        "colour codes in a pipe: {outcome:?}"
+    );
+}
+
+/// A copy of a tiny checkpoint, to be damaged.
+struct Copy {
+    _folder: TempDir,
+    path: PathBuf,
+}
+
+impl Copy {
+    fn of(checkpoint: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        let path = data::copy_of(&data::reference(checkpoint), folder.path());
+        Self {
+            _folder: folder,
+            path,
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn edit(&self, name: &str, from: &str, to: &str) {
+        let text = fs::read_to_string(self.file(name)).unwrap();
+        assert!(text.contains(from), "{name} has no {from:?}");
+        fs::write(self.file(name), text.replace(from, to)).unwrap();
+    }
+
+    /// Rewrites a safetensors file's header; the bytes of the tensors stay as they are.
+    fn edit_header(&self, name: &str, change: impl FnOnce(String) -> String) {
+        let bytes = fs::read(self.file(name)).unwrap();
+        let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = change(String::from_utf8(bytes[8..8 + len].to_vec()).unwrap());
+        let new_len = (header.len() as u64).to_le_bytes();
+        fs::write(
+            self.file(name),
+            [&new_len[..], header.as_bytes(), &bytes[8 + len..]].concat(),
+        )
+        .unwrap();
+    }
+}
+
+const SHARD_1: &str = "model-00001-of-00002.safetensors";
+const SHARD_2: &str = "model-00002-of-00002.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+#[test]
+fn damaged_shards_are_refused_with_file_tensor_expected_and_found() {
+    let copy = Copy::of("deepseek_v2_lite");
+    let len = fs::metadata(copy.file(SHARD_2)).unwrap().len();
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(copy.file(SHARD_2))
+        .unwrap();
+    file.set_len(len - 100).unwrap();
+    check_model(&copy.path, &[SHARD_2, "tensor `", " bytes needed, "]);
+    file.set_len(4).unwrap();
+    check_model(&copy.path, &[SHARD_2, "8 bytes needed, 4 there"]);
+    file.set_len(0).unwrap();
+    check_model(&copy.path, &[SHARD_2]);
+
+    let copy = Copy::of("deepseek_v2_lite");
+    let bytes = fs::read(copy.file(SHARD_1)).unwrap();
+    fs::write(copy.file(SHARD_1), [&bytes[..], b"more"].concat()).unwrap();
+    let (found, expected) = ((bytes.len() + 4).to_string(), bytes.len().to_string());
+    check_model(&copy.path, &[SHARD_1, &found, &expected]);
+
+    let copy = Copy::of("deepseek_v2_lite");
+    fs::rename(copy.file(SHARD_1), copy.file("aside")).unwrap();
+    fs::rename(copy.file(SHARD_2), copy.file(SHARD_1)).unwrap();
+    fs::rename(copy.file("aside"), copy.file(SHARD_2)).unwrap();
+    check_model(&copy.path, &[SHARD_1, "tensor `", INDEX]);
+
+    let copy = Copy::of("deepseek_v2_lite");
+    fs::remove_file(copy.file(SHARD_2)).unwrap();
+    check_model(&copy.path, &[INDEX, SHARD_2, "is missing"]);
+
+    let copy = Copy::of("deepseek_v2_lite");
+    copy.edit(INDEX, SHARD_2, "../../etc/passwd");
+    check_model(
+        &copy.path,
+        &[INDEX, "`../../etc/passwd`", "expected a plain file name"],
+    );
+}
+
+#[test]
+fn impossible_headers_are_refused_with_file_and_tensor() {
+    const FILE: &str = "model.safetensors";
+    let flip = |from: &str, to: &str, expected: &[&str]| {
+        let copy = Copy::of("llama");
+        copy.edit_header(FILE, |header| {
+            assert!(header.contains(from), "{from}");
+            header.replacen(from, to, 1)
+        });
+        check_model(&copy.path, expected);
+    };
+    flip(
+        "\"model.norm.weight\"",
+        "\"model.norm.weight",
+        &[FILE, "is not valid safetensors header"],
+    );
+    flip(
+        "model.norm.weight",
+        "model.morn.weight",
+        &["`model.norm.weight` is missing"],
+    );
+    flip("\"dtype\":\"BF16\"", "\"dtype\":\"BF99\"", &[FILE, "BF99"]);
+    flip("\"shape\":[", "\"shape\":[99,", &[FILE, "tensor `"]);
+
+    let copy = Copy::of("llama");
+    let mut bytes = fs::read(copy.file(FILE)).unwrap();
+    bytes[7] = 0xff;
+    fs::write(copy.file(FILE), &bytes).unwrap();
+    check_model(&copy.path, &[FILE]);
+    bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(copy.file(FILE), &bytes).unwrap();
+    check_model(&copy.path, &[FILE]);
+}
+
+#[test]
+fn a_tensor_too_many_is_refused_by_its_name() {
+    let copy = Copy::of("llama");
+    copy.edit_header("model.safetensors", |header| {
+        let end = header.rfind('}').unwrap();
+        let data_len = fs::metadata(copy.file("model.safetensors")).unwrap().len()
+            - 8
+            - header.len() as u64;
+        format!(
+            "{},\"model.extra.weight\":{{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[{data_len},{}]}}}}",
+            &header[..end],
+            data_len + 4
+        )
+    });
+    let bytes = fs::read(copy.file("model.safetensors")).unwrap();
+    fs::write(
+        copy.file("model.safetensors"),
+        [&bytes[..], &[0; 4]].concat(),
+    )
+    .unwrap();
+    check_model(&copy.path, &["model.extra.weight"]);
+}
+
+#[test]
+fn configurations_that_do_not_fit_are_refused_with_the_key() {
+    let edit = |from: &str, to: &str, expected: &[&str]| {
+        let copy = Copy::of("llama");
+        copy.edit("config.json", from, to);
+        check_model(
+            &copy.path,
+            &[&[copy.path.to_str().unwrap()], expected].concat(),
+        );
+    };
+    edit(
+        "\"model_type\": \"llama\"",
+        "\"model_type\": \"deepseek_v41\"",
+        &["deepseek_v41"],
+    );
+    edit("\"hidden_size\":", "\"hidden_sighs\":", &["hidden_size"]);
+    edit(
+        "\"num_hidden_layers\": ",
+        "\"num_hidden_layers\": 99",
+        &["model.layers."],
+    );
+    edit("{", "", &["config.json", "line 2"]);
+
+    let copy = Copy::of("llama");
+    fs::remove_file(copy.file("config.json")).unwrap();
+    check_model(&copy.path, &["config.json"]);
+    let copy = Copy::of("llama");
+    fs::remove_file(copy.file("model.safetensors")).unwrap();
+    check_model(&copy.path, &["expected"]);
+    let copy = Copy::of("llama");
+    fs::remove_file(copy.file("tokenizer.json")).unwrap();
+    check_model(&copy.path, &["tokenizer.json"]);
+    let copy = Copy::of("llama");
+    fs::write(copy.file("tokenizer.json"), "{}").unwrap();
+    check_model(&copy.path, &["tokenizer.json"]);
+}
+
+#[test]
+fn damaged_gguf_files_are_refused_with_file_and_tensor() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("model.gguf");
+    fs::copy(data::smollm2(), &path).unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let len = file.metadata().unwrap().len();
+    file.set_len(len / 2).unwrap();
+    check_model(&path, &["model.gguf", "tensor `"]);
+    file.set_len(1000).unwrap();
+    check_model(&path, &["model.gguf"]);
+    file.set_len(3).unwrap();
+    check_model(&path, &["model.gguf"]);
+    fs::write(&path, b"GGML and not GGUF").unwrap();
+    check_model(&path, &["model.gguf"]);
+}
+
+#[test]
+fn models_that_are_not_there_are_refused_with_their_path() {
+    check_model(Path::new("/nonexistent/model"), &["`/nonexistent/model`"]);
+    check_model(Path::new("/dev/null"), &["/dev/null"]);
+    let folder = TempDir::new().unwrap();
+    check_model(folder.path(), &[folder.path().to_str().unwrap()]);
+    // No --model, and nothing in the store.
+    let mut command = tool::command("dsd");
+    command.args(["dev", "--http", "127.0.0.1:0", "--quic", "127.0.0.1:0"]);
+    command.arg("--state").arg(folder.path());
+    check(&mut command, &["there is no model in", "--model PATH"]);
+}
+
+#[test]
+fn a_state_folder_that_cannot_be_written_is_refused_with_its_path() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let model = data::reference("llama");
+    // Also for root, whom file modes do not stop.
+    for state in [file.join("state"), file.clone(), PathBuf::from("/proc/dsd")] {
+        let mut command = tool::command("dsd");
+        command.args([
+            "dev",
+            "--http",
+            "127.0.0.1:0",
+            "--quic",
+            "127.0.0.1:0",
+            "--model",
+        ]);
+        command.arg(&model).arg("--state").arg(&state);
+        check(
+            &mut command,
+            &["cannot write the state folder", state.to_str().unwrap()],
+        );
+    }
+}
+
+#[test]
+fn a_port_in_use_is_refused_with_address_and_option() {
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (http, quic) = (
+        tcp.local_addr().unwrap().to_string(),
+        udp.local_addr().unwrap().to_string(),
+    );
+    let state = TempDir::new().unwrap();
+    let free = "127.0.0.1:0";
+    for (http, quic, expected) in [
+        (http.as_str(), free, [http.as_str(), "--http"]),
+        (free, quic.as_str(), [quic.as_str(), "--quic"]),
+    ] {
+        let mut command = tool::command("dsd");
+        command.args(["dev", "--http", http, "--quic", quic, "--model"]);
+        command
+            .arg(data::reference("llama"))
+            .arg("--state")
+            .arg(state.path());
+        check(&mut command, &expected);
+    }
+}
+
+#[test]
+fn configuration_files_are_refused_with_file_line_and_suggestion() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("dsd.toml");
+    let path_text = path.to_str().unwrap();
+    for (text, expected) in [
+        (
+            "version = 1\n[http]\nlisen = \"x\"\n",
+            [":3: ", "did you mean `http.listen`?"],
+        ),
+        ("version = 1\n[htpp]\n", [":2: ", "htpp"]),
+        (
+            "version = 1\n\n[http]\nlisten = 7\n",
+            [":4: ", "expected socket address"],
+        ),
+        (
+            "version = 1\n[engine]\nstep_tokens = 0\n",
+            [":3: ", "1 to 1048576"],
+        ),
+        ("version = 2\n", [":1: ", "version 1"]),
+        ("[http]\n", ["dsd.toml", "`version = 1` is missing"]),
+        ("version = \n", [":1: ", "dsd.toml"]),
+    ] {
+        fs::write(&path, text).unwrap();
+        for verb in ["serve", "check-config"] {
+            check(
+                tool::command("dsd").args([verb, "--config", path_text]),
+                &expected,
+            );
+        }
+    }
+    let missing = folder.path().join("absent.toml");
+    let command = &mut tool::command("dsd");
+    check(
+        command.args(["check-config", "--config", missing.to_str().unwrap()]),
+        &["absent.toml"],
+    );
+
+    fs::write(&path, "version = 1\n").unwrap();
+    let outcome = tool::dsd(&["check-config", "--config", path_text]);
+    assert_eq!(
+        (
+            outcome.code,
+            outcome.stdout.as_str(),
+            outcome.stderr.as_str()
+        ),
+        (Some(0), "", "")
+    );
+    let mut command = tool::command("dsd");
+    command
+        .args(["check-config", "--config", path_text])
+        .env("DSD_ENGINE__KV_TOKENZ", "1");
+    check(
+        &mut command,
+        &["DSD_ENGINE__KV_TOKENZ", "DSD_ENGINE__KV_TOKENS"],
+    );
+    fs::create_dir(folder.path().join("dsd.toml.d")).unwrap();
+    fs::write(
+        folder.path().join("dsd.toml.d/10-x.toml"),
+        "\n[node]\nname = 3\n",
+    )
+    .unwrap();
+    check(
+        tool::command("dsd").args(["check-config", "--config", path_text]),
+        &["10-x.toml:3: "],
+    );
+}
