@@ -1,5 +1,6 @@
 //! Invariant 1: the logits of a sequence are the same bits whatever else is in the batch and
 //! however its prompt is cut.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::{cell::RefCell, path::PathBuf};
 

@@ -1,4 +1,5 @@
 //! Whole models against logits and greedy tokens computed elsewhere in float32.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::{fs, path::PathBuf};
 

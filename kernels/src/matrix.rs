@@ -85,12 +85,14 @@ impl Matrix {
         data: Bytes,
         tile_scales: Option<TileScales>,
     ) -> Result<Self, MatrixError> {
-        let row_bytes = format.row_bytes(n_cols).ok_or(MatrixError::PartialBlock {
-            format,
-            n_cols,
-            block_len: format.block_len(),
-        })?;
-        let expected = row_bytes.checked_mul(n_rows).unwrap_or(usize::MAX);
+        let row_bytes = format
+            .row_bytes(n_cols)
+            .ok_or_else(|| MatrixError::PartialBlock {
+                format,
+                n_cols,
+                block_len: format.block_len(),
+            })?;
+        let expected = row_bytes.saturating_mul(n_rows);
         if data.len() != expected {
             let found = data.len();
             return Err(MatrixError::WrongLength {

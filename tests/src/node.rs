@@ -35,6 +35,10 @@ pub struct NodeBuilder {
 impl NodeBuilder {
     /// Sets an environment variable, such as `DSD_ENGINE__KV_TOKENS`.
     #[must_use]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "numbers and names read best as they are"
+    )]
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
         self.env.push((name.to_owned(), value.to_string()));
         self

@@ -684,7 +684,7 @@ fn nobody_waits_for_an_engine_that_panicked() {
         "the stream ends without an end"
     );
     wait_until("a refusal", || {
-        replica.submit(request(2, 1, 1).0) == Err(SubmitError::Stopping)
+        replica.submit(request(2, 1, 1).0) == Err(SubmitError::Dead)
     });
     drop(replica);
 }

@@ -352,13 +352,14 @@ async fn a_model_that_produced_a_token_makes_the_node_ready() {
     ] {
         assert!(metrics.contains(name), "{name} is missing in {metrics}");
     }
+    let token_age_max = Duration::from_millis(500);
     let strict = GatewayConfig {
-        token_age_max: Duration::ZERO,
+        token_age_max,
         ..config()
     };
     let node = Node::start(strict, vec![model("tiny", &QUICK)]).await;
     node.must_serve().await;
-    tokio::time::sleep(Duration::from_millis(5)).await;
+    tokio::time::sleep(token_age_max + Duration::from_millis(50)).await;
     assert_eq!(
         node.get("/ready").await.error(),
         (503, "not_ready".into(), None)

@@ -139,10 +139,12 @@ pub(super) unsafe fn linear_piece<S: Simd>(
     }
     macro_rules! with {
         ($decode:ty) => {
-            // SAFETY: passed on from the caller.
             simd.vectorize(
                 #[inline(always)]
-                || unsafe { f32_rows::<S, $decode>(simd, scratch, job, rows, out) },
+                || {
+                    // SAFETY: passed on from the caller.
+                    unsafe { f32_rows::<S, $decode>(simd, scratch, job, rows, out) }
+                },
             )
         };
     }
@@ -293,8 +295,8 @@ unsafe fn tile_of_rows<'a, S: Simd, D: Decode>(
             (4, 2) => dot!(4, 2),
             (4, 1) => dot!(4, 1),
             (rows, n_tokens) => {
-                for i in 0..rows {
-                    for j in 0..n_tokens {
+                for (i, sums) in sums.iter_mut().enumerate().take(rows) {
+                    for (j, to) in sums.iter_mut().enumerate().take(n_tokens) {
                         // SAFETY: passed on from the caller.
                         let sum = unsafe {
                             dot_tile::<S, D, 1, 1>(
@@ -304,7 +306,7 @@ unsafe fn tile_of_rows<'a, S: Simd, D: Decode>(
                                 k,
                             )
                         };
-                        sums[i][j] = sum[0][0];
+                        *to = sum[0][0];
                     }
                 }
             }
