@@ -191,15 +191,18 @@ class Errors:
 
     def a_full_queue_is_a_rate_limit_with_a_time(client, model):
         once = client.with_options(max_retries=0)
-        hold = dict(model=model, prompt=[1], max_tokens=2000, stream=True, extra_body={"ignore_eos": True})
-        held, error = [], None
+        hold = dict(model=model, prompt=[1], max_tokens=8000, stream=True, extra_body={"ignore_eos": True})
+        running = once.completions.create(**hold)
+        assert next(iter(running)).choices, "it runs, so the queue is empty"
+        held, error = [running], None
         for _ in range(8):
             try:
                 held.append(once.completions.create(**hold))
             except openai.RateLimitError as refused:
                 error = refused
                 break
-        assert error is not None and 2 <= len(held), "the queue took everything"
+        assert error is not None, f"the queue took {len(held)} requests"
+        assert 2 <= len(held), "nothing may wait behind the one that runs"
         assert error.code == "queue_full" and 1 <= int(error.response.headers["retry-after"]), error
         for stream in held:
             stream.close()
