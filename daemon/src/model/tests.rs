@@ -132,3 +132,48 @@ fn required_keys_are_asked_for_by_name() {
         assert_eq!(spec(&json!(config)), Err(expected), "{line}");
     }
 }
+
+#[test]
+fn what_is_not_computed_is_refused_by_name() {
+    for (line, key, value, expected) in [
+        (
+            "qwen2",
+            "layer_types",
+            json!(["full_attention", "sliding_attention"]),
+            "config key `layer_types` is `\"sliding_attention\"`, which is not supported; \
+             only full_attention is",
+        ),
+        (
+            "qwen3",
+            "use_sliding_window",
+            json!(true),
+            "config key `use_sliding_window` is `true`, which is not supported; \
+             only full attention is",
+        ),
+        (
+            "llama",
+            "rope_scaling",
+            json!({"rope_type": "dynamic", "factor": 2.0}),
+            "config key `rope_scaling.type` is `dynamic`, which is not supported; \
+             default, linear, llama3 and yarn are",
+        ),
+        (
+            "deepseek_v2",
+            "norm_topk_prob",
+            json!(true),
+            "config key `norm_topk_prob` is `true`, which is not supported; \
+             false is, for deepseek_v2",
+        ),
+        (
+            "deepseek_v3",
+            "num_experts_per_tok",
+            json!(9),
+            "config is contradictory: num_experts_per_tok 9 exceeds the 8 experts that can be \
+             chosen",
+        ),
+    ] {
+        let mut config = published(line);
+        config.insert(key.to_owned(), value);
+        assert_eq!(spec(&json!(config)), Err(expected.to_owned()), "{line}");
+    }
+}
