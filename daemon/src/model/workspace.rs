@@ -20,7 +20,8 @@ pub struct Workspace<B: Backend> {
     pub(super) k: B::Buffer,
     /// Values, or MLA's normalised latent.
     pub(super) v: B::Buffer,
-    /// Attention's result before the output projection.
+    /// Attention's result before the output projection; before that, MLA's queries without their
+    /// rotated part.
     pub(super) o: B::Buffer,
     /// MLA: compressed query `[m, q_lora_rank]`, before and after its norm.
     pub(super) q_a: [B::Buffer; 2],
@@ -76,7 +77,7 @@ impl Sizes {
                 q: a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim),
                 k: a.kv_lora_rank + a.qk_rope_head_dim,
                 v: a.kv_lora_rank,
-                o: a.n_heads * a.v_head_dim,
+                o: a.n_heads * a.v_head_dim.max(a.qk_nope_head_dim),
                 q_a: a.q_lora_rank.unwrap_or(0),
                 q_absorbed: a.n_heads * (a.kv_lora_rank + a.qk_rope_head_dim),
                 o_latent: a.n_heads * a.kv_lora_rank,
