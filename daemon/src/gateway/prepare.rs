@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderMap, Request, Response, header},
+    http::{HeaderMap, HeaderValue, Request, Response, header},
 };
 use dsd_proto::{
     code::Code,
@@ -50,7 +50,9 @@ pub(super) async fn read_and<T: Send + 'static>(
     prepare: fn(&Catalog, &[u8], Terms) -> Result<T, ApiError>,
 ) -> Result<T, Response<Body>> {
     let (head, body) = request.into_parts();
-    if let Err(e) = check_content_type(&head.headers) {
+    let is_readable =
+        check_content_type(&head.headers).and_then(|()| check_content_encoding(&head.headers));
+    if let Err(e) = is_readable {
         return Err(body::answer_then_drain(
             e.into_response(),
             &head.headers,
@@ -128,6 +130,22 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         value.chars().take(100).collect::<String>()
     );
     Err(ApiError::new(Code::UnsupportedMediaType, message))
+}
+
+/// A compressed body would grow without bound once unpacked.
+fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let is_plain = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(value) if !is_plain(value) => {
+            let found = String::from_utf8_lossy(value.as_bytes());
+            let message = format!(
+                "the content encoding is {:?}, bodies are read uncompressed only",
+                found.chars().take(100).collect::<String>()
+            );
+            Err(ApiError::new(Code::UnsupportedMediaType, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A chat: template and tokeniser.
