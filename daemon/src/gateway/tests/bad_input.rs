@@ -311,7 +311,7 @@ async fn heads_that_are_no_http_are_refused_in_the_shape_of_all_errors() {
         let mut client = Client::connect(node.addr).await;
         client.send(head.as_bytes()).await;
         let reply = client.reply().await;
-        assert_eq!(&reply.error(), expected, "{:.40}", head);
+        assert_eq!(&reply.error(), expected, "{head:.40}");
         // The same after an answered request.
         let mut client = Client::connect(node.addr).await;
         client
@@ -319,7 +319,7 @@ async fn heads_that_are_no_http_are_refused_in_the_shape_of_all_errors() {
             .await;
         client.read_until("alive").await;
         client.send(head.as_bytes()).await;
-        assert_eq!(&client.reply().await.error(), expected, "{:.40}", head);
+        assert_eq!(&client.reply().await.error(), expected, "{head:.40}");
     }
     node.must_serve().await;
 }
