@@ -5,7 +5,7 @@
 //! but the query and the cache.
 
 use super::{
-    SharedOut,
+    SharedOut, area,
     pool::Pool,
     simd::{LANES, Simd},
 };
@@ -80,13 +80,25 @@ pub(super) fn attention<S: Simd>(
         shape.block_len <= BLOCK_LEN_MAX,
         "scores of a block fit their buffer"
     );
-    assert!(cache.len() >= shape.size(), "the cache has all its blocks");
     assert!(
-        queries.len() >= n_rows * attention.n_heads * lengths.key_len,
+        attention.n_heads.is_multiple_of(n_kv_heads),
+        "{} query heads share {n_kv_heads} KV heads evenly",
+        attention.n_heads
+    );
+    let row_len = match shape.rows {
+        CacheRows::Heads { head_dim, .. } => area(&[2, n_kv_heads, head_dim]),
+        CacheRows::Latent { .. } => lengths.key_len,
+    };
+    assert!(
+        cache.len() >= area(&[shape.n_blocks, shape.block_len, row_len]),
+        "the cache has all its blocks"
+    );
+    assert!(
+        queries.len() >= area(&[n_rows, attention.n_heads, lengths.key_len]),
         "queries of every row"
     );
     assert!(
-        out.len() >= n_rows * attention.n_heads * lengths.value_len,
+        out.len() >= area(&[n_rows, attention.n_heads, lengths.value_len]),
         "room for every row"
     );
     for row in 0..n_rows {

@@ -124,6 +124,16 @@ impl<'a> SharedOut<'a> {
     }
 }
 
+/// Elements of `factors[0] x factors[1] x ..`, checked: sizes guard raw pointers, and a product that
+/// wrapped around would guard nothing.
+fn area(factors: &[usize]) -> usize {
+    let product = factors
+        .iter()
+        .try_fold(1usize, |area, factor| area.checked_mul(*factor));
+    assert!(product.is_some(), "{factors:?} elements are addressable");
+    product.unwrap_or(0)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -281,7 +291,11 @@ impl Backend for CpuBackend {
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
     ) {
-        self.run_linear(&Job::dense(weight, x, n_rows, bias.map(Vec::as_slice)), out);
+        let (n, k) = (weight.n_rows(), weight.n_cols());
+        let x = &x[..area(&[n_rows, k])];
+        let bias = bias.map(|bias| &bias[..n]);
+        let out = &mut out[..area(&[n_rows, n])];
+        self.run_linear(&Job::dense(weight, x, n_rows, bias), out);
     }
 
     fn rms_norm(
@@ -293,7 +307,7 @@ impl Backend for CpuBackend {
         eps: f32,
         out: &mut Vec<f32>,
     ) {
-        let out = &mut out[..n_rows * rows.width];
+        let out = &mut out[..area(&[n_rows, rows.width])];
         let gain = &gain[..rows.width];
         let out = SharedOut::new(out);
         self.for_rows(n_rows, rows.width, &|m| {
@@ -313,6 +327,7 @@ impl Backend for CpuBackend {
         gain: &Vec<f32>,
         eps: f32,
     ) {
+        let gain = &gain[..heads.len];
         for_each_head(x, n_rows, heads, |_, head| {
             dispatch!(self, s => rms_norm_row(s, head, gain, eps));
         });
@@ -323,13 +338,13 @@ impl Backend for CpuBackend {
     }
 
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
-        let n = n_rows * width;
+        let n = area(&[n_rows, width]);
         let (x, y) = (&mut x[..n], &y[..n]);
         dispatch!(self, s => s.vectorize(#[inline(always)] || x.iter_mut().zip(y).for_each(|(a, b)| *a += b)));
     }
 
     fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
-        let n = n_rows * width;
+        let n = area(&[n_rows, width]);
         let gate = SharedOut::new(&mut gate[..n]);
         let up = &up[..n];
         self.for_rows(n_rows, width, &|m| {
@@ -434,7 +449,7 @@ impl Backend for CpuBackend {
             out_stride >= weight.n_cols(),
             "a head's result fits its place"
         );
-        let out = SharedOut::new(&mut out[..n_rows * heads.n_heads * out_stride]);
+        let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, out_stride])]);
         self.pool.run(heads.n_heads, &|h, thread| {
             let query =
                 |m: usize, d: usize| queries[heads.offset + m * heads.row_stride + h * heads.head_stride + d];
@@ -458,7 +473,8 @@ impl Backend for CpuBackend {
         n_rows: usize,
     ) {
         let rank = weight.n_cols();
-        let out = SharedOut::new(&mut out[..n_rows * heads.n_heads * heads.head_dim]);
+        let x = &x[..area(&[n_rows, heads.n_heads, rank])];
+        let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, heads.head_dim])]);
         self.pool.run(heads.n_heads, &|h, thread| {
             let job = Job {
                 weight,
@@ -493,7 +509,7 @@ impl Backend for CpuBackend {
         let CpuRoutes { chosen, choice, .. } = routes;
         chosen.clear();
         chosen.resize(n_rows * shape.top_k, (0, 0.0));
-        let rows = logits[..n_rows * shape.n_experts].chunks_exact(shape.n_experts);
+        let rows = logits[..area(&[n_rows, shape.n_experts])].chunks_exact(shape.n_experts);
         for (row, chosen) in rows.zip(chosen.chunks_exact_mut(shape.top_k)) {
             reference::choose_experts(row, bias.map(Vec::as_slice), shape, choice, chosen);
         }
