@@ -27,7 +27,7 @@ pub struct Routes {
 
 impl Backend for Reference {
     type Buffer = Vec<f32>;
-    type Weight = Matrix;
+    type Weight = Vec<Matrix>;
     type Routes = Routes;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
@@ -42,15 +42,20 @@ impl Backend for Reference {
         &mut buffer[..len]
     }
 
-    fn weight(&self, matrix: Matrix) -> Matrix {
-        matrix
+    fn weight(&self, parts: Vec<Matrix>) -> Vec<Matrix> {
+        parts
+    }
+
+    fn latent_weight(&self, matrix: Matrix) -> Vec<Matrix> {
+        vec![matrix]
     }
 
     fn routes(&self, _shape: ExpertShape) -> Routes {
         Routes::default()
     }
 
-    fn embed(&self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &Vec<Matrix>, tokens: &[u32], out: &mut Vec<f32>) {
+        let table = &table[0];
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
             quant::decode_row(table, *token as usize, row);
         }
@@ -60,17 +65,36 @@ impl Backend for Reference {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
     ) {
-        let (n, k) = (weight.n_rows(), weight.n_cols());
-        for output in 0..n {
-            let row = decoded(weight, output);
+        let (n, k) = (n_outputs(weight), weight[0].n_cols());
+        let rows = weight
+            .iter()
+            .flat_map(|part| (0..part.n_rows()).map(move |row| decoded(part, row)));
+        for (output, row) in rows.enumerate() {
             for m in 0..n_rows {
                 let start = bias.map_or(0.0, |b| b[output]);
                 out[m * n + output] = start + dot(&row, &x[m * k..][..k]);
             }
+        }
+    }
+
+    fn gated_linear(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        gate: (&Vec<Matrix>, Option<&Vec<f32>>),
+        up: (&Vec<Matrix>, Option<&Vec<f32>>),
+        out: &mut Vec<f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        self.linear(x, n_rows, gate.0, gate.1, out);
+        self.linear(x, n_rows, up.0, up.1, scratch);
+        let n = n_rows * n_outputs(gate.0);
+        for (g, u) in out[..n].iter_mut().zip(scratch) {
+            *g = silu(*g) * *u;
         }
     }
 
@@ -115,12 +139,6 @@ impl Backend for Reference {
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
         for (a, b) in x[..n_rows * width].iter_mut().zip(y) {
             *a += b;
-        }
-    }
-
-    fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
-        for (g, u) in gate[..n_rows * width].iter_mut().zip(up) {
-            *g = silu(*g) * u;
         }
     }
 
@@ -179,13 +197,14 @@ impl Backend for Reference {
 
     fn store_heads(
         &self,
-        keys: &Vec<f32>,
-        values: &Vec<f32>,
+        x: &Vec<f32>,
+        keys: RowView,
+        values: RowView,
         cache: &mut Vec<f32>,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        store_heads(keys, values, cache, shape, inputs);
+        store_heads(x, keys, values, cache, shape, inputs);
     }
 
     fn store_latent(
@@ -202,6 +221,7 @@ impl Backend for Reference {
     fn attention(
         &self,
         queries: &Vec<f32>,
+        query_rows: RowView,
         cache: &Vec<f32>,
         cache_shape: CacheShape,
         attention: AttentionShape,
@@ -220,7 +240,8 @@ impl Backend for Reference {
             let n_positions = inputs.positions[m] + 1;
             let blocks = inputs.blocks_of_row(m);
             for h in 0..n_heads {
-                let query = &queries[(m * n_heads + h) * key_len..][..key_len];
+                let at = query_rows.offset + m * query_rows.stride + h * key_len;
+                let query = &queries[at..][..key_len];
                 let at = |t: usize| {
                     let block = blocks[t / cache_shape.block_len] as usize;
                     let start = block * cache_shape.block_size();
@@ -245,12 +266,13 @@ impl Backend for Reference {
         &self,
         queries: &Vec<f32>,
         heads: HeadView,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         rows_per_head: usize,
         out: &mut Vec<f32>,
         out_stride: usize,
         n_rows: usize,
     ) {
+        let weight = &weight[0];
         let rank = weight.n_cols();
         for h in 0..heads.n_heads {
             for m in 0..n_rows {
@@ -273,11 +295,12 @@ impl Backend for Reference {
     fn expand_values(
         &self,
         x: &Vec<f32>,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         heads: ValueHeads,
         out: &mut Vec<f32>,
         n_rows: usize,
     ) {
+        let weight = &weight[0];
         let rank = weight.n_cols();
         for h in 0..heads.n_heads {
             for d in 0..heads.head_dim {
@@ -317,24 +340,24 @@ impl Backend for Reference {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        experts: &[Expert<Matrix>],
+        experts: &[Expert<Vec<Matrix>>],
         routes: &mut Routes,
         out: &mut Vec<f32>,
     ) {
         let Some(first) = experts.first() else { return };
-        let hidden = first.down.n_rows();
+        let hidden = n_outputs(&first.down);
         for m in 0..n_rows {
             let input = &x[m * hidden..][..hidden];
             for &(expert, weight) in &routes.chosen[m] {
                 let expert = &experts[expert];
-                let inner = (0..expert.gate.n_rows())
+                let inner = (0..n_outputs(&expert.gate))
                     .map(|i| {
-                        let gate = dot(&decoded(&expert.gate, i), input);
-                        silu(gate) * dot(&decoded(&expert.up, i), input)
+                        let gate = dot(&decoded(&expert.gate[0], i), input);
+                        silu(gate) * dot(&decoded(&expert.up[0], i), input)
                     })
                     .collect::<Vec<_>>();
                 for (i, o) in out[m * hidden..][..hidden].iter_mut().enumerate() {
-                    *o += weight * dot(&decoded(&expert.down, i), &inner);
+                    *o += weight * dot(&decoded(&expert.down[0], i), &inner);
                 }
             }
         }
@@ -468,8 +491,9 @@ pub fn rope_angles(
 
 /// Copies keys and values into their blocks.
 pub fn store_heads(
-    keys: &[f32],
-    values: &[f32],
+    x: &[f32],
+    keys: RowView,
+    values: RowView,
     cache: &mut [f32],
     shape: CacheShape,
     inputs: &StepInputs<'_>,
@@ -481,7 +505,6 @@ pub fn store_heads(
     else {
         unreachable!("keys and values go to a cache of heads")
     };
-    let width = n_kv_heads * head_dim;
     for m in 0..inputs.n_rows() {
         let position = inputs.positions[m];
         let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
@@ -493,9 +516,10 @@ pub fn store_heads(
                 n_kv_heads,
                 head,
             );
-            let from = m * width + head * head_dim;
-            cache[key..][..head_dim].copy_from_slice(&keys[from..][..head_dim]);
-            cache[value..][..head_dim].copy_from_slice(&values[from..][..head_dim]);
+            for (to, rows) in [(key, keys), (value, values)] {
+                let from = rows.offset + m * rows.stride + head * head_dim;
+                cache[to..][..head_dim].copy_from_slice(&x[from..][..head_dim]);
+            }
         }
     }
 }
@@ -543,6 +567,10 @@ pub fn cache_row(
             (row, row)
         }
     }
+}
+
+fn n_outputs(weight: &[Matrix]) -> usize {
+    weight.iter().map(Matrix::n_rows).sum()
 }
 
 fn decoded(matrix: &Matrix, row: usize) -> Vec<f32> {

@@ -9,7 +9,7 @@ use super::{
     pool::Pool,
     simd::{LANES, Simd},
 };
-use crate::backend::{AttentionShape, CacheRows, CacheShape, StepInputs};
+use crate::backend::{AttentionShape, CacheRows, CacheShape, RowView, StepInputs};
 
 /// Query heads that share one reading of the keys.
 const HEADS_PER_PIECE: usize = 8;
@@ -57,10 +57,15 @@ impl KvRows {
 }
 
 /// See [`crate::backend::Backend::attention`].
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 pub(super) fn attention<S: Simd>(
     simd: S,
     pool: &Pool,
     queries: &[f32],
+    query_rows: RowView,
     cache: &[f32],
     shape: CacheShape,
     attention: AttentionShape,
@@ -81,8 +86,10 @@ pub(super) fn attention<S: Simd>(
         "scores of a block fit their buffer"
     );
     assert!(cache.len() >= shape.size(), "the cache has all its blocks");
+    let query_len = attention.n_heads * lengths.key_len;
     assert!(
-        queries.len() >= n_rows * attention.n_heads * lengths.key_len,
+        n_rows == 0
+            || queries.len() >= query_rows.offset + (n_rows - 1) * query_rows.stride + query_len,
         "queries of every row"
     );
     assert!(
@@ -106,6 +113,7 @@ pub(super) fn attention<S: Simd>(
         for head in kv_head * group + first..kv_head * group + (first + HEADS_PER_PIECE).min(group)
         {
             let at = row * attention.n_heads + head;
+            let query = query_rows.offset + row * query_rows.stride + head * rows.key_len;
             // SAFETY: the assertions above bound queries, cache and outputs; a head's outputs
             // belong to this piece alone.
             simd.vectorize(
@@ -113,7 +121,7 @@ pub(super) fn attention<S: Simd>(
                 || unsafe {
                     attend(
                         simd,
-                        queries.as_ptr().add(at * rows.key_len),
+                        queries.as_ptr().add(query),
                         cache.as_ptr(),
                         shape,
                         rows,
