@@ -85,7 +85,8 @@ impl StepInputs<'_> {
 /// How a layer's cache is laid out inside a block of [`CacheShape::block_len`] positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheRows {
-    /// Keys then values, per KV head: `[n_kv_heads, block_len, head_dim]` each.
+    /// Keys `[n_kv_heads, head_dim, block_len]`, then values `[n_kv_heads, block_len, head_dim]`:
+    /// scores of a block's positions are sums over whole vectors of positions.
     Heads {
         /// KV heads.
         n_kv_heads: usize,
@@ -124,7 +125,8 @@ pub struct CacheShape {
     pub rows: CacheRows,
     /// Blocks in the pool.
     pub n_blocks: usize,
-    /// Positions in a block; attention is split at multiples of it.
+    /// Positions in a block, a multiple of 32 and at most 64; attention is split at multiples of
+    /// it.
     pub block_len: usize,
 }
 
@@ -246,6 +248,17 @@ pub struct ExpertShape {
     pub inter: usize,
 }
 
+/// The largest step, for [`Backend::reserve`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepShape {
+    /// Rows of a step at most.
+    pub n_rows_max: usize,
+    /// Inputs of the widest linear layer.
+    pub width_max: usize,
+    /// The expert layers.
+    pub experts: Option<ExpertShape>,
+}
+
 impl ExpertShape {
     /// Elements of [`Backend::routes`] with this shape.
     pub const fn n_elements(&self) -> usize {
@@ -273,6 +286,10 @@ pub trait Backend: Send + 'static {
     fn weight(&self, parts: Vec<Matrix>) -> Self::Weight;
     /// Takes `kv_b_proj` over, for [`Backend::absorb_keys`] and [`Backend::expand_values`].
     fn latent_weight(&self, matrix: Matrix) -> Self::Weight;
+    /// Bytes of scratch that steps of this shape take besides buffers and routes.
+    fn scratch_bytes(&self, shape: &StepShape) -> usize;
+    /// Takes that scratch; steps beyond the shape may not be run.
+    fn reserve(&self, shape: &StepShape);
     /// Room for the routing of one expert layer at a time.
     fn routes(&self, shape: ExpertShape) -> Self::Routes;
 

@@ -78,7 +78,9 @@ impl PanelLayout {
         let blocks = n_groups
             .div_ceil(GROUPS_PER_BLOCK)
             .checked_mul(self.block_bytes)?;
-        groups.checked_add(blocks)?.checked_next_multiple_of(PANEL_ALIGN)
+        groups
+            .checked_add(blocks)?
+            .checked_next_multiple_of(PANEL_ALIGN)
     }
 }
 
@@ -99,7 +101,11 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
     let format = matrix.format();
     let n_groups = matrix.n_cols() / GROUP_LEN;
     let layout = PanelLayout::of(format).expect("a format with panels");
-    assert_eq!(Some(out.len()), layout.panel_bytes(n_groups), "a panel's size");
+    assert_eq!(
+        Some(out.len()),
+        layout.panel_bytes(n_groups),
+        "a panel's size"
+    );
     out.fill(0);
     let first = index * PANEL_ROWS;
     assert!(first < matrix.n_rows(), "panel {index} is of the matrix");
@@ -198,11 +204,14 @@ pub(crate) fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
         let codes = &panel[group * layout.code_bytes..][..layout.code_bytes];
         let scales_at = layout.scales_at(n_groups) + group * layout.scale_bytes;
         let scales = &panel[scales_at..][..layout.scale_bytes];
-        let block_at =
-            layout.blocks_at(n_groups) + group / GROUPS_PER_BLOCK * layout.block_bytes;
+        let block_at = layout.blocks_at(n_groups) + group / GROUPS_PER_BLOCK * layout.block_bytes;
         let nibble = |k: usize| {
             let byte = codes[place(k % (GROUP_LEN / 2), r)];
-            if k < GROUP_LEN / 2 { byte & 15 } else { byte >> 4 }
+            if k < GROUP_LEN / 2 {
+                byte & 15
+            } else {
+                byte >> 4
+            }
         };
         for (k, value) in values.iter_mut().enumerate() {
             *value = match format {

@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, RopeLayout, RowView, Scoring, StepInputs, ValueHeads,
+        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
     },
     matrix::Matrix,
     quant,
@@ -49,6 +49,12 @@ impl Backend for Reference {
     fn latent_weight(&self, matrix: Matrix) -> Vec<Matrix> {
         vec![matrix]
     }
+
+    fn scratch_bytes(&self, _shape: &StepShape) -> usize {
+        0
+    }
+
+    fn reserve(&self, _shape: &StepShape) {}
 
     fn routes(&self, _shape: ExpertShape) -> Routes {
         Routes::default()
@@ -245,16 +251,20 @@ impl Backend for Reference {
                 let at = |t: usize| {
                     let block = blocks[t / cache_shape.block_len] as usize;
                     let start = block * cache_shape.block_size();
-                    cache_row(start, t % cache_shape.block_len, cache_shape, n_heads, h)
+                    cached_row(start, t % cache_shape.block_len, cache_shape, n_heads, h)
                 };
                 let mut scores = (0..n_positions)
-                    .map(|t| dot(query, &cache[at(t).0..][..key_len]) * attention.scale)
+                    .map(|t| {
+                        let row = at(t);
+                        let key = cache[row.key..].iter().step_by(row.key_stride);
+                        query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>() * attention.scale
+                    })
                     .collect::<Vec<_>>();
                 softmax(&mut scores);
                 let result = &mut out[(m * n_heads + h) * value_len..][..value_len];
                 result.fill(0.0);
                 for (t, p) in scores.iter().enumerate() {
-                    for (o, v) in result.iter_mut().zip(&cache[at(t).1..][..value_len]) {
+                    for (o, v) in result.iter_mut().zip(&cache[at(t).value..][..value_len]) {
                         *o += p * v;
                     }
                 }
@@ -509,17 +519,20 @@ pub fn store_heads(
         let position = inputs.positions[m];
         let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
         for head in 0..n_kv_heads {
-            let (key, value) = cache_row(
+            let to = cached_row(
                 block * shape.block_size(),
                 position % shape.block_len,
                 shape,
                 n_kv_heads,
                 head,
             );
-            for (to, rows) in [(key, keys), (value, values)] {
-                let from = rows.offset + m * rows.stride + head * head_dim;
-                cache[to..][..head_dim].copy_from_slice(&x[from..][..head_dim]);
+            let key = keys.offset + m * keys.stride + head * head_dim;
+            let key = &x[key..][..head_dim];
+            for (to, k) in cache[to.key..].iter_mut().step_by(to.key_stride).zip(key) {
+                *to = *k;
             }
+            let value = values.offset + m * values.stride + head * head_dim;
+            cache[to.value..][..head_dim].copy_from_slice(&x[value..][..head_dim]);
         }
     }
 }
@@ -541,30 +554,48 @@ pub fn store_latent(
     }
 }
 
-/// Where the key and the value of query head `head` of `n_heads` start for position `t` of the
-/// block at `block_start`.
-pub fn cache_row(
+/// Where one position of one query head lies in the cache.
+#[derive(Debug, Clone, Copy)]
+pub struct CachedRow {
+    /// First element of the key.
+    pub key: usize,
+    /// Elements between the key's dimensions.
+    pub key_stride: usize,
+    /// First element of the value.
+    pub value: usize,
+}
+
+/// Position `t` of the block at `block_start` for query head `head` of `n_heads`.
+pub fn cached_row(
     block_start: usize,
     t: usize,
     shape: CacheShape,
     n_heads: usize,
     head: usize,
-) -> (usize, usize) {
+) -> CachedRow {
     match shape.rows {
         CacheRows::Heads {
             n_kv_heads,
             head_dim,
         } => {
             let kv_head = head / (n_heads / n_kv_heads);
-            let key = block_start + (kv_head * shape.block_len + t) * head_dim;
-            (key, key + n_kv_heads * shape.block_len * head_dim)
+            let first = block_start + kv_head * shape.block_len * head_dim;
+            CachedRow {
+                key: first + t,
+                key_stride: shape.block_len,
+                value: first + (n_kv_heads * shape.block_len + t) * head_dim,
+            }
         }
         CacheRows::Latent {
             latent_len,
             rope_len,
         } => {
             let row = block_start + t * (latent_len + rope_len);
-            (row, row)
+            CachedRow {
+                key: row,
+                key_stride: 1,
+                value: row,
+            }
         }
     }
 }

@@ -294,7 +294,9 @@ fn attention_agrees_for_heads_and_latent_rows() {
         );
         for backend in backends(Activations::F32) {
             let mut found = vec![0.0; expected.len()];
-            backend.attention(&queries, rows, &cache, shape, attention, &inputs, &mut found);
+            backend.attention(
+                &queries, rows, &cache, shape, attention, &inputs, &mut found,
+            );
             check(
                 &format!("{case:?} {:?}", backend.config()),
                 &found,

@@ -3,6 +3,10 @@
 //! Runs the same executor as the server, one sequence at a time, with no queue and no network.
 //! Called by the `dsd eval` commands and by tests.
 
+mod speed;
+
+pub use speed::{Speed, SpeedCase, SpeedTest};
+
 use std::{fs, io, ops::Range, path::Path};
 
 use crate::{

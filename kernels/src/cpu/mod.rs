@@ -15,14 +15,14 @@ use std::{
 };
 
 use self::{
-    linear::{ExpertRun, Inputs, Int8Tiles, Job, Slots},
+    linear::{ExpertRun, Inputs, Int8Tiles, Job, Scratch, Slots},
     pool::Pool,
     simd::{LANES, Portable, Simd},
 };
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        RopeLayout, RowView, StepInputs, ValueHeads,
+        RopeLayout, RowView, StepInputs, StepShape, ValueHeads,
     },
     matrix::{Layout, Matrix},
     quant,
@@ -133,7 +133,7 @@ pub struct CpuBackend {
     config: CpuConfig,
     pool: Pool,
     /// One per thread; a lock is never contended.
-    scratch: Vec<Mutex<linear::Scratch>>,
+    scratch: Vec<Mutex<Scratch>>,
     /// Rounded activations of the running linear layer, or of the experts' two.
     int8: Mutex<[Int8Tiles; 2]>,
 }
@@ -269,6 +269,21 @@ impl CpuBackend {
         self.config
     }
 
+    /// Rows and columns that are rounded to int8 at once: of a linear layer, and of the experts'
+    /// two passes.
+    fn int8_rows(&self, shape: &StepShape) -> [(usize, usize); 3] {
+        if self.config.activations == Activations::F32 {
+            return [(0, 0); 3];
+        }
+        let slots = shape.experts.map_or(0, |e| e.n_rows_max * e.top_k);
+        let (hidden, inter) = shape.experts.map_or((0, 0), |e| (e.hidden, e.inter));
+        [
+            (shape.n_rows_max, shape.width_max),
+            (slots, hidden),
+            (slots, inter),
+        ]
+    }
+
     /// Whether activations enter these weights rounded.
     fn rounds(&self, parts: &[Matrix]) -> bool {
         self.config.activations == Activations::Int8
@@ -338,6 +353,26 @@ impl Backend for CpuBackend {
     fn latent_weight(&self, matrix: Matrix) -> CpuWeight {
         CpuWeight {
             parts: vec![matrix],
+        }
+    }
+
+    fn scratch_bytes(&self, shape: &StepShape) -> usize {
+        let int8 = self.int8_rows(shape);
+        let threads = self.pool.n_threads() * Scratch::bytes(shape.n_rows_max, shape.width_max);
+        let of = |[(rows_a, cols_a), (rows_b, cols_b)]: [(usize, usize); 2]| {
+            Int8Tiles::bytes(rows_a, cols_a).max(Int8Tiles::bytes(rows_b, cols_b))
+        };
+        threads + of([int8[0], int8[1]]) + Int8Tiles::bytes(int8[2].0, int8[2].1)
+    }
+
+    fn reserve(&self, shape: &StepShape) {
+        let int8 = self.int8_rows(shape);
+        let mut memory = lock(&self.int8);
+        memory[0].reserve(int8[0].0, int8[0].1);
+        memory[0].reserve(int8[1].0, int8[1].1);
+        memory[1].reserve(int8[2].0, int8[2].1);
+        for scratch in &self.scratch {
+            lock(scratch).reserve(shape.n_rows_max, shape.width_max);
         }
     }
 

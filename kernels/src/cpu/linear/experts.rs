@@ -6,7 +6,11 @@
 use super::{Inputs, Int8Tiles, Panels, gated_panels, n_panels, panels_per_piece, tiles::tiles};
 use crate::{
     backend::Expert,
-    cpu::{CpuWeight, SharedOut, pool::Pool, simd::{LANES, Simd}},
+    cpu::{
+        CpuWeight, SharedOut,
+        pool::Pool,
+        simd::{LANES, Simd},
+    },
     matrix::{Layout, Matrix},
     panel::PANEL_ROWS,
 };
@@ -78,8 +82,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
         pool.run(slots.runs.len() * pieces_per_run, &|piece, _| {
             let run = &slots.runs[piece / pieces_per_run];
             let first = piece % pieces_per_run * per_piece;
-            let mut inputs =
-                Inputs::picked(x, &slots.rows[run.first..run.first + run.n], hidden);
+            let mut inputs = Inputs::picked(x, &slots.rows[run.first..run.first + run.n], hidden);
             if let Some(tiles) = tiles_x {
                 inputs = inputs.rounded(tiles, run.first);
             }

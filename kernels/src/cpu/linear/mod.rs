@@ -80,12 +80,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// Rounds all rows to int8, as one set.
-    pub(super) fn round_all<S: Simd>(
-        self,
-        simd: S,
-        pool: &Pool,
-        memory: &mut Int8Tiles,
-    ) -> Self {
+    pub(super) fn round_all<S: Simd>(self, simd: S, pool: &Pool, memory: &mut Int8Tiles) -> Self {
         let tiles = self.round(simd, pool, memory, &|_| (0, self.n_rows));
         self.rounded(tiles, 0)
     }
@@ -170,20 +165,21 @@ impl<'a, S: Simd> Panels<'a, S> {
     }
 
     /// Panel `index` on the tile of `len` rows from `first` on.
-    fn tile(
-        &self,
-        index: usize,
-        inputs: &Inputs<'_>,
-        first: usize,
-        len: usize,
-        out: &mut TileOut,
-    ) {
+    fn tile(&self, index: usize, inputs: &Inputs<'_>, first: usize, len: usize, out: &mut TileOut) {
         let kernel = self.fns[len.ilog2() as usize];
         let n_groups = self.weight.n_cols() / GROUP_LEN;
         let panel = self.weight.panel(index);
         // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made; the
         // input has `len` rows of as many.
-        unsafe { kernel(self.simd, panel.as_ptr(), n_groups, inputs.tile(first, len), out) };
+        unsafe {
+            kernel(
+                self.simd,
+                panel.as_ptr(),
+                n_groups,
+                inputs.tile(first, len),
+                out,
+            )
+        };
     }
 }
 
@@ -268,9 +264,7 @@ pub(super) fn stacked<S: Simd>(
 /// Whether [`gated`] takes the pair.
 pub(super) fn gated_applies(gate: &Matrix, up: &Matrix) -> bool {
     let in_panels = |m: &Matrix| m.layout() == Layout::Panels;
-    in_panels(gate)
-        && in_panels(up)
-        && (gate.n_rows(), gate.n_cols()) == (up.n_rows(), up.n_cols())
+    in_panels(gate) && in_panels(up) && (gate.n_rows(), gate.n_cols()) == (up.n_rows(), up.n_cols())
 }
 
 /// `out[m] = silu(G x[m]) * U x[m]`, both in panels.

@@ -373,9 +373,7 @@ unsafe fn halves<S: Simd, P: PanelFormat>(
     for half in 0..2 {
         // SAFETY: quads 4 half..4 half + 4 lie inside the 32 codes.
         unsafe {
-            let x_sum = (0..16).fold(0i32, |sum, k| {
-                sum + i32::from(*codes.add(16 * half + k))
-            });
+            let x_sum = (0..16).fold(0i32, |sum, k| sum + i32::from(*codes.add(16 * half + k)));
             let mut products = simd.splat_i(-P::ZERO * x_sum);
             for q in 4 * half..4 * half + 4 {
                 products = simd.dot4(products, w[q], codes.add(4 * q));

@@ -37,6 +37,20 @@ pub(in crate::cpu) struct Scratch {
     padded: Vec<f32>,
 }
 
+impl Scratch {
+    /// Bytes for `n_tokens` rows of activations of at most `n_cols` columns.
+    pub(in crate::cpu) const fn bytes(n_tokens: usize, n_cols: usize) -> usize {
+        (TILE_ROWS + n_tokens) * n_cols.next_multiple_of(GROUP_LEN) * size_of::<f32>()
+    }
+
+    /// Takes that memory.
+    pub(in crate::cpu) fn reserve(&mut self, n_tokens: usize, n_cols: usize) {
+        let width = n_cols.next_multiple_of(GROUP_LEN);
+        self.panel.resize(TILE_ROWS * width, 0.0);
+        self.padded.resize(n_tokens * width, 0.0);
+    }
+}
+
 /// Rows `first_row..` of a weight seen as an `n`-row matrix, and where its outputs go: output `n` of
 /// token `m` is `out[m * out_stride + out_offset + n]`.
 #[derive(Debug, Clone, Copy)]

@@ -138,6 +138,8 @@ impl Simd for Avx2 {
     type I = I;
     type B = I;
     const TILE_TOKENS: usize = 4;
+    const TILE_QUERIES: usize = 2;
+    const TILE_LATENT_QUERIES: usize = 2;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
@@ -305,9 +307,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn high_nibbles(self, a: I) -> I {
         // SAFETY: `self` proves the features.
-        unsafe {
-            self.low_nibbles([_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])])
-        }
+        unsafe { self.low_nibbles([_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])]) }
     }
     #[inline(always)]
     fn bit_pairs(self, a: I, index: usize) -> I {

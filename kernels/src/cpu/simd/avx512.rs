@@ -36,6 +36,8 @@ impl Simd for Avx512 {
     type I = __m512i;
     type B = __m512i;
     const TILE_TOKENS: usize = 16;
+    const TILE_QUERIES: usize = 6;
+    const TILE_LATENT_QUERIES: usize = 4;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {

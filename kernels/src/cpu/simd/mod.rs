@@ -33,6 +33,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Rows of activations that share a pass over a panel of weights at most, a power of two:
     /// as many as there are registers for.
     const TILE_TOKENS: usize;
+    /// Queries of grouped heads that share a pass over keys and values, likewise; at most 6.
+    const TILE_QUERIES: usize;
+    /// Queries that share a pass over latent rows, likewise; at most 6.
+    const TILE_LATENT_QUERIES: usize;
 
     /// Runs `body` compiled for this instruction set; kernels start here.
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R;

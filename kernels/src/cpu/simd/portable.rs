@@ -31,6 +31,8 @@ impl Simd for Portable {
     type I = [i32; LANES];
     type B = B;
     const TILE_TOKENS: usize = 4;
+    const TILE_QUERIES: usize = 2;
+    const TILE_LATENT_QUERIES: usize = 2;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
@@ -142,7 +144,10 @@ impl Simd for Portable {
         unsafe { lanes::<1>(from, |[code]| f32::from(code)) }
     }
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "the caller keeps it within a byte")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the caller keeps it within a byte"
+    )]
     unsafe fn store_i8(self, to: *mut i8, a: F) {
         // SAFETY: 16 bytes are writable.
         unsafe { to.cast::<[i8; LANES]>().write(a.map(|v| v as i8)) }
