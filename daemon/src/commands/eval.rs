@@ -104,7 +104,7 @@ impl Eval {
     pub(crate) fn run(self) -> Result<()> {
         match self {
             Self::Logits { model, tokens, out } => {
-                let (_, mut session) = open(&model, tokens.tokens.len())?;
+                let mut session = open(&model, tokens.tokens.len())?;
                 write_logits(&mut session, &tokens.tokens, &out)?;
                 Ok(())
             }
@@ -114,8 +114,7 @@ impl Eval {
                 max_new,
             } => {
                 let tokens = tokens.tokens;
-                let (checkpoint, mut session) = open(&model, tokens.len() + max_new)?;
-                let tokens = session.greedy(&tokens, max_new, sampleable_len(&checkpoint)?)?;
+                let tokens = open(&model, tokens.len() + max_new)?.greedy(&tokens, max_new)?;
                 print_line(&json!({ "tokens": tokens }))
             }
             Self::Perplexity {
@@ -169,20 +168,13 @@ impl Eval {
     }
 }
 
-fn open(model: &ModelArgs, n_tokens: usize) -> Result<(Checkpoint, Session)> {
-    let checkpoint = checkpoint(&model.model)?;
-    let session = Session::open(&checkpoint, model.compute.cpu(), n_tokens)
-        .with_context(|| format!("cannot evaluate `{}`", model.model.display()))?;
-    Ok((checkpoint, session))
+fn open(model: &ModelArgs, n_tokens: usize) -> Result<Session> {
+    Session::open(&checkpoint(&model.model)?, model.compute.cpu(), n_tokens)
+        .with_context(|| format!("cannot evaluate `{}`", model.model.display()))
 }
 
 fn checkpoint(path: &Path) -> Result<Checkpoint> {
     Checkpoint::open(path).with_context(|| format!("cannot open model `{}`", path.display()))
-}
-
-/// Ids the tokenizer knows; a checkpoint without one restricts nothing.
-fn sampleable_len(checkpoint: &Checkpoint) -> Result<usize> {
-    Ok(TextModel::from_checkpoint(checkpoint)?.vocab_len())
 }
 
 /// All runs of one rate, and their median.

@@ -4,6 +4,8 @@
 //! Called by the `dsd eval` commands and by tests.
 
 mod speed;
+#[cfg(test)]
+mod tests;
 
 pub use speed::{Speed, SpeedCase, SpeedTest};
 
@@ -138,17 +140,12 @@ impl Session {
         Ok(())
     }
 
-    /// The `n_new` likeliest tokens after `tokens`, one after the other; ids from `sampleable_len`
-    /// on are never taken. End-of-text tokens do not end it.
+    /// The `n_new` likeliest tokens after `tokens`, one after the other, out of all rows of the
+    /// embedding. End-of-text tokens do not end it.
     ///
     /// # Errors
     /// [`EvalError`].
-    pub fn greedy(
-        &mut self,
-        tokens: &[u32],
-        n_new: usize,
-        sampleable_len: usize,
-    ) -> Result<Vec<u32>, EvalError> {
+    pub fn greedy(&mut self, tokens: &[u32], n_new: usize) -> Result<Vec<u32>, EvalError> {
         self.check(tokens, tokens.len() + n_new)?;
         let mut next = None;
         for span in chunks(0..tokens.len(), STEP_TOKENS) {
@@ -158,7 +155,7 @@ impl Session {
                 LogitRows::Skip
             };
             let logits = self.step(span.start, &tokens[span], wanted)?;
-            next = likeliest(&logits[..sampleable_len.min(logits.len())]);
+            next = likeliest(logits);
         }
         let mut output = Vec::with_capacity(n_new);
         while let Some(token) = next
@@ -168,7 +165,7 @@ impl Session {
             if output.len() < n_new {
                 let position = tokens.len() + output.len() - 1;
                 let logits = self.step(position, &[token], LogitRows::Last)?;
-                next = likeliest(&logits[..sampleable_len.min(logits.len())]);
+                next = likeliest(logits);
             }
         }
         Ok(output)

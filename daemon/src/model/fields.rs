@@ -65,6 +65,19 @@ impl<'a> Fields<'a> {
         self.size_opt(key)?.ok_or(ConfigError::Missing { key })
     }
 
+    /// A count of at least one under the first of two names that is there. Files saved by
+    /// transformers 5 use its own names for some of the published keys.
+    pub(super) fn size_either(
+        self,
+        key: &'static str,
+        alias: &'static str,
+    ) -> Result<usize, ConfigError> {
+        match self.size_opt(key)? {
+            Some(size) => Ok(size),
+            None => self.size_opt(alias)?.ok_or(ConfigError::Missing { key }),
+        }
+    }
+
     pub(super) fn size_or(self, key: &'static str, default: usize) -> Result<usize, ConfigError> {
         Ok(self.size_opt(key)?.unwrap_or(default))
     }

@@ -193,8 +193,16 @@ pub(super) struct Mla<B: Backend> {
     a: Linear<B>,
     query: MlaQuery<B>,
     kv_a_gain: B::Buffer,
-    kv_b: B::Weight,
+    kv_b: KvExpansion<B>,
     o: Linear<B>,
+}
+
+/// `kv_b_proj`: from the latent to every head's keys and values.
+enum KvExpansion<B: Backend> {
+    /// As published: `[heads * (nope + v), rank]`.
+    Joined(B::Weight),
+    /// As GGUF files split it: keys transposed, `[heads * rank, nope]`, values `[heads * v, rank]`.
+    Split { keys: B::Weight, values: B::Weight },
 }
 
 enum MlaQuery<B: Backend> {
@@ -225,7 +233,6 @@ impl<B: Backend> Mla<B> {
     ) -> Result<Self, ModelError> {
         let hidden = decoder.hidden;
         let q_len = spec.n_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim);
-        let kv_b_rows = spec.n_heads * (spec.qk_nope_head_dim + spec.v_head_dim);
         let gain = |name: &str, len| {
             let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), len)?;
             Ok::<_, ModelError>(backend.upload(&gain))
@@ -251,17 +258,26 @@ impl<B: Backend> Mla<B> {
                 },
             ),
         };
-        let kv_b = checkpoint.matrix(
-            &format!("{prefix}.kv_b_proj.weight"),
-            kv_b_rows,
-            spec.kv_lora_rank,
-        )?;
+        let matrix = |name: &str, rows, cols| {
+            let name = format!("{prefix}.{name}.weight");
+            Ok::<_, ModelError>(backend.latent_weight(checkpoint.matrix(&name, rows, cols)?))
+        };
+        let (n_heads, rank, nope) = (spec.n_heads, spec.kv_lora_rank, spec.qk_nope_head_dim);
+        let kv_b = if checkpoint.contains(&format!("{prefix}.k_b_proj.weight")) {
+            KvExpansion::Split {
+                keys: matrix("k_b_proj", n_heads * rank, nope)?,
+                values: matrix("v_b_proj", n_heads * spec.v_head_dim, rank)?,
+            }
+        } else {
+            let n_rows = n_heads * (nope + spec.v_head_dim);
+            KvExpansion::Joined(matrix("kv_b_proj", n_rows, rank)?)
+        };
         Ok(Self {
             spec: spec.clone(),
             a,
             query,
             kv_a_gain: gain("kv_a_layernorm", spec.kv_lora_rank)?,
-            kv_b: backend.latent_weight(kv_b),
+            kv_b,
             o: linear(
                 &[("o_proj", hidden)],
                 spec.n_heads * spec.v_head_dim,
@@ -354,15 +370,41 @@ impl<B: Backend> Mla<B> {
             ..rotated
         };
         let rows_per_head = qk_nope_head_dim + self.spec.v_head_dim;
-        b.absorb_keys(
-            &ws.q,
-            plain,
-            &self.kv_b,
-            rows_per_head,
-            &mut ws.q_absorbed,
-            row_len,
-            n_rows,
-        );
+        match &self.kv_b {
+            KvExpansion::Joined(kv_b) => b.absorb_keys(
+                &ws.q,
+                plain,
+                kv_b,
+                rows_per_head,
+                &mut ws.q_absorbed,
+                row_len,
+                n_rows,
+            ),
+            KvExpansion::Split { keys, .. } => {
+                // Transposed, a key half is a linear layer of the head's plain part.
+                let from = RowView {
+                    offset: 0,
+                    stride: head_len,
+                    width: qk_nope_head_dim,
+                };
+                let to = RowView::dense(qk_nope_head_dim);
+                b.copy_rows(&ws.q, from, &mut ws.o, to, n_rows * n_heads);
+                let heads = ValueHeads {
+                    n_heads,
+                    rows_per_head: kv_lora_rank,
+                    first_row: 0,
+                    head_dim: kv_lora_rank,
+                };
+                b.expand_values(&ws.o, keys, heads, &mut ws.o_latent, n_rows);
+                let from = RowView::dense(kv_lora_rank);
+                let to = RowView {
+                    offset: 0,
+                    stride: row_len,
+                    width: kv_lora_rank,
+                };
+                b.copy_rows(&ws.o_latent, from, &mut ws.q_absorbed, to, n_rows * n_heads);
+            }
+        }
         let from = RowView {
             offset: qk_nope_head_dim,
             stride: head_len,
@@ -388,13 +430,17 @@ impl<B: Backend> Mla<B> {
             step.inputs,
             &mut ws.o_latent,
         );
+        let (kv_b, rows_per_head, first_row) = match &self.kv_b {
+            KvExpansion::Joined(kv_b) => (kv_b, rows_per_head, qk_nope_head_dim),
+            KvExpansion::Split { values, .. } => (values, self.spec.v_head_dim, 0),
+        };
         let values = ValueHeads {
             n_heads,
             rows_per_head,
-            first_row: qk_nope_head_dim,
+            first_row,
             head_dim: self.spec.v_head_dim,
         };
-        b.expand_values(&ws.o_latent, &self.kv_b, values, &mut ws.o, n_rows);
+        b.expand_values(&ws.o_latent, kv_b, values, &mut ws.o, n_rows);
         self.o.run(b, &ws.o, n_rows, &mut ws.y);
     }
 }

@@ -15,6 +15,8 @@ mod build;
 mod layers;
 mod decoder;
 mod workspace;
+#[cfg(test)]
+mod tests;
 
 pub use build::build;
 pub use decoder::Decoder;

@@ -7,6 +7,9 @@ use std::f64::consts::PI;
 
 use super::fields::{ConfigError, Fields, contradiction, unsupported};
 
+/// Base of a configuration that names none: RoFormer's, and that of every line here.
+const THETA_DEFAULT: f64 = 10_000.0;
+
 /// Frequencies of one model's rotation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
@@ -43,7 +46,7 @@ impl RopeSpec {
             .flatten()
         {
             Some(theta) => theta,
-            None => config.number("rope_theta")?,
+            None => config.number_opt("rope_theta")?.unwrap_or(THETA_DEFAULT),
         };
         if theta <= 1.0 {
             return Err(unsupported("rope_theta", theta, "it must be above 1"));

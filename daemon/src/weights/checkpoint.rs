@@ -105,6 +105,7 @@ impl Checkpoint {
         for tensor in tensors {
             match gguf_names::translate(&tensor.name) {
                 HfName::Whole(name) => insert(&mut entries, name, tensor)?,
+                HfName::HeadStack(name) => insert(&mut entries, name, join_stack(tensor)?)?,
                 HfName::ExpertStack { prefix, suffix } => {
                     for (expert, matrix) in cut_stack(&tensor)?.into_iter().enumerate() {
                         insert(&mut entries, format!("{prefix}.{expert}.{suffix}"), matrix)?;
@@ -391,16 +392,27 @@ fn insert(
     Ok(())
 }
 
+/// The three dimensions of a stack of matrices.
+fn stack_shape(stack: &StoredTensor) -> Result<[usize; 3], WeightsError> {
+    <[usize; 3]>::try_from(stack.shape.as_slice()).map_err(|_| WeightsError::TensorShape {
+        file: stack.file.to_path_buf(),
+        tensor: stack.name.clone(),
+        expected: "three dimensions".to_owned(),
+        found: super::tensor::shape_of(&stack.shape),
+    })
+}
+
+/// `[heads, rows, cols]` as `[heads * rows, cols]`; the bytes lie alike.
+fn join_stack(mut stack: StoredTensor) -> Result<StoredTensor, WeightsError> {
+    let [n_heads, n_rows, n_cols] = stack_shape(&stack)?;
+    // No overflow: the shape was found to fit the bytes of the file.
+    stack.shape = vec![n_heads * n_rows, n_cols];
+    Ok(stack)
+}
+
 /// Cuts `[experts, rows, cols]` into matrices that share the bytes.
 fn cut_stack(stack: &StoredTensor) -> Result<Vec<StoredTensor>, WeightsError> {
-    let [n_experts, n_rows, n_cols] = stack.shape[..] else {
-        return Err(WeightsError::TensorShape {
-            file: stack.file.to_path_buf(),
-            tensor: stack.name.clone(),
-            expected: "three dimensions".to_owned(),
-            found: super::tensor::shape_of(&stack.shape),
-        });
-    };
+    let [n_experts, n_rows, n_cols] = stack_shape(stack)?;
     // Exact: the bytes are n_experts times whole rows, checked when the file was read.
     let matrix_bytes = stack.data.len() / n_experts;
     Ok((0..n_experts)

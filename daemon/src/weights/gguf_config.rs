@@ -12,12 +12,19 @@ use super::{
 };
 
 /// The architectures served from GGUF: their name there, their `model_type`.
-const ARCHITECTURES: [(&str, &str); 4] = [
+const ARCHITECTURES: [(&str, &str); 5] = [
     ("llama", "llama"),
     ("qwen2", "qwen2"),
     ("qwen3", "qwen3"),
     ("qwen3moe", "qwen3_moe"),
+    // V3 and its kin too; which of the two it is, the router's scores tell.
+    ("deepseek2", "deepseek_v2"),
 ];
+
+/// `expert_gating_func` of a router that scores by softmax; also that of files without the key.
+const GATING_SOFTMAX: u64 = 1;
+/// `expert_gating_func` of a router that scores by the logistic function.
+const GATING_SIGMOID: u64 = 2;
 
 /// Builds the configuration.
 ///
@@ -30,33 +37,16 @@ pub(super) fn translate(
     let keys = Keys::new(metadata)?;
     refuse_split(metadata)?;
     let has = |name: &str| tensors.iter().any(|t| t.name == name);
-    let hidden_size = keys.required("embedding_length")?;
-    let n_heads = keys.required_uniform("attention.head_count")?;
-    if hidden_size == 0 || n_heads == 0 {
-        return Err(keys.field("attention.head_count", "at least 1", "0"));
-    }
-    let n_kv_heads = keys.uniform("attention.head_count_kv")?.unwrap_or(n_heads);
-    let head_dim = match metadata.uint(&keys.name("attention.key_length"))? {
-        Some(head_dim) => head_dim,
-        None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
-        None => {
-            let expected = format!("a divisor of the embedding length {hidden_size}");
-            return Err(keys.field("attention.head_count", &expected, &n_heads.to_string()));
-        }
-    };
-    // All supported models rotate whole heads and have values as wide as keys.
-    keys.equals_if_there("attention.value_length", head_dim)?;
-    keys.equals_if_there("rope.dimension_count", head_dim)?;
-
     let mut config = Map::new();
     let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
     set("model_type", json!(keys.model_type));
     set("hidden_act", json!("silu"));
-    set("hidden_size", json!(hidden_size));
+    set("hidden_size", json!(keys.required("embedding_length")?));
     set("num_hidden_layers", json!(keys.required("block_count")?));
-    set("num_attention_heads", json!(n_heads));
-    set("num_key_value_heads", json!(n_kv_heads));
-    set("head_dim", json!(head_dim));
+    set(
+        "num_attention_heads",
+        json!(keys.required_uniform("attention.head_count")?),
+    );
     set(
         "intermediate_size",
         json!(keys.required_uniform("feed_forward_length")?),
@@ -76,11 +66,6 @@ pub(super) fn translate(
     set("rope_scaling", rope_scaling(&keys)?);
     set("vocab_size", json!(vocab_size(metadata, tensors)?));
     set("tie_word_embeddings", json!(!has("output.weight")));
-    set("attention_bias", json!(has("blk.0.attn_q.bias")));
-    set("mlp_bias", json!(has("blk.0.ffn_up.bias")));
-    if keys.model_type != "llama" {
-        set("use_sliding_window", json!(false));
-    }
     for (key, gguf_key) in [
         ("bos_token_id", "tokenizer.ggml.bos_token_id"),
         ("eos_token_id", "tokenizer.ggml.eos_token_id"),
@@ -89,24 +74,136 @@ pub(super) fn translate(
             set(key, json!(id));
         }
     }
-    let n_experts = metadata.uint(&keys.name("expert_count"))?.unwrap_or(0);
-    if keys.model_type == "qwen3_moe" {
-        set("num_experts", json!(keys.required("expert_count")?));
-        set(
-            "num_experts_per_tok",
-            json!(keys.required("expert_used_count")?),
-        );
-        set(
-            "moe_intermediate_size",
-            json!(keys.required("expert_feed_forward_length")?),
-        );
-        set("norm_topk_prob", json!(true));
-        set("decoder_sparse_step", json!(1));
-        set("mlp_only_layers", json!([]));
-    } else if n_experts != 0 {
-        return Err(keys.field("expert_count", "0", &n_experts.to_string()));
+    if keys.architecture == "deepseek2" {
+        set("attention_bias", json!(has("blk.0.attn_kv_a_mqa.bias")));
+        latent_attention(&keys, &mut config)?;
+        deepseek_experts(&keys, &mut config)?;
+    } else {
+        set("attention_bias", json!(has("blk.0.attn_q.bias")));
+        set("mlp_bias", json!(has("blk.0.ffn_up.bias")));
+        grouped_attention(&keys, &mut config)?;
+        qwen_experts(&keys, &mut config)?;
     }
     Ok(Value::Object(config))
+}
+
+/// Heads of the llama and Qwen lines, which rotate whole heads and have values as wide as keys.
+fn grouped_attention(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<(), WeightsError> {
+    let hidden_size = keys.required("embedding_length")?;
+    let n_heads = keys.required_uniform("attention.head_count")?;
+    if hidden_size == 0 || n_heads == 0 {
+        return Err(keys.field("attention.head_count", "at least 1", "0"));
+    }
+    let n_kv_heads = keys.uniform("attention.head_count_kv")?.unwrap_or(n_heads);
+    let head_dim = match keys.uint("attention.key_length")? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
+        None => {
+            let expected = format!("a divisor of the embedding length {hidden_size}");
+            return Err(keys.field("attention.head_count", &expected, &n_heads.to_string()));
+        }
+    };
+    keys.equals_if_there("attention.value_length", head_dim)?;
+    keys.equals_if_there("rope.dimension_count", head_dim)?;
+    config.insert("num_key_value_heads".to_owned(), json!(n_kv_heads));
+    config.insert("head_dim".to_owned(), json!(head_dim));
+    Ok(())
+}
+
+/// MLA. Files with `attention.key_length_mla` describe the absorbed form in the plain keys (one
+/// KV head as wide as latent and rotated part together); older ones the expanded form.
+fn latent_attention(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<(), WeightsError> {
+    let rope_dim = keys.required("rope.dimension_count")?;
+    let latent_len = keys.required("attention.kv_lora_rank")?;
+    let (key_len, value_len) = match keys.uint("attention.key_length_mla")? {
+        Some(key_len) => {
+            keys.equals_if_there("attention.key_length", latent_len + rope_dim)?;
+            keys.equals_if_there("attention.value_length", latent_len)?;
+            (key_len, keys.required("attention.value_length_mla")?)
+        }
+        None => (
+            keys.required("attention.key_length")?,
+            keys.required("attention.value_length")?,
+        ),
+    };
+    let Some(nope_dim) = key_len.checked_sub(rope_dim) else {
+        let expected = format!("at least the {rope_dim} rotated elements");
+        return Err(keys.field("attention.key_length", &expected, &key_len.to_string()));
+    };
+    let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    set(
+        "q_lora_rank",
+        json!(
+            keys.uint("attention.q_lora_rank")?
+                .filter(|rank| *rank != 0)
+        ),
+    );
+    set("kv_lora_rank", json!(latent_len));
+    set("qk_nope_head_dim", json!(nope_dim));
+    set("qk_rope_head_dim", json!(rope_dim));
+    set("v_head_dim", json!(value_len));
+    Ok(())
+}
+
+/// Experts of DeepSeek-V2 and V3. Files without group keys choose among all experts, as the
+/// programs that write and read them do.
+fn deepseek_experts(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<(), WeightsError> {
+    if let Some(n) = keys.uint("nextn_predict_layers")?.filter(|n| *n != 0) {
+        return Err(keys.field("nextn_predict_layers", "0", &n.to_string()));
+    }
+    let n_groups = keys.uint("expert_group_count")?.unwrap_or(1);
+    let sigmoid = keys.model_type == "deepseek_v3";
+    let topk_method = match (sigmoid, n_groups) {
+        (true, _) => "noaux_tc",
+        (false, 0 | 1) => "greedy",
+        (false, _) => "group_limited_greedy",
+    };
+    // Zero and absent both mean that nothing is scaled.
+    let scale = keys.float("expert_weights_scale")?.filter(|s| *s != 0.0);
+    let norm = keys.metadata.bool(&keys.name("expert_weights_norm"))?;
+    let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    set("topk_method", json!(topk_method));
+    set("n_routed_experts", json!(keys.required("expert_count")?));
+    set(
+        "num_experts_per_tok",
+        json!(keys.required("expert_used_count")?),
+    );
+    set(
+        "moe_intermediate_size",
+        json!(keys.required("expert_feed_forward_length")?),
+    );
+    set(
+        "n_shared_experts",
+        json!(keys.uint("expert_shared_count")?.unwrap_or(0)),
+    );
+    set(
+        "first_k_dense_replace",
+        json!(keys.uint("leading_dense_block_count")?.unwrap_or(0)),
+    );
+    set("n_group", json!(n_groups.max(1)));
+    set("topk_group", json!(keys.uint("expert_group_used_count")?));
+    set("norm_topk_prob", json!(norm.unwrap_or(false)));
+    set("routed_scaling_factor", json!(scale.unwrap_or(1.0)));
+    Ok(())
+}
+
+/// Experts of Qwen3-MoE; the dense lines must have none.
+fn qwen_experts(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<(), WeightsError> {
+    if keys.model_type != "qwen3_moe" {
+        return keys.equals_if_there("expert_count", 0);
+    }
+    let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    set("num_experts", json!(keys.required("expert_count")?));
+    set(
+        "num_experts_per_tok",
+        json!(keys.required("expert_used_count")?),
+    );
+    set(
+        "moe_intermediate_size",
+        json!(keys.required("expert_feed_forward_length")?),
+    );
+    set("norm_topk_prob", json!(true));
+    Ok(())
 }
 
 /// The token ids after which generation ends: end of sequence, of turn, of message.
@@ -182,12 +279,20 @@ fn rope_scaling(keys: &Keys<'_>) -> Result<Value, WeightsError> {
     }
     for (hf_key, suffix) in [
         ("attn_factor", "rope.scaling.attn_factor"),
+        ("attn_factor", "rope.scaling.yarn_attn_factor"),
         ("beta_fast", "rope.scaling.yarn_beta_fast"),
         ("beta_slow", "rope.scaling.yarn_beta_slow"),
     ] {
         if let Some(value) = metadata.float(&keys.name(suffix))? {
             scaling.insert(hf_key.to_owned(), json!(value));
         }
+    }
+    if let Some(multiplier) = keys.float("rope.scaling.yarn_log_multiplier")? {
+        // Written as a tenth of `mscale_all_dim`. There is no key for `mscale`, which equals it in
+        // all models that have both.
+        let mscale = multiplier * 10.0;
+        scaling.insert("mscale".to_owned(), json!(mscale));
+        scaling.insert("mscale_all_dim".to_owned(), json!(mscale));
     }
     Ok(Value::Object(scaling))
 }
@@ -206,14 +311,35 @@ impl<'a> Keys<'a> {
         let found = metadata
             .string(key)?
             .ok_or_else(|| metadata.field(key, &expected, "missing"))?;
-        match ARCHITECTURES.iter().find(|(name, _)| *name == found) {
-            Some((architecture, model_type)) => Ok(Self {
-                metadata,
-                architecture,
-                model_type,
-            }),
-            None => Err(metadata.field(key, &expected, &format!("`{found}`"))),
+        let Some((architecture, model_type)) =
+            ARCHITECTURES.iter().find(|(name, _)| *name == found)
+        else {
+            return Err(metadata.field(key, &expected, &format!("`{found}`")));
+        };
+        let mut keys = Self {
+            metadata,
+            architecture,
+            model_type,
+        };
+        if found == "deepseek2" {
+            match keys.uint("expert_gating_func")? {
+                None | Some(0 | GATING_SOFTMAX) => {}
+                Some(GATING_SIGMOID) => keys.model_type = "deepseek_v3",
+                Some(other) => {
+                    let expected = "1 (softmax) or 2 (sigmoid)";
+                    return Err(keys.field("expert_gating_func", expected, &other.to_string()));
+                }
+            }
         }
+        Ok(keys)
+    }
+
+    fn uint(&self, suffix: &str) -> Result<Option<u64>, WeightsError> {
+        self.metadata.uint(&self.name(suffix))
+    }
+
+    fn float(&self, suffix: &str) -> Result<Option<f64>, WeightsError> {
+        self.metadata.float(&self.name(suffix))
     }
 
     fn name(&self, suffix: &str) -> String {
@@ -221,14 +347,12 @@ impl<'a> Keys<'a> {
     }
 
     fn required(&self, suffix: &str) -> Result<u64, WeightsError> {
-        self.metadata
-            .uint(&self.name(suffix))?
+        self.uint(suffix)?
             .ok_or_else(|| self.field(suffix, "an integer", "missing"))
     }
 
     fn required_float(&self, suffix: &str) -> Result<f64, WeightsError> {
-        self.metadata
-            .float(&self.name(suffix))?
+        self.float(suffix)?
             .ok_or_else(|| self.field(suffix, "a number", "missing"))
     }
 
@@ -254,7 +378,7 @@ impl<'a> Keys<'a> {
     }
 
     fn equals_if_there(&self, suffix: &str, expected: u64) -> Result<(), WeightsError> {
-        match self.metadata.uint(&self.name(suffix))? {
+        match self.uint(suffix)? {
             Some(found) if found != expected => {
                 Err(self.field(suffix, &expected.to_string(), &found.to_string()))
             }

@@ -30,7 +30,7 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
         }
     };
     let gate = GateShape {
-        n_experts: config.size("n_routed_experts")?,
+        n_experts: config.size_either("n_routed_experts", "num_local_experts")?,
         top_k: config.size("num_experts_per_tok")?,
         scoring: Scoring::Softmax,
         groups: None,

@@ -20,7 +20,7 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
         spec.rope_layout = RopeLayout::Halves;
     }
     let gate = GateShape {
-        n_experts: config.size("n_routed_experts")?,
+        n_experts: config.size_either("n_routed_experts", "num_local_experts")?,
         top_k: config.size("num_experts_per_tok")?,
         scoring: Scoring::Sigmoid,
         groups: None,
@@ -32,6 +32,9 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
         with_groups(config, gate, Some(GroupScore::TopTwoSum))?,
         true,
     )?;
-    spec.n_extra_layers = config.count_opt("num_nextn_predict_layers")?.unwrap_or(0);
+    spec.n_extra_layers = match config.count_opt("num_nextn_predict_layers")? {
+        Some(n) => n,
+        None => config.count_opt("num_mtp_layers")?.unwrap_or(0),
+    };
     Ok(spec)
 }

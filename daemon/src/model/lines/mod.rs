@@ -8,6 +8,7 @@ pub(super) mod deepseek_v2;
 pub(super) mod deepseek_v3;
 
 use dsd_kernels::backend::RopeLayout;
+use serde_json::Value;
 
 use super::{
     fields::{ConfigError, Fields, contradiction, unsupported},
@@ -97,6 +98,10 @@ fn common(
             true,
             "only full attention is",
         ));
+    }
+    let layer_types = config.get("layer_types").and_then(Value::as_array);
+    if let Some(other) = layer_types.and_then(|l| l.iter().find(|t| *t != "full_attention")) {
+        return Err(unsupported("layer_types", other, "only full_attention is"));
     }
     let eps = config.number("rms_norm_eps")?;
     #[expect(clippy::cast_possible_truncation, reason = "kernels compute in f32")]

@@ -14,7 +14,7 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
     let mut spec = qwen3::spec(config)?;
     "qwen3_moe".clone_into(&mut spec.architecture);
     let (n_experts, top_k) = (
-        config.size("num_experts")?,
+        config.size_either("num_experts", "num_local_experts")?,
         config.size("num_experts_per_tok")?,
     );
     check_top_k(top_k, n_experts)?;

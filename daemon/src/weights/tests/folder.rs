@@ -450,7 +450,7 @@ fn gguf_metadata_that_is_not_understood_is_refused_by_name() {
     let cases = [
         (
             base.clone().string("general.architecture", "gemma3"),
-            "general.architecture is `gemma3`, expected llama, qwen2, qwen3, qwen3moe",
+            "general.architecture is `gemma3`, expected llama, qwen2, qwen3, qwen3moe, deepseek2",
         ),
         (
             base.clone().without("llama.block_count"),
