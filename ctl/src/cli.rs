@@ -91,7 +91,7 @@ pub(crate) enum ModelCommand {
     },
 }
 
-/// How tokens are chosen; what is not given is the model's own default.
+/// How tokens are chosen; what is not given is as in the HTTP API.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct SamplingArgs {
     /// Model; the only one loaded when left out

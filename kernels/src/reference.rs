@@ -3,8 +3,6 @@
 //! Slow on purpose. It is what every other backend is compared with, and it is a whole backend, so
 //! that a model can be run on it.
 
-use std::cmp::Ordering;
-
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
@@ -423,11 +421,17 @@ pub fn choose_experts(
     if let Some(bias) = bias {
         choice.iter_mut().zip(bias).for_each(|(c, b)| *c += b);
     }
-    let better = |a: &(usize, f32), b: &(usize, f32)| {
-        b.1.partial_cmp(&a.1)
-            .unwrap_or(Ordering::Equal)
-            .then(a.0.cmp(&b.0))
+    // Total also with NaN, which a damaged weight brings: sorting panics otherwise. Adding zero
+    // makes minus zero plus zero.
+    let key = |score: f32| {
+        if score.is_nan() {
+            f32::NEG_INFINITY
+        } else {
+            score + 0.0
+        }
     };
+    let better =
+        |a: &(usize, f32), b: &(usize, f32)| key(b.1).total_cmp(&key(a.1)).then(a.0.cmp(&b.0));
     if let Some(limit) = shape.groups {
         let group_len = shape.n_experts / limit.n_groups;
         groups.clear();
@@ -445,7 +449,9 @@ pub fn choose_experts(
     }
     order.clear();
     order.extend(choice.iter().copied().enumerate());
-    order.sort_unstable_by(better);
+    if 0 < shape.top_k && shape.top_k < order.len() {
+        order.select_nth_unstable_by(shape.top_k - 1, better);
+    }
     order.truncate(shape.top_k);
     order.sort_unstable_by_key(|(expert, _)| *expert);
     let sum = order.iter().map(|(expert, _)| scores[*expert]).sum::<f32>() + 1e-20;

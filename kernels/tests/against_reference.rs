@@ -3,14 +3,15 @@
 
 use dsd_kernels::{
     backend::{
-        Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, HeadView,
-        RopeLayout, RowView, StepInputs, StepSpan, ValueHeads,
+        Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape,
+        GateGroups, GateShape, GroupScore, HeadView, RopeLayout, RowView, Scoring, StepInputs,
+        StepSpan, ValueHeads,
     },
     cases,
     cpu::{CpuBackend, CpuConfig, Isa},
     dtype::Format,
     matrix::{Matrix, TileScales},
-    reference::Reference,
+    reference::{GateScratch, Reference, choose_experts},
 };
 
 /// A small deterministic generator (SplitMix64), so that a failure repeats.
@@ -630,5 +631,97 @@ fn panels_hold_what_the_rows_held() {
             dsd_kernels::quant::decode_row(&panels, row, &mut of_panels);
             assert_eq!(of_rows, of_panels, "{format} row {row}");
         }
+    }
+}
+
+/// Sorting scores that compare with nothing panicked.
+#[test]
+fn experts_are_chosen_also_where_logits_are_no_numbers() {
+    const N_EXPERTS: usize = 64;
+    for (groups, scoring) in [
+        (None, Scoring::Softmax),
+        (None, Scoring::Sigmoid),
+        (Some(GroupScore::TopTwoSum), Scoring::Sigmoid),
+        (Some(GroupScore::Max), Scoring::Sigmoid),
+    ] {
+        let shape = GateShape {
+            n_experts: N_EXPERTS,
+            top_k: 4,
+            scoring,
+            groups: groups.map(|group_score| GateGroups {
+                n_groups: 32,
+                top_groups: 8,
+                group_score,
+            }),
+            normalize: true,
+            scale: 1.0,
+        };
+        for seed in 0..64 {
+            let mut logits = Random(seed).values(N_EXPERTS);
+            for (i, logit) in logits.iter_mut().enumerate() {
+                if (i * 7 + seed as usize).is_multiple_of(3) {
+                    *logit = f32::NAN;
+                }
+            }
+            let mut chosen = [(0, 0.0); 4];
+            let scratch = &mut GateScratch::new(N_EXPERTS);
+            choose_experts(&logits, None, shape, scratch, &mut chosen);
+            assert!(chosen.windows(2).all(|pair| pair[0].0 < pair[1].0));
+            if scoring == Scoring::Sigmoid && groups.is_none() {
+                assert!(chosen.iter().all(|(e, _)| !logits[*e].is_nan()));
+            }
+        }
+    }
+}
+
+/// Row counts whose product with the width wraps around to nothing let raw pointers through.
+#[test]
+fn sizes_beyond_all_buffers_are_refused() {
+    for backend in backends(Activations::F32) {
+        let refused = |what: &str, op: &dyn Fn()| {
+            let refusal = std::panic::catch_unwind(std::panic::AssertUnwindSafe(op));
+            assert!(refusal.is_err(), "{what}");
+        };
+        let (n_rows, width) = (1 << 62, 4);
+        let x = backend.buffer(8);
+        let repeated = RowView {
+            offset: 0,
+            stride: 0,
+            width,
+        };
+        refused("rms_norm", &|| {
+            backend.rms_norm(&x, repeated, n_rows, &x, 1e-6, &mut backend.buffer(0));
+        });
+        refused("swiglu", &|| {
+            backend.swiglu(&mut backend.buffer(0), &x, n_rows, width);
+        });
+        let cache_shape = CacheShape {
+            rows: CacheRows::Heads {
+                n_kv_heads: 1,
+                head_dim: 4,
+            },
+            n_blocks: 1 << 59,
+            block_len: 4,
+        };
+        let inputs = StepInputs {
+            tokens: &[0],
+            positions: &[0],
+            span_of_row: &[0],
+            spans: &[StepSpan {
+                first_row: 0,
+                n_rows: 1,
+                first_pos: 0,
+                first_block: 0,
+            }],
+            blocks: &[1 << 30],
+        };
+        let attention = AttentionShape {
+            n_heads: 1,
+            scale: 1.0,
+        };
+        refused("attention", &|| {
+            let mut out = backend.buffer(4);
+            backend.attention(&x, &x, cache_shape, attention, &inputs, &mut out);
+        });
     }
 }

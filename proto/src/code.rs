@@ -101,6 +101,8 @@ codes! {
     VersionMismatch = 27, "version_mismatch", 400, final;
     /// As many calls run already as this connection may have.
     TooManyCalls = 28, "too_many_calls", 429, retry;
+    /// The first line and the header fields of a request are longer than their limit.
+    HeadTooLarge = 29, "head_too_large", 431, final;
 }
 
 impl Code {

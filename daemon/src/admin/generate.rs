@@ -57,7 +57,6 @@ pub(super) async fn run(
         .map_err(|e| error_reply(&ApiError::from(e)))?;
     let mut generation = Generation::start(&model, vec![prompt], &params)
         .map_err(|e| error_reply(&ApiError::from(e)))?;
-    let queue_ms = millis(clock::now().duration_since(arrived));
     let mut ttft_ms = None;
     let mut n_tokens_held = 0;
     let mut finish_reason = Finish::Stop;
@@ -88,6 +87,8 @@ pub(super) async fn run(
         }
     }
     let counts = generation.counts();
+    let admitted_at = generation.admitted_at().unwrap_or_else(clock::now);
+    let queue_ms = millis(admitted_at.duration_since(arrived));
     Ok(GenerateDone {
         finish_reason,
         n_prompt_tokens: clamped(counts.n_prompt),

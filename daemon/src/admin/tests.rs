@@ -169,7 +169,7 @@ fn request(input: Input, max_tokens: Option<u32>) -> GenerateRequest {
         max_tokens,
         sampling: Sampling {
             temperature: Some(0.0),
-            ..Sampling::MODEL_DEFAULT
+            ..Sampling::DEFAULT
         },
         stop: Vec::new(),
         thinking: None,
@@ -267,11 +267,11 @@ async fn what_cannot_be_generated_is_refused_by_code() {
     };
     let nan = Sampling {
         temperature: Some(f32::NAN),
-        ..Sampling::MODEL_DEFAULT
+        ..Sampling::DEFAULT
     };
     let huge = Sampling {
         top_p: Some(2.0),
-        ..Sampling::MODEL_DEFAULT
+        ..Sampling::DEFAULT
     };
     let tool = Input::Chat(vec![ChatMessage {
         role: Speaker::Tool,

@@ -185,7 +185,7 @@ sections! {
         keep_alive_s: u64 = 10, "10", 1..=3600;
         /// File of API keys, one per line; absent: everybody may call.
         api_keys_file: Option<PathBuf> = None, "none";
-        /// Prompts tokenised at once.
+        /// Prompts tokenised at once; a long body takes several places, the longest one all.
         encoders_max: usize = 4, "4", 1..=1024;
         /// `/ready` answers 503 when a model's last token is older than this many seconds.
         token_age_max_s: u64 = 15, "15", 1..=3600;

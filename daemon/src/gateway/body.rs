@@ -15,7 +15,7 @@ use super::error::ApiError;
 
 /// How long the rest of a refused body is read and thrown away, so that the client, still sending,
 /// gets to read the answer instead of a reset connection.
-const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
+pub(super) const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Reads a body of at most `len_max` bytes within `timeout`. A failure is the answer to send.
 pub(super) async fn read(

@@ -151,6 +151,7 @@ pub struct Generation {
     n_per_prompt: usize,
     deadline: Option<Instant>,
     started: Instant,
+    admitted_at: Option<Instant>,
     /// Choice polled first, so that a fast one does not hide the others.
     first: usize,
     ready: VecDeque<GenerationEvent>,
@@ -188,6 +189,7 @@ impl Generation {
             n_per_prompt: params.n,
             deadline: params.deadline,
             started: clock::now(),
+            admitted_at: None,
             first: 0,
             ready: VecDeque::new(),
         };
@@ -275,6 +277,11 @@ impl Generation {
         self.counts
     }
 
+    /// When the first choice was taken into a step; `None` while all wait.
+    pub fn admitted_at(&self) -> Option<Instant> {
+        self.admitted_at
+    }
+
     /// Choices of the request, ended or not.
     pub fn n_choices(&self) -> usize {
         self.choices.len()
@@ -298,6 +305,7 @@ impl Generation {
         match item {
             // A prompt counts once: the other choices find what the first one computed.
             Some(StreamItem::Started { n_cached }) => {
+                self.admitted_at.get_or_insert_with(clock::now);
                 let is_first = idx.is_multiple_of(self.n_per_prompt);
                 self.counts.n_cached += if is_first { n_cached } else { 0 };
             }

@@ -16,6 +16,7 @@ mod error;
 mod health;
 mod logprobs;
 mod prepare;
+mod refused_head;
 mod routes;
 mod serve;
 mod sse;

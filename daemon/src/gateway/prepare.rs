@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Instant};
 
 use axum::{
     body::{Body, Bytes},
-    http::{HeaderMap, Request, Response, header},
+    http::{HeaderMap, HeaderValue, Request, Response, header},
 };
 use dsd_proto::{
     code::Code,
@@ -50,7 +50,9 @@ pub(super) async fn read_and<T: Send + 'static>(
     prepare: fn(&Catalog, &[u8], Terms) -> Result<T, ApiError>,
 ) -> Result<T, Response<Body>> {
     let (head, body) = request.into_parts();
-    if let Err(e) = check_content_type(&head.headers) {
+    let is_readable =
+        check_content_type(&head.headers).and_then(|()| check_content_encoding(&head.headers));
+    if let Err(e) = is_readable {
         return Err(body::answer_then_drain(
             e.into_response(),
             &head.headers,
@@ -74,7 +76,8 @@ pub(super) async fn read_and<T: Send + 'static>(
             .unwrap_or_default(),
     };
     let internal = |what: &str| ApiError::new(Code::Internal, what).into_response();
-    let place = Arc::clone(&gateway.encoders).acquire_owned();
+    let n_places = places(bytes.len(), config.body_len_max, config.encoders_max);
+    let place = Arc::clone(&gateway.encoders).acquire_many_owned(n_places);
     let permit = match time::timeout(config.request_timeout, place).await {
         Ok(Ok(permit)) => permit,
         Ok(Err(_)) => return Err(internal("the node is stopping")),
@@ -95,6 +98,16 @@ pub(super) async fn read_and<T: Send + 'static>(
             Err(internal("the request could not be prepared"))
         }
     }
+}
+
+/// Places that a body takes among the encoders: its share of the longest body, so that all bodies
+/// being tokenised are together no longer than one may be. Tokenising takes up to 400 bytes of
+/// memory for a byte of text.
+fn places(body_len: usize, body_len_max: usize, encoders_max: usize) -> u32 {
+    let share = body_len
+        .saturating_mul(encoders_max)
+        .div_ceil(body_len_max.max(1));
+    u32::try_from(share.clamp(1, encoders_max.max(1))).unwrap_or(1)
 }
 
 /// Hands what was prepared to the engine, if the model is fit to answer.
@@ -128,6 +141,22 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         value.chars().take(100).collect::<String>()
     );
     Err(ApiError::new(Code::UnsupportedMediaType, message))
+}
+
+/// A compressed body would grow without bound once unpacked.
+fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let is_plain = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(value) if !is_plain(value) => {
+            let found = String::from_utf8_lossy(value.as_bytes());
+            let message = format!(
+                "the content encoding is {:?}, bodies are read uncompressed only",
+                found.chars().take(100).collect::<String>()
+            );
+            Err(ApiError::new(Code::UnsupportedMediaType, message))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A chat: template and tokeniser.
@@ -231,4 +260,22 @@ fn prepared(
         stream: options.stream,
         include_usage: options.include_usage,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Four of the longest bodies at once took several GiB.
+    #[test]
+    fn the_longest_body_is_tokenised_alone() {
+        const LEN_MAX: usize = 4 << 20;
+        let check = |len, expected| assert_eq!(places(len, LEN_MAX, 4), expected, "{len}");
+        check(0, 1);
+        check(LEN_MAX / 4, 1);
+        check(LEN_MAX / 4 + 1, 2);
+        check(LEN_MAX, 4);
+        check(usize::MAX, 4);
+        assert_eq!(places(LEN_MAX, LEN_MAX, 1), 1);
+    }
 }

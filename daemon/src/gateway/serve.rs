@@ -3,7 +3,7 @@
 //! HTTP/1.1 only: no client of this API needs more without TLS, and guessing the version would wait
 //! without limit for the first bytes of a silent client.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use axum::Router;
 use hyper::server::conn::http1;
@@ -21,10 +21,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::write_timeout::WriteTimeout;
+use super::{refused_head, write_timeout::WriteTimeout};
 
 /// Bytes of a request head, and of one read.
-const HEAD_LEN_MAX: usize = 64 * 1024;
+pub(super) const HEAD_LEN_MAX: usize = 64 * 1024;
 /// Pause after a failed accept; the usual cause, too many open files, does not go away faster.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -116,22 +116,25 @@ async fn connection(
     let _open = Open::new();
     // Events are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
-    let io = TokioIo::new(WriteTimeout::new(stream, limits.write_timeout));
-    let connection = http1::Builder::new()
+    let stream = WriteTimeout::new(stream, limits.write_timeout);
+    let io = TokioIo::new(refused_head::Reader::new(stream));
+    let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
         .max_buf_size(HEAD_LEN_MAX)
         .serve_connection(io, TowerToHyperService::new(router));
-    let mut connection = pin!(connection);
+    let mut running = Pin::new(&mut connection);
     let ended = select! {
-        ended = connection.as_mut() => ended,
+        ended = running.as_mut() => ended,
         () = shutdown.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+            running.as_mut().graceful_shutdown();
+            running.await
         }
     };
     if let Err(e) = ended {
         debug!(error = %e, "connection ended");
+        let stream = connection.into_parts().io.into_inner();
+        refused_head::answer(stream, &e, limits.header_timeout).await;
     }
 }
 

@@ -6,7 +6,7 @@
 //! queries share its pass, so its result depends on nothing but itself and the cache.
 
 use super::{
-    SharedOut,
+    SharedOut, area,
     pool::Pool,
     simd::{LANES, Simd},
 };
@@ -114,15 +114,29 @@ pub(super) fn attention<S: Simd>(
         shape.block_len <= BLOCK_LEN_MAX && shape.block_len.is_multiple_of(CHUNK_LEN),
         "blocks are whole chunks and their scores fit the buffer"
     );
-    assert!(cache.len() >= shape.size(), "the cache has all its blocks");
-    let query_len = attention.n_heads * lengths.key_len;
     assert!(
-        n_rows == 0
-            || queries.len() >= query_rows.offset + (n_rows - 1) * query_rows.stride + query_len,
+        attention.n_heads.is_multiple_of(n_kv_heads),
+        "{} query heads share {n_kv_heads} KV heads evenly",
+        attention.n_heads
+    );
+    let row_len = match shape.rows {
+        CacheRows::Heads { head_dim, .. } => area(&[2, n_kv_heads, head_dim]),
+        CacheRows::Latent { .. } => lengths.key_len,
+    };
+    assert!(
+        cache.len() >= area(&[shape.n_blocks, shape.block_len, row_len]),
+        "the cache has all its blocks"
+    );
+    let query_len = area(&[attention.n_heads, lengths.key_len]);
+    let last_query = area(&[n_rows.saturating_sub(1), query_rows.stride])
+        .saturating_add(query_rows.offset)
+        .saturating_add(query_len);
+    assert!(
+        n_rows == 0 || queries.len() >= last_query,
         "queries of every row"
     );
     assert!(
-        out.len() >= n_rows * attention.n_heads * lengths.value_len,
+        out.len() >= area(&[n_rows, attention.n_heads, lengths.value_len]),
         "room for every row"
     );
     for row in 0..n_rows {

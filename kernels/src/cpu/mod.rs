@@ -124,6 +124,16 @@ impl<'a> SharedOut<'a> {
     }
 }
 
+/// Elements of `factors[0] x factors[1] x ..`, checked: sizes guard raw pointers, and a product that
+/// wrapped around would guard nothing.
+fn area(factors: &[usize]) -> usize {
+    let product = factors
+        .iter()
+        .try_fold(1usize, |area, factor| area.checked_mul(*factor));
+    assert!(product.is_some(), "{factors:?} elements are addressable");
+    product.unwrap_or(0)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -292,7 +302,7 @@ impl CpuBackend {
 
     /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
     fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
-        let n = n_rows * width;
+        let n = area(&[n_rows, width]);
         let gate = SharedOut::new(&mut gate[..n]);
         let up = &up[..n];
         self.for_rows(n_rows, width, &|m| {
@@ -456,7 +466,7 @@ impl Backend for CpuBackend {
         eps: f32,
         out: &mut Vec<f32>,
     ) {
-        let out = &mut out[..n_rows * rows.width];
+        let out = &mut out[..area(&[n_rows, rows.width])];
         let gain = &gain[..rows.width];
         let out = SharedOut::new(out);
         self.for_rows(n_rows, rows.width, &|m| {
@@ -476,6 +486,7 @@ impl Backend for CpuBackend {
         gain: &Vec<f32>,
         eps: f32,
     ) {
+        let gain = &gain[..heads.len];
         for_each_head(x, n_rows, heads, |_, head| {
             dispatch!(self, s => rms_norm_row(s, head, gain, eps));
         });
@@ -486,7 +497,7 @@ impl Backend for CpuBackend {
     }
 
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
-        let n = n_rows * width;
+        let n = area(&[n_rows, width]);
         let (x, y) = (&mut x[..n], &y[..n]);
         dispatch!(self, s => s.vectorize(#[inline(always)] || x.iter_mut().zip(y).for_each(|(a, b)| *a += b)));
     }
@@ -589,7 +600,7 @@ impl Backend for CpuBackend {
             out_stride >= weight.n_cols(),
             "a head's result fits its place"
         );
-        let out = SharedOut::new(&mut out[..n_rows * heads.n_heads * out_stride]);
+        let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, out_stride])]);
         self.pool.run(heads.n_heads, &|h, thread| {
             let query =
                 |m: usize, d: usize| queries[heads.offset + m * heads.row_stride + h * heads.head_stride + d];
@@ -614,7 +625,8 @@ impl Backend for CpuBackend {
     ) {
         let weight = weight.single();
         let rank = weight.n_cols();
-        let out = SharedOut::new(&mut out[..n_rows * heads.n_heads * heads.head_dim]);
+        let x = &x[..area(&[n_rows, heads.n_heads, rank])];
+        let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, heads.head_dim])]);
         self.pool.run(heads.n_heads, &|h, thread| {
             let job = Job {
                 weight,
@@ -649,7 +661,7 @@ impl Backend for CpuBackend {
         let CpuRoutes { chosen, choice, .. } = routes;
         chosen.clear();
         chosen.resize(n_rows * shape.top_k, (0, 0.0));
-        let rows = logits[..n_rows * shape.n_experts].chunks_exact(shape.n_experts);
+        let rows = logits[..area(&[n_rows, shape.n_experts])].chunks_exact(shape.n_experts);
         for (row, chosen) in rows.zip(chosen.chunks_exact_mut(shape.top_k)) {
             reference::choose_experts(row, bias.map(Vec::as_slice), shape, choice, chosen);
         }

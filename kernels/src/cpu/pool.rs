@@ -38,6 +38,8 @@ struct Shared {
     job: Mutex<Option<Job>>,
     wake: Condvar,
     stop: AtomicBool,
+    /// True from publication to the end of a job.
+    is_busy: AtomicBool,
     /// Set when a piece panicked on another thread than the caller's.
     panicked: AtomicBool,
 }
@@ -58,6 +60,7 @@ impl Pool {
             job: Mutex::new(None),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
+            is_busy: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
         });
         let threads = (1..n_threads)
@@ -78,12 +81,18 @@ impl Pool {
 
     /// Calls `task(piece, thread)` once for every piece `0..n_tasks`; returns when all are done.
     /// No two calls with the same `thread` overlap.
+    ///
+    /// # Panics
+    /// When a job runs already: two at once would deal out each other's pieces, some of them twice
+    /// and at the same time. When a piece panicked.
     pub(crate) fn run(&self, n_tasks: usize, task: &Task<'_>) {
         if n_tasks <= 1 || self.threads.is_empty() {
             (0..n_tasks).for_each(|piece| task(piece, 0));
             return;
         }
         let shared = &*self.shared;
+        let was_busy = shared.is_busy.swap(true, Ordering::Acquire);
+        assert!(!was_busy, "a pool runs one job at a time");
         // SAFETY: only the lifetime changes; `run` does not return before the job is closed and
         // no thread is inside it.
         let erased = unsafe { mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
@@ -125,6 +134,7 @@ impl Drop for Open<'_> {
             }
             std::hint::spin_loop();
         }
+        shared.is_busy.store(false, Ordering::Release);
     }
 }
 
@@ -222,6 +232,20 @@ mod tests {
                 assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    /// Two jobs at once ran pieces twice, on two threads at the same time.
+    #[test]
+    fn a_second_job_at_the_same_time_is_refused() {
+        let pool = Pool::new(2).unwrap();
+        let n_refused = AtomicUsize::new(0);
+        pool.run(2, &|_, _| {
+            let second = || pool.run(2, &|_, _| {});
+            let refusal = std::panic::catch_unwind(std::panic::AssertUnwindSafe(second));
+            n_refused.fetch_add(usize::from(refusal.is_err()), Ordering::Relaxed);
+        });
+        assert_eq!(n_refused.load(Ordering::Relaxed), 2);
+        pool.run(2, &|_, _| {});
     }
 
     #[test]

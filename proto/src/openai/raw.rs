@@ -17,7 +17,7 @@ use super::{error::RequestError, locate, request::limits};
 const PROBLEM_LEN_MAX: usize = 300;
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 pub(super) struct RawRequest {
     pub(super) model: Option<String>,
     pub(super) messages: Option<Vec<RawMessage>>,
@@ -57,7 +57,7 @@ pub(super) struct RawRequest {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 pub(super) struct RawMessage {
     pub(super) role: Option<String>,
     pub(super) content: Option<RawContent>,
@@ -70,14 +70,14 @@ pub(super) struct RawMessage {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 pub(super) struct RawStreamOptions {
     pub(super) include_usage: Option<bool>,
 }
 
 /// An object of which only the member `type` matters.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 pub(super) struct RawTyped {
     #[serde(rename = "type")]
     pub(super) kind: Option<String>,
@@ -144,7 +144,7 @@ pub(super) enum RawContent {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 pub(super) struct RawPart {
     #[serde(rename = "type")]
     pub(super) kind: Option<String>,

@@ -17,6 +17,23 @@ fn completion(extra: &str) -> Result<CompletionRequest, RequestError> {
     CompletionRequest::from_slice(format!(r#"{{"model": "m", "prompt": "hi"{extra}}}"#).as_bytes())
 }
 
+/// Messages named the types of the parser.
+#[test]
+fn messages_speak_of_objects_and_not_of_types_of_ours() {
+    for body in [
+        "7",
+        "\"x\"",
+        r#"{"messages": [7]}"#,
+        r#"{"messages": [{"role": "user", "content": ["x"]}]}"#,
+        r#"{"messages": [], "stream_options": 1}"#,
+        r#"{"messages": [], "thinking": "on"}"#,
+    ] {
+        let error = ChatCompletionRequest::from_slice(body.as_bytes()).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("expected an object"), "{body}: {message}");
+    }
+}
+
 #[test]
 fn a_bare_request_has_the_documented_defaults() {
     let request = chat("").unwrap();

@@ -66,9 +66,10 @@ wire_enum! {
 }
 
 wire_struct! {
-    /// How tokens are chosen; `None` takes the model's own default.
+    /// How tokens are chosen; `None` takes the default of the HTTP API, whatever the model's files
+    /// recommend.
     pub struct Sampling {
-        /// Divides the logits; 0 takes the largest.
+        /// Divides the logits; 0 takes the largest. Default 1.
         pub temperature: Option<f32>,
         /// Keeps the smallest set of likeliest tokens with at least this mass.
         pub top_p: Option<f32>,
@@ -88,8 +89,8 @@ wire_struct! {
 }
 
 impl Sampling {
-    /// Everything as the model's files say.
-    pub const MODEL_DEFAULT: Self = Self {
+    /// Everything as the HTTP API has it: temperature 1, no filter, no penalty, a fresh seed.
+    pub const DEFAULT: Self = Self {
         temperature: None,
         top_p: None,
         top_k: None,
@@ -132,7 +133,7 @@ wire_struct! {
         pub n_prompt_tokens: u32,
         /// Tokens generated.
         pub n_completion_tokens: u32,
-        /// From arrival at the node to the first step.
+        /// From arrival at the node to the step that takes the request in.
         pub queue_ms: u64,
         /// From arrival at the node to the first token.
         pub ttft_ms: u64,

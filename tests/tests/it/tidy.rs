@@ -348,6 +348,42 @@ fn packages_name_only_those_below_them() {
 }
 
 #[test]
+fn dependencies_are_used_and_have_a_line_that_says_why() {
+    let root = data::repository();
+    let decision = read(&root.join("docs/decisions/0001-dependencies.md"));
+    let explained: BTreeSet<&str> = decision
+        .lines()
+        .filter_map(|line| line.strip_prefix("| ")?.split(" | ").next())
+        .flat_map(|names| names.split(", "))
+        .collect();
+    let mut wanted = BTreeSet::new();
+    for package in ["proto", "kernels", "daemon", "ctl", "tests"] {
+        let folder = root.join(package);
+        let words: BTreeSet<String> = files(&folder, "rs")
+            .iter()
+            .flat_map(|path| tokens(&read(path)))
+            .collect();
+        let manifest = read(&folder.join("Cargo.toml"));
+        let (_, sections) = manifest.split_once("dependencies]").unwrap();
+        for line in sections.lines() {
+            let Some(name) = line.strip_suffix(".workspace = true") else {
+                continue;
+            };
+            let is_used = words.contains(&name.replace('-', "_"));
+            assert!(is_used, "{package} does not use {name}");
+            wanted.extend((!name.starts_with("dsd")).then(|| name.to_owned()));
+        }
+    }
+    assert!(10 < wanted.len(), "the manifests are read: {wanted:?}");
+    for name in &wanted {
+        assert!(explained.contains(name.as_str()), "no line about {name}");
+    }
+    for name in explained.iter().filter(|name| **name != "crate") {
+        assert!(wanted.contains(*name), "nothing uses {name}");
+    }
+}
+
+#[test]
 fn source_files_begin_with_what_they_are_for() {
     let headless: Vec<PathBuf> = files(&data::repository(), "rs")
         .into_iter()

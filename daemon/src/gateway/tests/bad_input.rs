@@ -186,7 +186,12 @@ async fn other_content_types_are_refused() {
             "{headers}"
         );
     }
-    let headers = "Content-Type: Application/JSON; charset=utf-8\r\n";
+    let headers = "content-type: application/json\r\ncontent-encoding: gzip\r\n";
+    let reply = node
+        .post_with("/v1/completions", headers, b"\x1f\x8b")
+        .await;
+    assert_eq!(reply.error(), (415, "unsupported_media_type".into(), None));
+    let headers = "Content-Type: Application/JSON; charset=utf-8\r\nContent-Encoding: identity\r\n";
     assert_eq!(
         node.post_with("/v1/completions", headers, br#"{"prompt": "a"}"#)
             .await
@@ -281,23 +286,40 @@ async fn bodies_above_the_limit_are_refused_whether_announced_or_not() {
     node.must_serve().await;
 }
 
+/// The HTTP reader's own answers had an empty body, or there was none at all.
 #[tokio::test]
-async fn garbage_in_place_of_http_does_no_harm() {
+async fn heads_that_are_no_http_are_refused_in_the_shape_of_all_errors() {
     let node = Node::quick().await;
-    for garbage in [
-        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"[..],
-        b"GET\r\n\r\n",
-        b"\0\0\0\0\0\0\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    let fields = |n: usize| "a: b\r\n".repeat(n);
+    let long = "y".repeat(1 << 20);
+    let bad = (400, "invalid_request".to_owned(), None);
+    let large = (431, "head_too_large".to_owned(), None);
+    for (head, expected) in [
+        ("\x16\x03\x01\x02\r\n\r\n".to_owned(), &bad),
+        ("GET\r\n\r\n".to_owned(), &bad),
+        ("\0\0\0\0\0\0\r\n\r\n".to_owned(), &bad),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_owned(), &bad),
+        ("GET /health HTTP/1.1\r\na b: c\r\n\r\n".to_owned(), &bad),
+        (
+            "POST / HTTP/1.1\r\ncontent-length: -1\r\n\r\n".to_owned(),
+            &bad,
+        ),
+        (format!("GET / HTTP/1.1\r\n{}\r\n", fields(101)), &large),
+        (format!("GET / HTTP/1.1\r\nx: {long}\r\n\r\n"), &large),
+        (format!("GET /{long} HTTP/1.1\r\n\r\n"), &large),
     ] {
         let mut client = Client::connect(node.addr).await;
-        client.send(garbage).await;
-        client.read_to_end().await;
+        client.send(head.as_bytes()).await;
+        let reply = client.reply().await;
+        assert_eq!(&reply.error(), expected, "{head:.40}");
+        // The same after an answered request.
+        let mut client = Client::connect(node.addr).await;
+        client
+            .send(b"GET /health HTTP/1.1\r\nhost: node\r\n\r\n")
+            .await;
+        client.read_until("alive").await;
+        client.send(head.as_bytes()).await;
+        assert_eq!(&client.reply().await.error(), expected, "{head:.40}");
     }
-    let mut client = Client::connect(node.addr).await;
-    client
-        .send(format!("GET / HTTP/1.1\r\nx: {}\r\n", "y".repeat(1 << 20)).as_bytes())
-        .await;
-    client.read_until("431").await;
     node.must_serve().await;
 }

@@ -30,7 +30,7 @@ async fn send(node: &Node, body: &str) -> Client {
 }
 
 #[tokio::test]
-async fn a_head_that_does_not_arrive_closes_the_connection() {
+async fn a_head_that_does_not_arrive_is_answered_with_408_and_silence_with_nothing() {
     let node = Node::start(
         GatewayConfig {
             header_timeout: Duration::from_millis(100),
@@ -39,10 +39,18 @@ async fn a_head_that_does_not_arrive_closes_the_connection() {
         vec![model("tiny", &QUICK)],
     )
     .await;
-    for start in [&b""[..], b"P", b"POST /v1/completions HTTP/1.1\r\nhost: no"] {
+    let mut silent = Client::connect(node.addr).await;
+    assert_eq!(silent.read_to_end().await, b"");
+    let mut idle = Client::connect(node.addr).await;
+    idle.send(b"GET /health HTTP/1.1\r\nhost: node\r\n\r\n")
+        .await;
+    idle.read_until("alive").await;
+    assert_eq!(idle.read_to_end().await, b"");
+    for start in [&b"P"[..], b"POST /v1/completions HTTP/1.1\r\nhost: no"] {
         let mut client = Client::connect(node.addr).await;
         client.send(start).await;
-        client.read_to_end().await;
+        let expected = (408, "request_timeout".into(), None);
+        assert_eq!(client.reply().await.error(), expected);
     }
     node.must_serve().await;
 }

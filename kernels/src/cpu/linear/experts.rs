@@ -7,7 +7,7 @@ use super::{Inputs, Int8Tiles, Panels, gated_panels, n_panels, panels_per_piece,
 use crate::{
     backend::Expert,
     cpu::{
-        CpuWeight, SharedOut,
+        CpuWeight, SharedOut, area,
         pool::Pool,
         simd::{LANES, Simd},
     },
@@ -73,7 +73,9 @@ pub(in crate::cpu) fn experts<S: Simd>(
     let tiles_x = int8
         .as_mut()
         .map(|m| Inputs::picked(x, slots.rows, hidden).round(simd, pool, &mut m[0], &sets));
-    let inner = &mut inner[..slots.rows.len() * inter];
+    let inner = &mut inner[..area(&[slots.rows.len(), inter])];
+    let n_rows = slots.rows.iter().max().map_or(0, |row| row + 1);
+    let out = &mut out[..area(&[n_rows, of(run).down.n_rows()])];
     {
         let per_piece = panels_per_piece(2 * hidden, slots.rows.len() / slots.runs.len());
         let panels = n_panels(of(run).gate.single());

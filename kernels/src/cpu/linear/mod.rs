@@ -22,7 +22,7 @@ use self::{
     tiles::{RowSet, SharedTiles, tiles},
 };
 use super::{
-    SharedOut, lock,
+    SharedOut, area, lock,
     pool::Pool,
     simd::{LANES, Simd},
 };
@@ -51,7 +51,10 @@ pub(super) struct Inputs<'a> {
 impl<'a> Inputs<'a> {
     /// The first `n_rows` dense rows of `x`.
     pub(super) fn dense(x: &'a [f32], n_rows: usize, n_cols: usize) -> Self {
-        assert!(n_rows * n_cols <= x.len(), "{n_rows} rows of {n_cols}");
+        assert!(
+            area(&[n_rows, n_cols]) <= x.len(),
+            "{n_rows} rows of {n_cols}"
+        );
         Self {
             x,
             n_cols,
@@ -64,7 +67,7 @@ impl<'a> Inputs<'a> {
     /// The rows `picked` of `x`.
     pub(super) fn picked(x: &'a [f32], picked: &'a [usize], n_cols: usize) -> Self {
         let n = picked.iter().max().map_or(0, |row| row + 1);
-        assert!(n * n_cols <= x.len(), "{n} rows of {n_cols}");
+        assert!(area(&[n, n_cols]) <= x.len(), "{n} rows of {n_cols}");
         Self {
             x,
             n_cols,
@@ -204,7 +207,7 @@ pub(super) fn stacked<S: Simd>(
     out: &mut [f32],
 ) {
     let stride = parts.iter().map(Matrix::n_rows).sum::<usize>();
-    let out = SharedOut::new(&mut out[..inputs.n_rows * stride]);
+    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]);
     let per_piece = panels_per_piece(inputs.n_cols, inputs.n_rows);
     let job = |part: usize, offset: usize| Job {
         weight: &parts[part],
@@ -276,7 +279,7 @@ pub(super) fn gated<S: Simd>(
     inputs: &Inputs<'_>,
     out: &mut [f32],
 ) {
-    let out = SharedOut::new(&mut out[..inputs.n_rows * gate.n_rows()]);
+    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
     let per_piece = panels_per_piece(2 * inputs.n_cols, inputs.n_rows);
     pool.run(n_panels(gate).div_ceil(per_piece), &|piece, _| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
