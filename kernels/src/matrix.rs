@@ -7,7 +7,7 @@ use bytes::Bytes;
 
 use crate::{
     dtype::Format,
-    panel::{self, GROUP_LEN, PANEL_ALIGN, PANEL_ROWS, PanelLayout},
+    panel::{GROUP_LEN, PANEL_ROWS, PanelLayout},
 };
 
 /// The order of a matrix' bytes.
@@ -185,28 +185,6 @@ impl Matrix {
             n_cols,
             data,
             tile_scales: None,
-        })
-    }
-
-    /// The same matrix in panels, in memory of its own; `None` for formats without panels.
-    pub fn to_panels(&self) -> Option<Self> {
-        if self.layout == Layout::Panels {
-            return Some(self.clone());
-        }
-        let len = panel::bytes(self.format, self.n_rows, self.n_cols)?;
-        let n_panels = self.n_rows.div_ceil(PANEL_ROWS);
-        let mut data = vec![0u8; len + PANEL_ALIGN];
-        let start = data.as_ptr().align_offset(PANEL_ALIGN);
-        if n_panels > 0 {
-            let panels = data[start..][..len].chunks_exact_mut(len / n_panels);
-            panels
-                .enumerate()
-                .for_each(|(index, out)| panel::pack(self, index, out));
-        }
-        Some(Self {
-            layout: Layout::Panels,
-            data: Bytes::from(data).slice(start..start + len),
-            ..self.clone()
         })
     }
 

@@ -11,6 +11,7 @@ use dsd_kernels::{
     cpu::{CpuBackend, CpuConfig, Isa},
     dtype::Format,
     matrix::{Matrix, TileScales},
+    panel,
     reference::{GateScratch, Reference, choose_experts},
 };
 
@@ -621,10 +622,15 @@ fn panels_hold_what_the_rows_held() {
     let mut random = Random(11);
     for format in Format::ALL {
         let matrix = random.matrix(format, 37, 512);
-        let Some(panels) = matrix.to_panels() else {
+        let Some(len) = panel::bytes(format, 37, 512) else {
             assert_eq!(format.block_len(), 1, "block formats have panels");
             continue;
         };
+        let mut data = vec![0; len];
+        for (index, out) in data.chunks_exact_mut(len / 3).enumerate() {
+            panel::pack(&matrix, index, out);
+        }
+        let panels = Matrix::from_panels(format, 37, 512, data.into()).unwrap();
         let (mut of_rows, mut of_panels) = (vec![0.0; 512], vec![0.0; 512]);
         for row in 0..37 {
             dsd_kernels::quant::decode_row(&matrix, row, &mut of_rows);
@@ -692,16 +698,17 @@ fn sizes_beyond_all_buffers_are_refused() {
         refused("rms_norm", &|| {
             backend.rms_norm(&x, repeated, n_rows, &x, 1e-6, &mut backend.buffer(0));
         });
-        refused("swiglu", &|| {
-            backend.swiglu(&mut backend.buffer(0), &x, n_rows, width);
+        let weight = backend.weight(vec![Matrix::from_f32(1, 4, &[1.0; 4])]);
+        refused("linear", &|| {
+            backend.linear(&x, n_rows, &weight, None, &mut backend.buffer(0));
         });
         let cache_shape = CacheShape {
             rows: CacheRows::Heads {
                 n_kv_heads: 1,
                 head_dim: 4,
             },
-            n_blocks: 1 << 59,
-            block_len: 4,
+            n_blocks: 1 << 56,
+            block_len: 32,
         };
         let inputs = StepInputs {
             tokens: &[0],
@@ -721,7 +728,7 @@ fn sizes_beyond_all_buffers_are_refused() {
         };
         refused("attention", &|| {
             let mut out = backend.buffer(4);
-            backend.attention(&x, &x, cache_shape, attention, &inputs, &mut out);
+            backend.attention(&x, repeated, &x, cache_shape, attention, &inputs, &mut out);
         });
     }
 }

@@ -105,11 +105,11 @@ impl SpeedTest {
         let mut done = vec![0; self.case.n_sequences];
         while done.iter().any(|n| *n < self.case.n_prompt) {
             let mut room = self.step_tokens_max;
-            for s in 0..self.case.n_sequences {
-                let n = (self.case.n_prompt - done[s]).min(room);
+            for (s, done) in done.iter_mut().enumerate() {
+                let n = (self.case.n_prompt - *done).min(room);
                 if n > 0 {
-                    self.push(s, done[s], done[s] + n);
-                    done[s] += n;
+                    self.push(s, *done, *done + n);
+                    *done += n;
                     room -= n;
                 }
             }

@@ -429,10 +429,6 @@ unsafe fn accumulate<S: Simd, const T: usize>(
 
 /// Columns `at..at + WIDE * LANES` of [`accumulate`].
 #[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the innermost kernel; everything is needed"
-)]
 unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
     simd: S,
     queries: &[Query; T],
@@ -444,31 +440,30 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
     at: usize,
 ) {
     let mut sums = [[simd.splat(0.0); WIDE]; T];
-    // SAFETY: promised by the caller.
+    // SAFETY: promised by the caller; a block has at most as many positions as `weights`.
     unsafe {
-        for t in 0..T {
-            let factor = simd.splat(rescale[t]);
-            for i in 0..WIDE {
-                let old = simd.load(queries[t].out.add(at + i * LANES));
-                sums[t][i] = simd.mul(old, factor);
+        for ((sums, query), rescale) in sums.iter_mut().zip(queries).zip(rescale) {
+            let factor = simd.splat(*rescale);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum = simd.mul(simd.load(query.out.add(at + i * LANES)), factor);
             }
         }
         for p in 0..n_positions {
             let row = values.add(p * stride + at);
             let mut v = [simd.splat(0.0); WIDE];
-            for i in 0..WIDE {
-                v[i] = simd.load(row.add(i * LANES));
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = simd.load(row.add(i * LANES));
             }
-            for t in 0..T {
-                let weight = simd.splat(weights[t][p]);
-                for i in 0..WIDE {
-                    sums[t][i] = simd.fma(weight, v[i], sums[t][i]);
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                let weight = simd.splat(*weights.as_ptr().add(p));
+                for (sum, v) in sums.iter_mut().zip(v) {
+                    *sum = simd.fma(weight, v, *sum);
                 }
             }
         }
-        for t in 0..T {
-            for i in 0..WIDE {
-                simd.store(queries[t].out.add(at + i * LANES), sums[t][i]);
+        for (sums, query) in sums.into_iter().zip(queries) {
+            for (i, sum) in sums.into_iter().enumerate() {
+                simd.store(query.out.add(at + i * LANES), sum);
             }
         }
     }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod linear;
+mod memory;
 mod pool;
 mod simd;
 
@@ -16,6 +17,7 @@ use std::{
 
 use self::{
     linear::{ExpertRun, Inputs, Int8Tiles, Job, Scratch, Slots},
+    memory::Arena,
     pool::Pool,
     simd::{LANES, Portable, Simd},
 };
@@ -25,6 +27,7 @@ use crate::{
         RopeLayout, RowView, StepInputs, StepShape, ValueHeads,
     },
     matrix::{Layout, Matrix},
+    panel::{self, PANEL_ROWS},
     quant,
     reference::{self, GateScratch},
 };
@@ -134,6 +137,24 @@ fn area(factors: &[usize]) -> usize {
     product.unwrap_or(0)
 }
 
+/// Bytes that several threads write disjoint parts of.
+#[derive(Clone, Copy)]
+struct SharedBytes(*mut u8);
+
+// SAFETY: threads write disjoint bytes; the one method is unsafe and says so.
+unsafe impl Send for SharedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for SharedBytes {}
+
+impl SharedBytes {
+    /// # Safety
+    /// The range is inside, and no other thread touches it.
+    unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [u8] {
+        // SAFETY: promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -144,6 +165,8 @@ pub struct CpuBackend {
     pool: Pool,
     /// One per thread; a lock is never contended.
     scratch: Vec<Mutex<Scratch>>,
+    /// Weights in panels.
+    arena: Mutex<Arena>,
     /// Rounded activations of the running linear layer, or of the experts' two.
     int8: Mutex<[Int8Tiles; 2]>,
 }
@@ -270,6 +293,7 @@ impl CpuBackend {
             config,
             pool,
             scratch,
+            arena: Mutex::default(),
             int8: Mutex::default(),
         })
     }
@@ -294,6 +318,26 @@ impl CpuBackend {
         ]
     }
 
+    /// The matrix in panels, in memory of the backend's; `None` for formats without panels.
+    fn in_panels(&self, matrix: &Matrix) -> Option<Matrix> {
+        let (format, n_rows, n_cols) = (matrix.format(), matrix.n_rows(), matrix.n_cols());
+        let len = panel::bytes(format, n_rows, n_cols)?;
+        let n_panels = n_rows.div_ceil(PANEL_ROWS);
+        if matrix.layout() == Layout::Panels || n_panels == 0 {
+            return None;
+        }
+        let panel_len = len / n_panels;
+        let data = lock(&self.arena).write(len, |out| {
+            let first = SharedBytes(out.as_mut_ptr());
+            self.pool.run(n_panels, &|index, _| {
+                // SAFETY: panels are disjoint pieces of `out`.
+                let out = unsafe { first.slice(index * panel_len, panel_len) };
+                panel::pack(matrix, index, out);
+            });
+        });
+        Matrix::from_panels(format, n_rows, n_cols, data).ok()
+    }
+
     /// Whether activations enter these weights rounded.
     fn rounds(&self, parts: &[Matrix]) -> bool {
         self.config.activations == Activations::Int8
@@ -301,7 +345,7 @@ impl CpuBackend {
     }
 
     /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
-    fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
+    fn swiglu(&self, gate: &mut [f32], up: &[f32], n_rows: usize, width: usize) {
         let n = area(&[n_rows, width]);
         let gate = SharedOut::new(&mut gate[..n]);
         let up = &up[..n];
@@ -329,14 +373,7 @@ impl Backend for CpuBackend {
     type Routes = CpuRoutes;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
-        let mut values = vec![0.0f32; len];
-        // The system hands out zeroed pages on first touch; touching them now is what keeps a full
-        // machine from failing later.
-        for value in values.iter_mut().step_by(1024) {
-            // SAFETY: a plain write through a valid reference, volatile so that it is not dropped.
-            unsafe { std::ptr::write_volatile(value, 0.0) };
-        }
-        values
+        memory::resident(len)
     }
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
@@ -355,7 +392,7 @@ impl Backend for CpuBackend {
         );
         let parts = parts
             .into_iter()
-            .map(|part| part.to_panels().unwrap_or(part))
+            .map(|part| self.in_panels(&part).unwrap_or(part))
             .collect();
         CpuWeight { parts }
     }

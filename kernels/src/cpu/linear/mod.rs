@@ -33,7 +33,7 @@ use crate::{
 
 /// Rows of work in a piece, in units of one group of a panel on one row of activations (about 4
 /// ns): enough to amortise handing the piece over, few enough to share out a small layer.
-const PIECE_WORK: usize = 512;
+const PIECE_WORK: usize = 1024;
 /// Reading and unpacking a group's weights, in the same unit.
 const UNPACK_WORK: usize = 2;
 

@@ -11,6 +11,10 @@ use crate::{
     panel::{GROUP_LEN, GROUPS_PER_BLOCK, PanelLayout},
 };
 
+/// How far ahead weights are asked for where they are read only once, into the second-level cache:
+/// its outstanding misses are many more than the first level's, and a short distance leaves them
+/// idle (12 GB/s at 4 KiB, 28 GB/s at 32 KiB).
+const PREFETCH_BYTES: usize = 32_768;
 /// Rows of f32 activations that share a pass.
 pub(super) const F32_TILE_TOKENS: usize = 4;
 /// Tile lengths, as powers of two.
@@ -30,8 +34,8 @@ pub(super) type TileOut = [[f32; LANES]; 16];
 
 /// `out[t][r] = row r of the panel . row t of the input` over `n_groups` groups.
 ///
-/// Safety: the panel and the input hold that many groups, the input as many rows as the function
-/// was made for.
+/// The panel and the input must hold that many groups, the input as many rows as the function was
+/// made for.
 pub(super) type TileFn<S> = unsafe fn(S, *const u8, usize, TileInput, &mut TileOut);
 
 /// The kernels of a format for tiles of 1, 2, 4, 8 and 16 rows.
@@ -321,7 +325,13 @@ unsafe fn int8_tile<S: Simd, P: PanelFormat, const T: usize>(
                 let (panel, layout) = parts::<P>(panel, n_groups);
                 let mut sums = [simd.splat(0.0); T];
                 for group in 0..n_groups {
-                    let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
+                    let codes = panel.codes.add(group * layout.code_bytes);
+                    if T == 1 {
+                        for line in (0..layout.code_bytes + layout.scale_bytes).step_by(64) {
+                            simd.prefetch(codes.wrapping_add(PREFETCH_BYTES + line));
+                        }
+                    }
+                    let w = P::codes(simd, codes);
                     let s = P::scales(simd, &panel, group);
                     let x_scales = x.add(T * GROUP_LEN).cast::<f32>();
                     let x_zeros = x_scales.cast::<i32>().add(T);
@@ -375,8 +385,8 @@ unsafe fn halves<S: Simd, P: PanelFormat>(
         unsafe {
             let x_sum = (0..16).fold(0i32, |sum, k| sum + i32::from(*codes.add(16 * half + k)));
             let mut products = simd.splat_i(-P::ZERO * x_sum);
-            for q in 4 * half..4 * half + 4 {
-                products = simd.dot4(products, w[q], codes.add(4 * q));
+            for (q, quad) in w.iter().enumerate().skip(4 * half).take(4) {
+                products = simd.dot4(products, *quad, codes.add(4 * q));
             }
             sum = simd.fma(simd.to_f(products), simd.mul(s.scale[half], x_scale), sum);
         }

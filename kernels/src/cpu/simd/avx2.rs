@@ -287,6 +287,11 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint, which faults on nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> I {
         // SAFETY: 64 bytes are readable; `self` proves the features.
         unsafe {

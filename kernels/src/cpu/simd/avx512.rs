@@ -179,6 +179,11 @@ impl Simd for Avx512 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))) }
     }
     #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint, which faults on nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> __m512i {
         // SAFETY: 64 bytes are readable; `self` proves the features.
         unsafe { _mm512_loadu_si512(from.cast()) }

@@ -78,6 +78,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Stores 16 integral values within -128..=127 as signed bytes.
     unsafe fn store_i8(self, to: *mut i8, a: Self::F);
 
+    /// Asks for the cache line at `at`, which need not be readable, in the second-level cache.
+    fn prefetch(self, at: *const u8);
+
     /// 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;
     /// Bits 0..4 of every byte.

@@ -153,6 +153,8 @@ impl Simd for Portable {
         unsafe { to.cast::<[i8; LANES]>().write(a.map(|v| v as i8)) }
     }
     #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+    #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> B {
         // SAFETY: 64 bytes are readable.
         unsafe { from.cast::<B>().read() }
