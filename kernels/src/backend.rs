@@ -10,7 +10,7 @@
 use crate::matrix::Matrix;
 
 /// How activations enter linear layers with block-quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K).
-/// Other formats always compute in f32.
+/// Other formats, and [`Backend::latent_weight`], always compute in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activations {
     /// f32 products and sums.
@@ -85,7 +85,8 @@ impl StepInputs<'_> {
 /// How a layer's cache is laid out inside a block of [`CacheShape::block_len`] positions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheRows {
-    /// Keys then values, per KV head: `[n_kv_heads, block_len, head_dim]` each.
+    /// Keys `[n_kv_heads, head_dim, block_len]`, then values `[n_kv_heads, block_len, head_dim]`:
+    /// scores of a block's positions are sums over whole vectors of positions.
     Heads {
         /// KV heads.
         n_kv_heads: usize,
@@ -124,7 +125,8 @@ pub struct CacheShape {
     pub rows: CacheRows,
     /// Blocks in the pool.
     pub n_blocks: usize,
-    /// Positions in a block; attention is split at multiples of it.
+    /// Positions in a block, a multiple of 32 and at most 64; attention is split at multiples of
+    /// it.
     pub block_len: usize,
 }
 
@@ -246,6 +248,24 @@ pub struct ExpertShape {
     pub inter: usize,
 }
 
+/// The largest step, for [`Backend::reserve`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepShape {
+    /// Rows of a step at most.
+    pub n_rows_max: usize,
+    /// Inputs of the widest linear layer.
+    pub width_max: usize,
+    /// The expert layers.
+    pub experts: Option<ExpertShape>,
+}
+
+impl ExpertShape {
+    /// Elements of [`Backend::routes`] with this shape.
+    pub const fn n_elements(&self) -> usize {
+        self.n_rows_max * (2 * self.hidden + (self.top_k + 1) * self.inter)
+    }
+}
+
 /// Device arithmetic. Rows beyond those of the call are left as they are.
 pub trait Backend: Send + 'static {
     /// f32 elements in the backend's memory.
@@ -261,8 +281,15 @@ pub trait Backend: Send + 'static {
     fn upload(&self, values: &[f32]) -> Self::Buffer;
     /// The first `len` elements, in host memory.
     fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
-    /// Takes a matrix over; shares its bytes where the format allows.
-    fn weight(&self, matrix: Matrix) -> Self::Weight;
+    /// Takes matrices of equal width over as one weight, whose outputs are theirs side by side.
+    /// Shares their bytes where the backend can read them as they are.
+    fn weight(&self, parts: Vec<Matrix>) -> Self::Weight;
+    /// Takes `kv_b_proj` over, for [`Backend::absorb_keys`] and [`Backend::expand_values`].
+    fn latent_weight(&self, matrix: Matrix) -> Self::Weight;
+    /// Bytes of scratch that steps of this shape take besides buffers and routes.
+    fn scratch_bytes(&self, shape: &StepShape) -> usize;
+    /// Takes that scratch; steps beyond the shape may not be run.
+    fn reserve(&self, shape: &StepShape);
     /// Room for the routing of one expert layer at a time.
     fn routes(&self, shape: ExpertShape) -> Self::Routes;
 
@@ -276,6 +303,17 @@ pub trait Backend: Send + 'static {
         weight: &Self::Weight,
         bias: Option<&Self::Buffer>,
         out: &mut Self::Buffer,
+    );
+    /// `out[m] = silu(G x[m] + g) * (U x[m] + u)` for `gate = (G, g)` and `up = (U, u)`, one matrix
+    /// each; `x` and `out` dense, `scratch` as large as `out`.
+    fn gated_linear(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        gate: (&Self::Weight, Option<&Self::Buffer>),
+        up: (&Self::Weight, Option<&Self::Buffer>),
+        out: &mut Self::Buffer,
+        scratch: &mut Self::Buffer,
     );
     /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * gain` (Zhang & Sennrich 2019).
     fn rms_norm(
@@ -300,8 +338,6 @@ pub trait Backend: Send + 'static {
     fn clear(&self, x: &mut Self::Buffer, len: usize);
     /// `x[m] += y[m]`, dense, `width` wide.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, n_rows: usize, width: usize);
-    /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
-    fn swiglu(&self, gate: &mut Self::Buffer, up: &Self::Buffer, n_rows: usize, width: usize);
     /// `to[m] = from[m]`, the views' widths being equal.
     fn copy_rows(
         &self,
@@ -332,11 +368,12 @@ pub trait Backend: Send + 'static {
         angles: &Self::Buffer,
     );
 
-    /// Writes rows of keys and values (`[m, n_kv_heads * head_dim]` each) into the cache.
+    /// Writes rows of keys and values, `n_kv_heads * head_dim` wide each, into the cache.
     fn store_heads(
         &self,
-        keys: &Self::Buffer,
-        values: &Self::Buffer,
+        x: &Self::Buffer,
+        keys: RowView,
+        values: RowView,
         cache: &mut Self::Buffer,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
@@ -350,12 +387,13 @@ pub trait Backend: Send + 'static {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     );
-    /// Causal attention of every row over its sequence's cache. Queries are `[m, n_heads, key]`,
-    /// the result is `[m, n_heads, value]`: key and value are `head_dim` for [`CacheRows::Heads`],
+    /// Causal attention of every row over its sequence's cache. Rows of queries are
+    /// `[n_heads, key]`, the result is `[m, n_heads, value]`: key and value are `head_dim` for [`CacheRows::Heads`],
     /// `latent_len + rope_len` and `latent_len` for [`CacheRows::Latent`].
     fn attention(
         &self,
         queries: &Self::Buffer,
+        query_rows: RowView,
         cache: &Self::Buffer,
         cache_shape: CacheShape,
         attention: AttentionShape,

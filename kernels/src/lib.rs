@@ -14,6 +14,7 @@
 
 pub mod dtype;
 pub mod matrix;
+pub mod panel;
 /// Decoding of every weight format, one file each.
 pub mod quant;
 pub mod backend;

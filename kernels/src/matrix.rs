@@ -5,13 +5,26 @@
 
 use bytes::Bytes;
 
-use crate::dtype::Format;
+use crate::{
+    dtype::Format,
+    panel::{GROUP_LEN, PANEL_ROWS, PanelLayout},
+};
 
-/// A weight matrix `[n_rows, n_cols]`, row-major, in its stored format. A linear layer computes
+/// The order of a matrix' bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// Row after row, as checkpoints store them.
+    Rows,
+    /// Panels of 16 rows ([`crate::panel`]), as the integer kernels read them.
+    Panels,
+}
+
+/// A weight matrix `[n_rows, n_cols]` in its stored format. A linear layer computes
 /// `y = W x`: `n_rows` outputs from `n_cols` inputs. Cloning shares the bytes.
 #[derive(Debug, Clone)]
 pub struct Matrix {
     format: Format,
+    layout: Layout,
     n_rows: usize,
     n_cols: usize,
     data: Bytes,
@@ -57,6 +70,9 @@ pub enum MatrixError {
         /// Bytes given.
         found: usize,
     },
+    /// Panels of a format that has none.
+    #[error("{0} is not stored in panels")]
+    NoPanels(Format),
     /// FP8 without scales, scales on another format, or a scale grid of the wrong size.
     #[error("{format} [{n_rows}, {n_cols}] needs {expected} tile scales, found {found}")]
     WrongScales {
@@ -122,10 +138,53 @@ impl Matrix {
         }
         Ok(Self {
             format,
+            layout: Layout::Rows,
             n_rows,
             n_cols,
             data,
             tile_scales,
+        })
+    }
+
+    /// Joins shape, format and bytes that are stored in panels.
+    ///
+    /// # Errors
+    /// [`MatrixError`] when they do not fit each other exactly.
+    pub fn from_panels(
+        format: Format,
+        n_rows: usize,
+        n_cols: usize,
+        data: Bytes,
+    ) -> Result<Self, MatrixError> {
+        let layout = PanelLayout::of(format).ok_or(MatrixError::NoPanels(format))?;
+        if format.row_bytes(n_cols).is_none() {
+            return Err(MatrixError::PartialBlock {
+                format,
+                n_cols,
+                block_len: format.block_len(),
+            });
+        }
+        let expected = layout
+            .panel_bytes(n_cols / GROUP_LEN)
+            .and_then(|bytes| bytes.checked_mul(n_rows.div_ceil(PANEL_ROWS)))
+            .unwrap_or(usize::MAX);
+        if data.len() != expected {
+            let found = data.len();
+            return Err(MatrixError::WrongLength {
+                format,
+                n_rows,
+                n_cols,
+                expected,
+                found,
+            });
+        }
+        Ok(Self {
+            format,
+            layout: Layout::Panels,
+            n_rows,
+            n_cols,
+            data,
+            tile_scales: None,
         })
     }
 
@@ -141,6 +200,7 @@ impl Matrix {
             .collect::<Vec<u8>>();
         Self {
             format: Format::F32,
+            layout: Layout::Rows,
             n_rows,
             n_cols,
             data: data.into(),
@@ -148,10 +208,10 @@ impl Matrix {
         }
     }
 
-    /// Rows `first..first + count` as a matrix that shares the bytes; `None` when out of range or,
-    /// for FP8, when the cut does not fall on a tile border.
+    /// Rows `first..first + count` as a matrix that shares the bytes; `None` when out of range,
+    /// stored in panels or, for FP8, when the cut does not fall on a tile border.
     pub fn rows(&self, first: usize, count: usize) -> Option<Self> {
-        if first.checked_add(count)? > self.n_rows {
+        if self.layout != Layout::Rows || first.checked_add(count)? > self.n_rows {
             return None;
         }
         let tile_scales = match &self.tile_scales {
@@ -175,6 +235,7 @@ impl Matrix {
             .slice(first * row_bytes..(first + count) * row_bytes);
         Some(Self {
             format: self.format,
+            layout: self.layout,
             n_rows: count,
             n_cols: self.n_cols,
             data,
@@ -185,6 +246,11 @@ impl Matrix {
     /// How the elements are stored.
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// The order of its bytes.
+    pub fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Outputs of the linear layer.
@@ -207,7 +273,7 @@ impl Matrix {
         self.tile_scales.as_ref()
     }
 
-    /// Bytes of one stored row.
+    /// Bytes of one stored row of [`Layout::Rows`].
     pub fn row_bytes(&self) -> usize {
         self.n_cols / self.format.block_len() * self.format.block_bytes()
     }
@@ -215,8 +281,19 @@ impl Matrix {
     /// The stored bytes of row `row`.
     ///
     /// # Panics
-    /// When `row` is out of range.
+    /// When `row` is out of range, or the matrix is stored in panels.
     pub fn row(&self, row: usize) -> &[u8] {
+        assert_eq!(self.layout, Layout::Rows, "rows of a matrix in rows");
         &self.data[row * self.row_bytes()..][..self.row_bytes()]
+    }
+
+    /// The stored bytes of panel `index`.
+    ///
+    /// # Panics
+    /// When `index` is out of range, or the matrix is stored in rows.
+    pub fn panel(&self, index: usize) -> &[u8] {
+        assert_eq!(self.layout, Layout::Panels, "panels of a matrix in panels");
+        let len = self.data.len() / self.n_rows.div_ceil(PANEL_ROWS).max(1);
+        &self.data[index * len..][..len]
     }
 }

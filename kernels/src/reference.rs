@@ -6,7 +6,7 @@
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, RopeLayout, RowView, Scoring, StepInputs, ValueHeads,
+        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
     },
     matrix::Matrix,
     quant,
@@ -25,7 +25,7 @@ pub struct Routes {
 
 impl Backend for Reference {
     type Buffer = Vec<f32>;
-    type Weight = Matrix;
+    type Weight = Vec<Matrix>;
     type Routes = Routes;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
@@ -40,15 +40,26 @@ impl Backend for Reference {
         &mut buffer[..len]
     }
 
-    fn weight(&self, matrix: Matrix) -> Matrix {
-        matrix
+    fn weight(&self, parts: Vec<Matrix>) -> Vec<Matrix> {
+        parts
     }
+
+    fn latent_weight(&self, matrix: Matrix) -> Vec<Matrix> {
+        vec![matrix]
+    }
+
+    fn scratch_bytes(&self, _shape: &StepShape) -> usize {
+        0
+    }
+
+    fn reserve(&self, _shape: &StepShape) {}
 
     fn routes(&self, _shape: ExpertShape) -> Routes {
         Routes::default()
     }
 
-    fn embed(&self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &Vec<Matrix>, tokens: &[u32], out: &mut Vec<f32>) {
+        let table = &table[0];
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
             quant::decode_row(table, *token as usize, row);
         }
@@ -58,17 +69,36 @@ impl Backend for Reference {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
     ) {
-        let (n, k) = (weight.n_rows(), weight.n_cols());
-        for output in 0..n {
-            let row = decoded(weight, output);
+        let (n, k) = (n_outputs(weight), weight[0].n_cols());
+        let rows = weight
+            .iter()
+            .flat_map(|part| (0..part.n_rows()).map(move |row| decoded(part, row)));
+        for (output, row) in rows.enumerate() {
             for m in 0..n_rows {
                 let start = bias.map_or(0.0, |b| b[output]);
                 out[m * n + output] = start + dot(&row, &x[m * k..][..k]);
             }
+        }
+    }
+
+    fn gated_linear(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        gate: (&Vec<Matrix>, Option<&Vec<f32>>),
+        up: (&Vec<Matrix>, Option<&Vec<f32>>),
+        out: &mut Vec<f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        self.linear(x, n_rows, gate.0, gate.1, out);
+        self.linear(x, n_rows, up.0, up.1, scratch);
+        let n = n_rows * n_outputs(gate.0);
+        for (g, u) in out[..n].iter_mut().zip(scratch) {
+            *g = silu(*g) * *u;
         }
     }
 
@@ -113,12 +143,6 @@ impl Backend for Reference {
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
         for (a, b) in x[..n_rows * width].iter_mut().zip(y) {
             *a += b;
-        }
-    }
-
-    fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
-        for (g, u) in gate[..n_rows * width].iter_mut().zip(up) {
-            *g = silu(*g) * u;
         }
     }
 
@@ -177,13 +201,14 @@ impl Backend for Reference {
 
     fn store_heads(
         &self,
-        keys: &Vec<f32>,
-        values: &Vec<f32>,
+        x: &Vec<f32>,
+        keys: RowView,
+        values: RowView,
         cache: &mut Vec<f32>,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        store_heads(keys, values, cache, shape, inputs);
+        store_heads(x, keys, values, cache, shape, inputs);
     }
 
     fn store_latent(
@@ -200,6 +225,7 @@ impl Backend for Reference {
     fn attention(
         &self,
         queries: &Vec<f32>,
+        query_rows: RowView,
         cache: &Vec<f32>,
         cache_shape: CacheShape,
         attention: AttentionShape,
@@ -218,20 +244,25 @@ impl Backend for Reference {
             let n_positions = inputs.positions[m] + 1;
             let blocks = inputs.blocks_of_row(m);
             for h in 0..n_heads {
-                let query = &queries[(m * n_heads + h) * key_len..][..key_len];
+                let at = query_rows.offset + m * query_rows.stride + h * key_len;
+                let query = &queries[at..][..key_len];
                 let at = |t: usize| {
                     let block = blocks[t / cache_shape.block_len] as usize;
                     let start = block * cache_shape.block_size();
-                    cache_row(start, t % cache_shape.block_len, cache_shape, n_heads, h)
+                    cached_row(start, t % cache_shape.block_len, cache_shape, n_heads, h)
                 };
                 let mut scores = (0..n_positions)
-                    .map(|t| dot(query, &cache[at(t).0..][..key_len]) * attention.scale)
+                    .map(|t| {
+                        let row = at(t);
+                        let key = cache[row.key..].iter().step_by(row.key_stride);
+                        query.iter().zip(key).map(|(q, k)| q * k).sum::<f32>() * attention.scale
+                    })
                     .collect::<Vec<_>>();
                 softmax(&mut scores);
                 let result = &mut out[(m * n_heads + h) * value_len..][..value_len];
                 result.fill(0.0);
                 for (t, p) in scores.iter().enumerate() {
-                    for (o, v) in result.iter_mut().zip(&cache[at(t).1..][..value_len]) {
+                    for (o, v) in result.iter_mut().zip(&cache[at(t).value..][..value_len]) {
                         *o += p * v;
                     }
                 }
@@ -243,12 +274,13 @@ impl Backend for Reference {
         &self,
         queries: &Vec<f32>,
         heads: HeadView,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         rows_per_head: usize,
         out: &mut Vec<f32>,
         out_stride: usize,
         n_rows: usize,
     ) {
+        let weight = &weight[0];
         let rank = weight.n_cols();
         for h in 0..heads.n_heads {
             for m in 0..n_rows {
@@ -271,11 +303,12 @@ impl Backend for Reference {
     fn expand_values(
         &self,
         x: &Vec<f32>,
-        weight: &Matrix,
+        weight: &Vec<Matrix>,
         heads: ValueHeads,
         out: &mut Vec<f32>,
         n_rows: usize,
     ) {
+        let weight = &weight[0];
         let rank = weight.n_cols();
         for h in 0..heads.n_heads {
             for d in 0..heads.head_dim {
@@ -315,24 +348,24 @@ impl Backend for Reference {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        experts: &[Expert<Matrix>],
+        experts: &[Expert<Vec<Matrix>>],
         routes: &mut Routes,
         out: &mut Vec<f32>,
     ) {
         let Some(first) = experts.first() else { return };
-        let hidden = first.down.n_rows();
+        let hidden = n_outputs(&first.down);
         for m in 0..n_rows {
             let input = &x[m * hidden..][..hidden];
             for &(expert, weight) in &routes.chosen[m] {
                 let expert = &experts[expert];
-                let inner = (0..expert.gate.n_rows())
+                let inner = (0..n_outputs(&expert.gate))
                     .map(|i| {
-                        let gate = dot(&decoded(&expert.gate, i), input);
-                        silu(gate) * dot(&decoded(&expert.up, i), input)
+                        let gate = dot(&decoded(&expert.gate[0], i), input);
+                        silu(gate) * dot(&decoded(&expert.up[0], i), input)
                     })
                     .collect::<Vec<_>>();
                 for (i, o) in out[m * hidden..][..hidden].iter_mut().enumerate() {
-                    *o += weight * dot(&decoded(&expert.down, i), &inner);
+                    *o += weight * dot(&decoded(&expert.down[0], i), &inner);
                 }
             }
         }
@@ -474,8 +507,9 @@ pub fn rope_angles(
 
 /// Copies keys and values into their blocks.
 pub fn store_heads(
-    keys: &[f32],
-    values: &[f32],
+    x: &[f32],
+    keys: RowView,
+    values: RowView,
     cache: &mut [f32],
     shape: CacheShape,
     inputs: &StepInputs<'_>,
@@ -487,21 +521,24 @@ pub fn store_heads(
     else {
         unreachable!("keys and values go to a cache of heads")
     };
-    let width = n_kv_heads * head_dim;
     for m in 0..inputs.n_rows() {
         let position = inputs.positions[m];
         let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
         for head in 0..n_kv_heads {
-            let (key, value) = cache_row(
+            let to = cached_row(
                 block * shape.block_size(),
                 position % shape.block_len,
                 shape,
                 n_kv_heads,
                 head,
             );
-            let from = m * width + head * head_dim;
-            cache[key..][..head_dim].copy_from_slice(&keys[from..][..head_dim]);
-            cache[value..][..head_dim].copy_from_slice(&values[from..][..head_dim]);
+            let key = keys.offset + m * keys.stride + head * head_dim;
+            let key = &x[key..][..head_dim];
+            for (to, k) in cache[to.key..].iter_mut().step_by(to.key_stride).zip(key) {
+                *to = *k;
+            }
+            let value = values.offset + m * values.stride + head * head_dim;
+            cache[to.value..][..head_dim].copy_from_slice(&x[value..][..head_dim]);
         }
     }
 }
@@ -523,32 +560,54 @@ pub fn store_latent(
     }
 }
 
-/// Where the key and the value of query head `head` of `n_heads` start for position `t` of the
-/// block at `block_start`.
-pub fn cache_row(
+/// Where one position of one query head lies in the cache.
+#[derive(Debug, Clone, Copy)]
+pub struct CachedRow {
+    /// First element of the key.
+    pub key: usize,
+    /// Elements between the key's dimensions.
+    pub key_stride: usize,
+    /// First element of the value.
+    pub value: usize,
+}
+
+/// Position `t` of the block at `block_start` for query head `head` of `n_heads`.
+pub fn cached_row(
     block_start: usize,
     t: usize,
     shape: CacheShape,
     n_heads: usize,
     head: usize,
-) -> (usize, usize) {
+) -> CachedRow {
     match shape.rows {
         CacheRows::Heads {
             n_kv_heads,
             head_dim,
         } => {
             let kv_head = head / (n_heads / n_kv_heads);
-            let key = block_start + (kv_head * shape.block_len + t) * head_dim;
-            (key, key + n_kv_heads * shape.block_len * head_dim)
+            let first = block_start + kv_head * shape.block_len * head_dim;
+            CachedRow {
+                key: first + t,
+                key_stride: shape.block_len,
+                value: first + (n_kv_heads * shape.block_len + t) * head_dim,
+            }
         }
         CacheRows::Latent {
             latent_len,
             rope_len,
         } => {
             let row = block_start + t * (latent_len + rope_len);
-            (row, row)
+            CachedRow {
+                key: row,
+                key_stride: 1,
+                value: row,
+            }
         }
     }
+}
+
+fn n_outputs(weight: &[Matrix]) -> usize {
+    weight.iter().map(Matrix::n_rows).sum()
 }
 
 fn decoded(matrix: &Matrix, row: usize) -> Vec<f32> {

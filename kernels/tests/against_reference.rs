@@ -11,6 +11,7 @@ use dsd_kernels::{
     cpu::{CpuBackend, CpuConfig, Isa},
     dtype::Format,
     matrix::{Matrix, TileScales},
+    panel,
     reference::{GateScratch, Reference, choose_experts},
 };
 
@@ -129,10 +130,12 @@ fn linear_agrees_for_every_format_and_shape() {
         let x = random.values(case.m * case.k);
         let bias = random.values(case.n);
         let mut expected = vec![0.0; case.m * case.n];
-        Reference.linear(&x, case.m, &matrix, Some(&bias), &mut expected);
+        let parts = vec![matrix.clone()];
+        Reference.linear(&x, case.m, &parts, Some(&bias), &mut expected);
         for backend in backends(Activations::F32) {
             let mut found = vec![0.0; case.m * case.n];
-            backend.linear(&x, case.m, &matrix, Some(&bias), &mut found);
+            let weight = backend.weight(parts.clone());
+            backend.linear(&x, case.m, &weight, Some(&bias), &mut found);
             let tolerance = 1e-6 * (magnitude(&matrix, &x) + 1.0);
             let what = format!("{case:?} {:?}", backend.config());
             check_within(&what, &found, &expected, tolerance);
@@ -149,22 +152,22 @@ fn int8_activations_agree_with_the_reference_on_the_rounded_inputs() {
         }
         let matrix = random.matrix(case.format, case.n, case.k);
         let x = random.values(case.m * case.k);
-        let mut rows = dsd_kernels::quant::int8::Int8Rows::default();
-        rows.quantize(&x, case.k);
-        let rounded = rows
-            .codes
-            .iter()
-            .enumerate()
-            .map(|(i, code)| f32::from(*code) * rows.scales[i / 32])
-            .collect::<Vec<_>>();
+        let mut rounded = Vec::with_capacity(x.len());
+        for group in x.as_chunks::<32>().0 {
+            let mut codes = [0; 32];
+            let scale = dsd_kernels::quant::int8::round_group(group, &mut codes);
+            rounded.extend(codes.map(|code| f32::from(code) * scale));
+        }
         for (a, b) in x.iter().zip(&rounded) {
             assert!((a - b).abs() <= 0.5 / 127.0 + 1e-6);
         }
         let mut expected = vec![0.0; case.m * case.n];
-        Reference.linear(&rounded, case.m, &matrix, None, &mut expected);
+        let parts = vec![matrix.clone()];
+        Reference.linear(&rounded, case.m, &parts, None, &mut expected);
         for backend in backends(Activations::Int8) {
             let mut found = vec![0.0; case.m * case.n];
-            backend.linear(&x, case.m, &matrix, None, &mut found);
+            let weight = backend.weight(parts.clone());
+            backend.linear(&x, case.m, &weight, None, &mut found);
             let tolerance = 1e-6 * (magnitude(&matrix, &rounded) + 1.0);
             let what = format!("{case:?} {:?}", backend.config());
             check_within(&what, &found, &expected, tolerance);
@@ -179,13 +182,14 @@ fn a_row_of_a_linear_layer_has_the_same_bits_in_any_batch() {
         for format in Format::ALL {
             let (n, k) = (70, 512);
             let matrix = random.matrix(format, n, k);
-            let x = random.values(9 * k);
+            let x = random.values(45 * k);
             for backend in backends(activations) {
-                let mut together = vec![0.0; 9 * n];
-                backend.linear(&x, 9, &matrix, None, &mut together);
-                for m in 0..9 {
+                let weight = backend.weight(vec![matrix.clone()]);
+                let mut together = vec![0.0; 45 * n];
+                backend.linear(&x, 45, &weight, None, &mut together);
+                for m in 0..45 {
                     let mut alone = vec![0.0; n];
-                    backend.linear(&x[m * k..][..k].to_vec(), 1, &matrix, None, &mut alone);
+                    backend.linear(&x[m * k..][..k].to_vec(), 1, &weight, None, &mut alone);
                     let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
                     assert_eq!(
                         bits(&alone),
@@ -257,9 +261,17 @@ fn attention_agrees_for_heads_and_latent_rows() {
         let stored = random.values(case.n_new * case.rows.row_len());
         match case.rows {
             CacheRows::Heads { .. } => {
-                let (keys, values) = stored.split_at(stored.len() / 2);
-                let (keys, values) = (keys.to_vec(), values.to_vec());
-                Reference.store_heads(&keys, &values, &mut cache, shape, &inputs);
+                let width = case.rows.row_len() / 2;
+                let keys = RowView {
+                    offset: 0,
+                    stride: 2 * width,
+                    width,
+                };
+                let values = RowView {
+                    offset: width,
+                    ..keys
+                };
+                Reference.store_heads(&stored, keys, values, &mut cache, shape, &inputs);
             }
             CacheRows::Latent { .. } => {
                 let view = RowView::dense(case.rows.row_len());
@@ -272,10 +284,21 @@ fn attention_agrees_for_heads_and_latent_rows() {
             scale: 0.7,
         };
         let mut expected = vec![0.0; case.n_new * case.n_heads * value_len];
-        Reference.attention(&queries, &cache, shape, attention, &inputs, &mut expected);
+        let rows = RowView::dense(case.n_heads * key_len);
+        Reference.attention(
+            &queries,
+            rows,
+            &cache,
+            shape,
+            attention,
+            &inputs,
+            &mut expected,
+        );
         for backend in backends(Activations::F32) {
             let mut found = vec![0.0; expected.len()];
-            backend.attention(&queries, &cache, shape, attention, &inputs, &mut found);
+            backend.attention(
+                &queries, rows, &cache, shape, attention, &inputs, &mut found,
+            );
             check(
                 &format!("{case:?} {:?}", backend.config()),
                 &found,
@@ -315,6 +338,7 @@ fn attention_takes_scores_far_apart() {
     let mut expected = vec![0.0; 16];
     Reference.attention(
         &queries,
+        RowView::dense(16),
         &cache,
         shape,
         attention,
@@ -325,6 +349,7 @@ fn attention_takes_scores_far_apart() {
         let mut found = vec![0.0; 16];
         backend.attention(
             &queries,
+            RowView::dense(16),
             &cache,
             shape,
             attention,
@@ -368,13 +393,6 @@ fn rows_and_heads_agree() {
             Reference.rms_norm(&x, view, n_rows, &gain, 1e-5, &mut expected);
             check(&format!("rms_norm {what}"), &found, &expected, 1e-5);
 
-            let up = random.values(n_rows * width);
-            let (mut found, mut expected) =
-                (x[..n_rows * width].to_vec(), x[..n_rows * width].to_vec());
-            backend.swiglu(&mut found, &up, n_rows, width);
-            Reference.swiglu(&mut expected, &up, n_rows, width);
-            check(&format!("swiglu {what}"), &found, &expected, 1e-5);
-
             let (mut found, mut expected) = (wide.clone(), wide.clone());
             backend.rms_norm_heads(&mut found, n_rows, heads, &gain, 1e-5);
             Reference.rms_norm_heads(&mut expected, n_rows, heads, &gain, 1e-5);
@@ -394,6 +412,7 @@ fn latent_projections_agree_for_every_format() {
     for format in Format::ALL {
         let (n_heads, nope, value, rank, n_rows) = (3, 24, 40, 256, 6);
         let matrix = random.matrix(format, n_heads * (nope + value), rank);
+        let parts = vec![matrix.clone()];
         let queries = random.values(n_rows * n_heads * (nope + 8));
         let heads = HeadView {
             offset: 0,
@@ -415,19 +434,20 @@ fn latent_projections_agree_for_every_format() {
         Reference.absorb_keys(
             &queries,
             heads,
-            &matrix,
+            &parts,
             nope + value,
             &mut absorbed,
             stride,
             n_rows,
         );
-        Reference.expand_values(&latent, &matrix, values, &mut expanded, n_rows);
+        Reference.expand_values(&latent, &parts, values, &mut expanded, n_rows);
         for backend in backends(Activations::F32) {
+            let weight = backend.latent_weight(matrix.clone());
             let mut found = vec![0.0; absorbed.len()];
             backend.absorb_keys(
                 &queries,
                 heads,
-                &matrix,
+                &weight,
                 nope + value,
                 &mut found,
                 stride,
@@ -440,7 +460,7 @@ fn latent_projections_agree_for_every_format() {
                 2e-5,
             );
             let mut found = vec![0.0; expanded.len()];
-            backend.expand_values(&latent, &matrix, values, &mut found, n_rows);
+            backend.expand_values(&latent, &weight, values, &mut found, n_rows);
             check(
                 &format!("expand {format} {:?}", backend.config()),
                 &found,
@@ -451,18 +471,36 @@ fn latent_projections_agree_for_every_format() {
     }
 }
 
+/// The same experts for another backend.
+fn experts_for<B: Backend>(backend: &B, experts: &[[Matrix; 3]]) -> Vec<Expert<B::Weight>> {
+    let weight = |matrix: &Matrix| backend.weight(vec![matrix.clone()]);
+    experts
+        .iter()
+        .map(|[gate, up, down]| Expert {
+            gate: weight(gate),
+            up: weight(up),
+            down: weight(down),
+        })
+        .collect()
+}
+
 #[test]
 fn experts_agree_for_every_router() {
     let mut random = Random(8);
-    for (gate, has_bias) in cases::gates() {
-        let (hidden, inter, n_rows) = (32, 16, 9);
+    for ((gate, has_bias), format) in cases::gates()
+        .into_iter()
+        .flat_map(|gate| [Format::Bf16, Format::Q4_0, Format::Q8_0].map(|format| (gate, format)))
+    {
+        let (hidden, inter, n_rows) = (96, 64, 23);
         let logits = random.values(n_rows * gate.n_experts);
         let bias = has_bias.then(|| random.values(gate.n_experts));
         let experts = (0..gate.n_experts)
-            .map(|_| Expert {
-                gate: random.matrix(Format::Bf16, inter, hidden),
-                up: random.matrix(Format::Bf16, inter, hidden),
-                down: random.matrix(Format::Bf16, hidden, inter),
+            .map(|_| {
+                [
+                    random.matrix(format, inter, hidden),
+                    random.matrix(format, inter, hidden),
+                    random.matrix(format, hidden, inter),
+                ]
             })
             .collect::<Vec<_>>();
         let x = random.values(n_rows * hidden);
@@ -483,18 +521,121 @@ fn experts_agree_for_every_router() {
             );
         }
         let mut expected = start.clone();
-        Reference.experts(&x, n_rows, &experts, &mut routes, &mut expected);
-        for backend in backends(Activations::F32) {
-            let mut routes = backend.routes(shape);
-            backend.gate(&logits, n_rows, gate, bias.as_ref(), &mut routes);
-            let mut found = start.clone();
-            backend.experts(&x, n_rows, &experts, &mut routes, &mut found);
-            check(
-                &format!("{gate:?} {:?}", backend.config()),
-                &found,
-                &expected,
-                2e-5,
+        let weights = experts_for(&Reference, &experts);
+        Reference.experts(&x, n_rows, &weights, &mut routes, &mut expected);
+        for activations in [Activations::F32, Activations::Int8] {
+            let tolerance = match activations {
+                Activations::F32 => 2e-5,
+                // Two roundings of the inputs to 8 bits.
+                Activations::Int8 => 2e-2,
+            };
+            for backend in backends(activations) {
+                let weights = experts_for(&backend, &experts);
+                let mut routes = backend.routes(shape);
+                let run = |routes: &mut _, n_rows: usize, first: usize| {
+                    let logits = logits[first * gate.n_experts..].to_vec();
+                    backend.gate(&logits, n_rows, gate, bias.as_ref(), routes);
+                    let mut found = start[first * hidden..][..n_rows * hidden].to_vec();
+                    let x = x[first * hidden..].to_vec();
+                    backend.experts(&x, n_rows, &weights, routes, &mut found);
+                    found
+                };
+                let found = run(&mut routes, n_rows, 0);
+                let what = format!("{gate:?} {format} {:?}", backend.config());
+                check(&what, &found, &expected, tolerance);
+                for row in 0..n_rows {
+                    let alone = run(&mut routes, 1, row);
+                    let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
+                    let together = &found[row * hidden..][..hidden];
+                    assert_eq!(bits(&alone), bits(together), "{what} row {row}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gated_layers_agree_with_and_without_bias() {
+    let mut random = Random(9);
+    for format in [Format::F32, Format::Q4_0, Format::Q4_1, Format::Q8_0] {
+        let (n, k, m) = (70, 96, 21);
+        let (gate, up) = (random.matrix(format, n, k), random.matrix(format, n, k));
+        let x = random.values(m * k);
+        let biases = [random.values(n), random.values(n)];
+        for with_bias in [false, true] {
+            let bias = |i: usize| with_bias.then_some(&biases[i]);
+            let (mut expected, mut scratch) = (vec![0.0; m * n], vec![0.0; m * n]);
+            let (g, u) = (vec![gate.clone()], vec![up.clone()]);
+            Reference.gated_linear(
+                &x,
+                m,
+                (&g, bias(0)),
+                (&u, bias(1)),
+                &mut expected,
+                &mut scratch,
             );
+            for backend in backends(Activations::F32) {
+                let (g, u) = (
+                    backend.weight(vec![gate.clone()]),
+                    backend.weight(vec![up.clone()]),
+                );
+                let mut found = vec![0.0; m * n];
+                backend.gated_linear(
+                    &x,
+                    m,
+                    (&g, bias(0)),
+                    (&u, bias(1)),
+                    &mut found,
+                    &mut scratch,
+                );
+                let what = format!("{format} {with_bias} {:?}", backend.config());
+                check(&what, &found, &expected, 2e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_a_weight_lie_side_by_side() {
+    let mut random = Random(10);
+    let k = 256;
+    let parts = [
+        random.matrix(Format::Q4_0, 33, k),
+        random.matrix(Format::Bf16, 7, k),
+        random.matrix(Format::Q6K, 50, k),
+    ];
+    let n = 90;
+    let x = random.values(19 * k);
+    let bias = random.values(n);
+    let mut expected = vec![0.0; 19 * n];
+    Reference.linear(&x, 19, &parts.to_vec(), Some(&bias), &mut expected);
+    for backend in backends(Activations::F32) {
+        let weight = backend.weight(parts.to_vec());
+        let mut found = vec![0.0; 19 * n];
+        backend.linear(&x, 19, &weight, Some(&bias), &mut found);
+        check(&format!("{:?}", backend.config()), &found, &expected, 1e-5);
+    }
+}
+
+#[test]
+fn panels_hold_what_the_rows_held() {
+    let mut random = Random(11);
+    for format in Format::ALL {
+        let matrix = random.matrix(format, 37, 512);
+        let Some(len) = panel::bytes(format, 37, 512) else {
+            assert_eq!(format.block_len(), 1, "block formats have panels");
+            continue;
+        };
+        let mut data = vec![0; len];
+        for (index, out) in data.chunks_exact_mut(len / 3).enumerate() {
+            panel::pack(&matrix, index, out);
+        }
+        let panels = Matrix::from_panels(format, 37, 512, data.into()).unwrap();
+        let (mut of_rows, mut of_panels) = (vec![0.0; 512], vec![0.0; 512]);
+        for row in 0..37 {
+            dsd_kernels::quant::decode_row(&matrix, row, &mut of_rows);
+            dsd_kernels::quant::decode_row(&panels, row, &mut of_panels);
+            assert_eq!(of_rows, of_panels, "{format} row {row}");
         }
     }
 }
@@ -557,16 +698,17 @@ fn sizes_beyond_all_buffers_are_refused() {
         refused("rms_norm", &|| {
             backend.rms_norm(&x, repeated, n_rows, &x, 1e-6, &mut backend.buffer(0));
         });
-        refused("swiglu", &|| {
-            backend.swiglu(&mut backend.buffer(0), &x, n_rows, width);
+        let weight = backend.weight(vec![Matrix::from_f32(1, 4, &[1.0; 4])]);
+        refused("linear", &|| {
+            backend.linear(&x, n_rows, &weight, None, &mut backend.buffer(0));
         });
         let cache_shape = CacheShape {
             rows: CacheRows::Heads {
                 n_kv_heads: 1,
                 head_dim: 4,
             },
-            n_blocks: 1 << 59,
-            block_len: 4,
+            n_blocks: 1 << 56,
+            block_len: 32,
         };
         let inputs = StepInputs {
             tokens: &[0],
@@ -586,7 +728,7 @@ fn sizes_beyond_all_buffers_are_refused() {
         };
         refused("attention", &|| {
             let mut out = backend.buffer(4);
-            backend.attention(&x, &x, cache_shape, attention, &inputs, &mut out);
+            backend.attention(&x, repeated, &x, cache_shape, attention, &inputs, &mut out);
         });
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use dsd::{
-    eval::{Session, write_logits},
+    eval::{Session, Speed, SpeedCase, SpeedTest, write_logits},
     text::TextModel,
     weights::Checkpoint,
 };
@@ -52,6 +52,26 @@ pub(crate) enum Eval {
         /// Tokens of one window; the first token of a window is not scored.
         #[arg(long, default_value_t = WINDOW_DEFAULT)]
         window: usize,
+    },
+    /// Time prompts and their continuation, without queue or network; print the rates (tokens per
+    /// second, every run and the medians) as one JSON line.
+    Speed {
+        #[command(flatten)]
+        model: ModelArgs,
+        /// Tokens of a prompt.
+        #[arg(long, default_value_t = 512, value_name = "N")]
+        prompt: usize,
+        /// Tokens generated per sequence.
+        #[arg(long, default_value_t = 64, value_name = "N")]
+        output: usize,
+        /// Sequences at once.
+        #[arg(long, default_value_t = 1, value_name = "N",
+              value_parser = clap::value_parser!(u16).range(1..=1024))]
+        sequences: u16,
+        /// Runs that count, after one that does not.
+        #[arg(long, default_value_t = 5, value_name = "N",
+              value_parser = clap::value_parser!(u16).range(1..=1000))]
+        runs: u16,
     },
     /// Print the token ids of a text file as a JSON list; special tokens in the text count.
     Tokenize {
@@ -116,6 +136,30 @@ impl Eval {
                     "window": window,
                 }))
             }
+            Self::Speed {
+                model,
+                prompt,
+                output,
+                sequences,
+                runs,
+            } => {
+                let case = SpeedCase {
+                    n_prompt: prompt,
+                    n_output: output,
+                    n_sequences: usize::from(sequences),
+                };
+                let checkpoint = checkpoint(&model.model)?;
+                let mut test = SpeedTest::open(&checkpoint, model.compute.cpu(), case)?;
+                test.run()?;
+                let runs = (0..runs)
+                    .map(|_| test.run())
+                    .collect::<Result<Vec<_>, _>>()?;
+                print_line(&json!({
+                    "prefill": rates(&runs, |run| run.prefill),
+                    "decode": rates(&runs, |run| run.decode),
+                    "output": rates(&runs, |run| run.output),
+                }))
+            }
             Self::Tokenize { model, text_file } => {
                 let text_model = TextModel::from_checkpoint(&checkpoint(&model)?)?;
                 print_line(&json!(text_model.encode_trusted(&read(&text_file)?)?))
@@ -131,6 +175,14 @@ fn open(model: &ModelArgs, n_tokens: usize) -> Result<Session> {
 
 fn checkpoint(path: &Path) -> Result<Checkpoint> {
     Checkpoint::open(path).with_context(|| format!("cannot open model `{}`", path.display()))
+}
+
+/// All runs of one rate, and their median.
+fn rates(runs: &[Speed], rate: impl Fn(&Speed) -> f64) -> serde_json::Value {
+    let mut rates = runs.iter().map(rate).collect::<Vec<_>>();
+    let runs = rates.clone();
+    rates.sort_by(f64::total_cmp);
+    json!({ "median": rates[rates.len() / 2], "runs": runs })
 }
 
 fn read(path: &Path) -> Result<String> {

@@ -3,8 +3,11 @@
 //! Runs the same executor as the server, one sequence at a time, with no queue and no network.
 //! Called by the `dsd eval` commands and by tests.
 
+mod speed;
 #[cfg(test)]
 mod tests;
+
+pub use speed::{Speed, SpeedCase, SpeedTest};
 
 use std::{fs, io, ops::Range, path::Path};
 

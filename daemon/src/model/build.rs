@@ -42,11 +42,15 @@ pub fn build<B: Backend>(checkpoint: &Checkpoint, backend: &B) -> Result<Decoder
     let head = if spec.tied_head {
         None
     } else {
-        Some(backend.weight(checkpoint.matrix("lm_head.weight", vocab_len, hidden)?))
+        Some(backend.weight(vec![checkpoint.matrix(
+            "lm_head.weight",
+            vocab_len,
+            hidden,
+        )?]))
     };
     refuse_extra_tensors(checkpoint, &spec)?;
     Ok(Decoder {
-        embedding: backend.weight(embedding),
+        embedding: backend.weight(vec![embedding]),
         layers,
         norm,
         head,

@@ -33,28 +33,35 @@ pub(super) struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
+    /// `{prefix}.{name}.weight` of every part, `[rows, n_cols]` each, as one layer.
     pub(super) fn load(
         checkpoint: &Checkpoint,
         backend: &B,
-        name: &str,
-        n_rows: usize,
+        prefix: &str,
+        parts: &[(&str, usize)],
         n_cols: usize,
         bias: bool,
     ) -> Result<Self, WeightsError> {
-        let weight = checkpoint.matrix(&format!("{name}.weight"), n_rows, n_cols)?;
-        let bias = if bias {
-            Some(backend.upload(&checkpoint.vector(&format!("{name}.bias"), n_rows)?))
-        } else {
-            None
-        };
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for (name, n_rows) in parts {
+            let name = format!("{prefix}.{name}");
+            weights.push(checkpoint.matrix(&format!("{name}.weight"), *n_rows, n_cols)?);
+            if bias {
+                biases.extend(checkpoint.vector(&format!("{name}.bias"), *n_rows)?);
+            }
+        }
         Ok(Self {
-            weight: backend.weight(weight),
-            bias,
+            weight: backend.weight(weights),
+            bias: bias.then(|| backend.upload(&biases)),
         })
     }
 
     fn run(&self, backend: &B, x: &B::Buffer, n_rows: usize, out: &mut B::Buffer) {
         backend.linear(x, n_rows, &self.weight, self.bias.as_ref(), out);
+    }
+
+    fn parts(&self) -> (&B::Weight, Option<&B::Buffer>) {
+        (&self.weight, self.bias.as_ref())
     }
 }
 
@@ -67,9 +74,8 @@ pub(super) enum Attention<B: Backend> {
 /// Grouped-query attention.
 pub(super) struct Gqa<B: Backend> {
     spec: GqaSpec,
-    q: Linear<B>,
-    k: Linear<B>,
-    v: Linear<B>,
+    /// Queries, keys and values side by side.
+    qkv: Linear<B>,
     o: Linear<B>,
     /// Gains of the per-head norms of queries and keys.
     qk_norm: Option<[B::Buffer; 2]>,
@@ -88,26 +94,28 @@ impl<B: Backend> Gqa<B> {
             spec.n_heads * spec.head_dim,
             spec.n_kv_heads * spec.head_dim,
         );
-        let linear = |name: &str, rows, cols, bias| {
-            Linear::load(
-                checkpoint,
-                backend,
-                &format!("{prefix}.{name}"),
-                rows,
-                cols,
-                bias,
-            )
-        };
         let norm = |name: &str| {
             let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), spec.head_dim)?;
             Ok::<_, ModelError>(backend.upload(&gain))
         };
         Ok(Self {
             spec: spec.clone(),
-            q: linear("q_proj", q_len, hidden, spec.qkv_bias)?,
-            k: linear("k_proj", kv_len, hidden, spec.qkv_bias)?,
-            v: linear("v_proj", kv_len, hidden, spec.qkv_bias)?,
-            o: linear("o_proj", hidden, q_len, spec.output_bias)?,
+            qkv: Linear::load(
+                checkpoint,
+                backend,
+                prefix,
+                &[("q_proj", q_len), ("k_proj", kv_len), ("v_proj", kv_len)],
+                hidden,
+                spec.qkv_bias,
+            )?,
+            o: Linear::load(
+                checkpoint,
+                backend,
+                prefix,
+                &[("o_proj", hidden)],
+                q_len,
+                spec.output_bias,
+            )?,
             qk_norm: if spec.qk_norm {
                 Some([norm("q_norm")?, norm("k_norm")?])
             } else {
@@ -123,47 +131,37 @@ impl<B: Backend> Gqa<B> {
         ws: &mut Workspace<B>,
     ) {
         let (b, n_rows, spec) = (step.backend, step.inputs.n_rows(), &self.spec);
-        let heads = |n_heads: usize| HeadView {
-            offset: 0,
-            row_stride: n_heads * spec.head_dim,
-            n_heads,
+        let (q_len, kv_len) = (
+            spec.n_heads * spec.head_dim,
+            spec.n_kv_heads * spec.head_dim,
+        );
+        let rows = |offset, width| RowView {
+            offset,
+            stride: q_len + 2 * kv_len,
+            width,
+        };
+        let (q, k, v) = (
+            rows(0, q_len),
+            rows(q_len, kv_len),
+            rows(q_len + kv_len, kv_len),
+        );
+        let heads = |of: RowView| HeadView {
+            offset: of.offset,
+            row_stride: of.stride,
+            n_heads: of.width / spec.head_dim,
             head_stride: spec.head_dim,
             len: spec.head_dim,
         };
-        self.q.run(b, &ws.normed, n_rows, &mut ws.q);
-        self.k.run(b, &ws.normed, n_rows, &mut ws.k);
-        self.v.run(b, &ws.normed, n_rows, &mut ws.v);
+        self.qkv.run(b, &ws.normed, n_rows, &mut ws.qkv);
         if let Some([q_gain, k_gain]) = &self.qk_norm {
-            b.rms_norm_heads(
-                &mut ws.q,
-                n_rows,
-                heads(spec.n_heads),
-                q_gain,
-                step.rms_norm_eps,
-            );
-            b.rms_norm_heads(
-                &mut ws.k,
-                n_rows,
-                heads(spec.n_kv_heads),
-                k_gain,
-                step.rms_norm_eps,
-            );
+            for (of, gain) in [(q, q_gain), (k, k_gain)] {
+                b.rms_norm_heads(&mut ws.qkv, n_rows, heads(of), gain, step.rms_norm_eps);
+            }
         }
-        b.rope(
-            &mut ws.q,
-            n_rows,
-            heads(spec.n_heads),
-            step.rope_layout,
-            &ws.angles,
-        );
-        b.rope(
-            &mut ws.k,
-            n_rows,
-            heads(spec.n_kv_heads),
-            step.rope_layout,
-            &ws.angles,
-        );
-        b.store_heads(&ws.k, &ws.v, cache, step.cache_shape, step.inputs);
+        for of in [q, k] {
+            b.rope(&mut ws.qkv, n_rows, heads(of), step.rope_layout, &ws.angles);
+        }
+        b.store_heads(&ws.qkv, k, v, cache, step.cache_shape, step.inputs);
         #[expect(
             clippy::cast_precision_loss,
             reason = "head dimensions are far below 2^24"
@@ -174,7 +172,8 @@ impl<B: Backend> Gqa<B> {
             scale,
         };
         b.attention(
-            &ws.q,
+            &ws.qkv,
+            q,
             cache,
             step.cache_shape,
             shape,
@@ -190,8 +189,9 @@ impl<B: Backend> Gqa<B> {
 /// values (DeepSeek-V2, section 2.1.2). Prefill and decode are the same computation.
 pub(super) struct Mla<B: Backend> {
     spec: MlaSpec,
-    q: MlaQuery<B>,
-    kv_a: Linear<B>,
+    /// The compressed query, where there is one, then `[c | rope key]`.
+    a: Linear<B>,
+    query: MlaQuery<B>,
     kv_a_gain: B::Buffer,
     kv_b: KvExpansion<B>,
     o: Linear<B>,
@@ -209,10 +209,18 @@ enum MlaQuery<B: Backend> {
     Direct(Linear<B>),
     Compressed {
         rank: usize,
-        a: Linear<B>,
         gain: B::Buffer,
         b: Linear<B>,
     },
+}
+
+impl<B: Backend> MlaQuery<B> {
+    fn rank(&self) -> usize {
+        match self {
+            Self::Direct(_) => 0,
+            Self::Compressed { rank, .. } => *rank,
+        }
+    }
 }
 
 impl<B: Backend> Mla<B> {
@@ -225,32 +233,34 @@ impl<B: Backend> Mla<B> {
     ) -> Result<Self, ModelError> {
         let hidden = decoder.hidden;
         let q_len = spec.n_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim);
-        let linear = |name: &str, rows, cols, bias| {
-            Linear::load(
-                checkpoint,
-                backend,
-                &format!("{prefix}.{name}"),
-                rows,
-                cols,
-                bias,
-            )
-        };
         let gain = |name: &str, len| {
             let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), len)?;
             Ok::<_, ModelError>(backend.upload(&gain))
         };
-        let q = match spec.q_lora_rank {
-            None => MlaQuery::Direct(linear("q_proj", q_len, hidden, false)?),
-            Some(rank) => MlaQuery::Compressed {
-                rank,
-                a: linear("q_a_proj", rank, hidden, spec.bias)?,
-                gain: gain("q_a_layernorm", rank)?,
-                b: linear("q_b_proj", q_len, rank, false)?,
-            },
+        let linear = |parts: &[(&str, usize)], cols, bias| {
+            Linear::load(checkpoint, backend, prefix, parts, cols, bias)
+        };
+        let kv_a = (
+            "kv_a_proj_with_mqa",
+            spec.kv_lora_rank + spec.qk_rope_head_dim,
+        );
+        let (a, query) = match spec.q_lora_rank {
+            None => (
+                linear(&[kv_a], hidden, spec.bias)?,
+                MlaQuery::Direct(linear(&[("q_proj", q_len)], hidden, false)?),
+            ),
+            Some(rank) => (
+                linear(&[("q_a_proj", rank), kv_a], hidden, spec.bias)?,
+                MlaQuery::Compressed {
+                    rank,
+                    gain: gain("q_a_layernorm", rank)?,
+                    b: linear(&[("q_b_proj", q_len)], rank, false)?,
+                },
+            ),
         };
         let matrix = |name: &str, rows, cols| {
             let name = format!("{prefix}.{name}.weight");
-            Ok::<_, ModelError>(backend.weight(checkpoint.matrix(&name, rows, cols)?))
+            Ok::<_, ModelError>(backend.latent_weight(checkpoint.matrix(&name, rows, cols)?))
         };
         let (n_heads, rank, nope) = (spec.n_heads, spec.kv_lora_rank, spec.qk_nope_head_dim);
         let kv_b = if checkpoint.contains(&format!("{prefix}.k_b_proj.weight")) {
@@ -264,16 +274,15 @@ impl<B: Backend> Mla<B> {
         };
         Ok(Self {
             spec: spec.clone(),
-            q,
-            kv_a: linear(
-                "kv_a_proj_with_mqa",
-                spec.kv_lora_rank + spec.qk_rope_head_dim,
-                hidden,
-                spec.bias,
-            )?,
+            a,
+            query,
             kv_a_gain: gain("kv_a_layernorm", spec.kv_lora_rank)?,
             kv_b,
-            o: linear("o_proj", hidden, spec.n_heads * spec.v_head_dim, spec.bias)?,
+            o: linear(
+                &[("o_proj", hidden)],
+                spec.n_heads * spec.v_head_dim,
+                spec.bias,
+            )?,
         })
     }
 
@@ -295,64 +304,58 @@ impl<B: Backend> Mla<B> {
             qk_nope_head_dim + qk_rope_head_dim,
             kv_lora_rank + qk_rope_head_dim,
         );
-        match &self.q {
-            MlaQuery::Direct(q) => q.run(b, &ws.normed, n_rows, &mut ws.q),
-            MlaQuery::Compressed {
-                rank,
-                a,
-                gain,
-                b: q_b,
-            } => {
-                let [raw, normed] = &mut ws.q_a;
-                a.run(b, &ws.normed, n_rows, raw);
-                b.rms_norm(
-                    raw,
-                    RowView::dense(*rank),
-                    n_rows,
-                    gain,
-                    MLA_NORM_EPS,
-                    normed,
-                );
-                q_b.run(b, normed, n_rows, &mut ws.q);
-            }
-        }
-        self.kv_a.run(b, &ws.normed, n_rows, &mut ws.k);
-        let latent = RowView {
-            offset: 0,
-            stride: row_len,
-            width: kv_lora_rank,
+        self.a.run(b, &ws.normed, n_rows, &mut ws.qkv);
+        let q_len = self.query.rank();
+        let rows = |offset, width| RowView {
+            offset,
+            stride: q_len + row_len,
+            width,
         };
+        let latent = rows(q_len, kv_lora_rank);
         b.rms_norm(
-            &ws.k,
+            &ws.qkv,
             latent,
             n_rows,
             &self.kv_a_gain,
             MLA_NORM_EPS,
-            &mut ws.v,
+            &mut ws.latent,
         );
         b.copy_rows(
-            &ws.v,
+            &ws.latent,
             RowView::dense(kv_lora_rank),
-            &mut ws.k,
+            &mut ws.qkv,
             latent,
             n_rows,
         );
         let shared_key = HeadView {
-            offset: kv_lora_rank,
-            row_stride: row_len,
+            offset: q_len + kv_lora_rank,
+            row_stride: q_len + row_len,
             n_heads: 1,
             head_stride: 0,
             len: qk_rope_head_dim,
         };
-        b.rope(&mut ws.k, n_rows, shared_key, step.rope_layout, &ws.angles);
+        b.rope(
+            &mut ws.qkv,
+            n_rows,
+            shared_key,
+            step.rope_layout,
+            &ws.angles,
+        );
         b.store_latent(
-            &ws.k,
-            RowView::dense(row_len),
+            &ws.qkv,
+            rows(q_len, row_len),
             cache,
             step.cache_shape,
             step.inputs,
         );
-
+        match &self.query {
+            MlaQuery::Direct(q) => q.run(b, &ws.normed, n_rows, &mut ws.q),
+            MlaQuery::Compressed { rank, gain, b: q_b } => {
+                let compressed = rows(0, *rank);
+                b.rms_norm(&ws.qkv, compressed, n_rows, gain, MLA_NORM_EPS, &mut ws.q_a);
+                q_b.run(b, &ws.q_a, n_rows, &mut ws.q);
+            }
+        }
         let rotated = HeadView {
             offset: qk_nope_head_dim,
             row_stride: n_heads * head_len,
@@ -420,6 +423,7 @@ impl<B: Backend> Mla<B> {
         };
         b.attention(
             &ws.q_absorbed,
+            RowView::dense(n_heads * row_len),
             cache,
             step.cache_shape,
             shape,
@@ -449,7 +453,6 @@ pub(super) enum Ffn<B: Backend> {
 
 /// `down(silu(gate x) * up x)`.
 pub(super) struct Mlp<B: Backend> {
-    inter: usize,
     gate: Linear<B>,
     up: Linear<B>,
     down: Linear<B>,
@@ -465,17 +468,9 @@ impl<B: Backend> Mlp<B> {
         prefix: &str,
     ) -> Result<Self, ModelError> {
         let linear = |name: &str, rows, cols| {
-            Linear::load(
-                checkpoint,
-                backend,
-                &format!("{prefix}.{name}"),
-                rows,
-                cols,
-                bias,
-            )
+            Linear::load(checkpoint, backend, prefix, &[(name, rows)], cols, bias)
         };
         Ok(Self {
-            inter,
             gate: linear("gate_proj", inter, hidden)?,
             up: linear("up_proj", inter, hidden)?,
             down: linear("down_proj", hidden, inter)?,
@@ -484,9 +479,14 @@ impl<B: Backend> Mlp<B> {
 
     pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
-        self.gate.run(b, &ws.normed, n_rows, &mut ws.gate);
-        self.up.run(b, &ws.normed, n_rows, &mut ws.up);
-        b.swiglu(&mut ws.gate, &ws.up, n_rows, self.inter);
+        b.gated_linear(
+            &ws.normed,
+            n_rows,
+            self.gate.parts(),
+            self.up.parts(),
+            &mut ws.gate,
+            &mut ws.up,
+        );
         self.down.run(b, &ws.gate, n_rows, &mut ws.y);
     }
 }
@@ -520,7 +520,7 @@ impl<B: Backend> Moe<B> {
         let expert = |index: usize| {
             let matrix = |name: &str, rows, cols| {
                 let name = format!("{prefix}.experts.{index}.{name}.weight");
-                Ok::<_, ModelError>(backend.weight(checkpoint.matrix(&name, rows, cols)?))
+                Ok::<_, ModelError>(backend.weight(vec![checkpoint.matrix(&name, rows, cols)?]))
             };
             Ok::<_, ModelError>(Expert {
                 gate: matrix("gate_proj", spec.inter, hidden)?,
@@ -538,8 +538,8 @@ impl<B: Backend> Moe<B> {
             gate: Linear::load(
                 checkpoint,
                 backend,
-                &format!("{prefix}.gate"),
-                n_experts,
+                prefix,
+                &[("gate", n_experts)],
                 hidden,
                 false,
             )?,

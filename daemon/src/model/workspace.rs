@@ -1,6 +1,6 @@
 //! The activations of one step, sized once for the largest step.
 
-use dsd_kernels::backend::{Backend, ExpertShape};
+use dsd_kernels::backend::{Backend, ExpertShape, StepShape};
 
 use super::spec::{AttentionSpec, DecoderSpec, FfnSpec};
 
@@ -14,17 +14,17 @@ pub struct Workspace<B: Backend> {
     pub(super) y: B::Buffer,
     /// Rotation of every row.
     pub(super) angles: B::Buffer,
-    /// Queries.
+    /// Queries, keys and values side by side; MLA: compressed query and `[c | rope key]`.
+    pub(super) qkv: B::Buffer,
+    /// MLA: queries `[m, heads, nope + rope]`.
     pub(super) q: B::Buffer,
-    /// Keys, or MLA's `[c | rope key]` rows.
-    pub(super) k: B::Buffer,
-    /// Values, or MLA's normalised latent.
-    pub(super) v: B::Buffer,
+    /// MLA: normalised latent `[m, kv_lora_rank]`.
+    pub(super) latent: B::Buffer,
     /// Attention's result before the output projection; before that, MLA's queries without their
     /// rotated part.
     pub(super) o: B::Buffer,
-    /// MLA: compressed query `[m, q_lora_rank]`, before and after its norm.
-    pub(super) q_a: [B::Buffer; 2],
+    /// MLA: normalised compressed query `[m, q_lora_rank]`.
+    pub(super) q_a: B::Buffer,
     /// MLA: absorbed queries `[m, heads, kv_lora_rank + rope]`.
     pub(super) q_absorbed: B::Buffer,
     /// MLA: attention's latent result `[m, heads, kv_lora_rank]`.
@@ -45,9 +45,9 @@ pub struct Workspace<B: Backend> {
 
 /// Elements per buffer, in one place so that the memory plan and the buffers cannot disagree.
 struct Sizes {
+    qkv: usize,
     q: usize,
-    k: usize,
-    v: usize,
+    latent: usize,
     o: usize,
     q_a: usize,
     q_absorbed: usize,
@@ -62,9 +62,9 @@ impl Sizes {
     fn of(spec: &DecoderSpec, n_rows_max: usize) -> Self {
         let mut sizes = match &spec.attention {
             AttentionSpec::Gqa(a) => Self {
-                q: a.n_heads * a.head_dim,
-                k: a.n_kv_heads * a.head_dim,
-                v: a.n_kv_heads * a.head_dim,
+                qkv: (a.n_heads + 2 * a.n_kv_heads) * a.head_dim,
+                q: 0,
+                latent: 0,
                 o: a.n_heads * a.head_dim,
                 q_a: 0,
                 q_absorbed: 0,
@@ -74,9 +74,9 @@ impl Sizes {
                 experts: None,
             },
             AttentionSpec::Mla(a) => Self {
+                qkv: a.q_lora_rank.unwrap_or(0) + a.kv_lora_rank + a.qk_rope_head_dim,
                 q: a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim),
-                k: a.kv_lora_rank + a.qk_rope_head_dim,
-                v: a.kv_lora_rank,
+                latent: a.kv_lora_rank,
                 o: a.n_heads * a.v_head_dim.max(a.qk_nope_head_dim),
                 q_a: a.q_lora_rank.unwrap_or(0),
                 q_absorbed: a.n_heads * (a.kv_lora_rank + a.qk_rope_head_dim),
@@ -105,12 +105,29 @@ impl Sizes {
         sizes
     }
 
+    fn step(&self, spec: &DecoderSpec, n_rows_max: usize) -> StepShape {
+        StepShape {
+            n_rows_max,
+            width_max: self.width_max(spec.hidden),
+            experts: self.experts,
+        }
+    }
+
+    /// The widest input of a linear layer.
+    fn width_max(&self, hidden: usize) -> usize {
+        hidden
+            .max(self.o)
+            .max(self.q_a)
+            .max(self.latent)
+            .max(self.inter)
+    }
+
     fn per_row(&self) -> usize {
-        self.q
-            + self.k
-            + self.v
+        self.qkv
+            + self.q
+            + self.latent
             + self.o
-            + 2 * self.q_a
+            + self.q_a
             + self.q_absorbed
             + self.o_latent
             + 2 * self.inter
@@ -123,16 +140,17 @@ impl<B: Backend> Workspace<B> {
     pub fn new(backend: &B, spec: &DecoderSpec, n_rows_max: usize, n_logits_max: usize) -> Self {
         let sizes = Sizes::of(spec, n_rows_max);
         let rows = |width: usize| backend.buffer(n_rows_max * width);
+        backend.reserve(&sizes.step(spec, n_rows_max));
         Self {
             x: rows(spec.hidden),
             normed: rows(spec.hidden),
             y: rows(spec.hidden),
             angles: rows(2 * spec.rope.inverse_frequencies.len()),
+            qkv: rows(sizes.qkv),
             q: rows(sizes.q),
-            k: rows(sizes.k),
-            v: rows(sizes.v),
+            latent: rows(sizes.latent),
             o: rows(sizes.o),
-            q_a: [rows(sizes.q_a), rows(sizes.q_a)],
+            q_a: rows(sizes.q_a),
             q_absorbed: rows(sizes.q_absorbed),
             o_latent: rows(sizes.o_latent),
             gate: rows(sizes.inter),
@@ -144,13 +162,13 @@ impl<B: Backend> Workspace<B> {
         }
     }
 
-    /// f32 elements [`Workspace::new`] takes with these arguments.
-    pub fn n_elements(spec: &DecoderSpec, n_rows_max: usize, n_logits_max: usize) -> usize {
+    /// Bytes that [`Workspace::new`] takes with these arguments, and the backend beside it.
+    pub fn bytes(backend: &B, spec: &DecoderSpec, n_rows_max: usize, n_logits_max: usize) -> usize {
         let sizes = Sizes::of(spec, n_rows_max);
         let row = 3 * spec.hidden + 2 * spec.rope.inverse_frequencies.len() + sizes.per_row();
-        let experts = sizes
-            .experts
-            .map_or(0, |e| n_rows_max * 2 * (e.hidden + e.inter));
-        n_rows_max * row + experts + n_logits_max * (2 * spec.hidden + spec.vocab_len)
+        let experts = sizes.experts.as_ref().map_or(0, ExpertShape::n_elements);
+        let elements =
+            n_rows_max * row + experts + n_logits_max * (2 * spec.hidden + spec.vocab_len);
+        elements * size_of::<f32>() + backend.scratch_bytes(&sizes.step(spec, n_rows_max))
     }
 }

@@ -106,7 +106,7 @@ fn load(
     }
     stage(3);
     let memory = MemoryFigures {
-        weight_bytes: model.plan.weights_bytes,
+        weight_bytes: model.plan.mapped_bytes + model.plan.panels_bytes,
         kv_bytes: model.plan.kv_bytes,
         workspace_bytes: model.plan.workspace_bytes,
     };

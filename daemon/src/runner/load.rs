@@ -3,7 +3,9 @@
 
 use dsd_kernels::cpu::{CpuBackend, CpuConfig, CpuError};
 
-use super::{Budget, MemoryPlan, ModelExecutor, PlanError, StepExecutor, available_bytes};
+use super::{
+    Budget, MemoryPlan, ModelExecutor, PlanError, StepExecutor, WeightBytes, available_bytes,
+};
 use crate::{
     model::{self, DecoderSpec, ModelError},
     weights::Checkpoint,
@@ -43,10 +45,15 @@ pub fn load_cpu(
     budget: Budget,
 ) -> Result<LoadedModel, LoadError> {
     let backend = CpuBackend::new(cpu)?;
+    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
+    let weights = checkpoint.block_tensors().map(|t| t.bytes).sum::<u64>();
+    let weights = WeightBytes {
+        mapped: checkpoint.bytes_mapped() - weights,
+        panels: checkpoint.block_tensors().map(|t| t.panel_bytes).sum(),
+    };
+    let plan = MemoryPlan::new(&backend, &spec, weights, budget, available_bytes())?;
     let decoder = model::build(checkpoint, &backend)?;
-    let spec = decoder.spec().clone();
-    let weights = checkpoint.bytes_mapped();
-    let plan = MemoryPlan::new::<CpuBackend>(&spec, weights, budget, available_bytes())?;
+    checkpoint.release_blocks();
     let executor = Box::new(ModelExecutor::new(backend, decoder, &plan));
     Ok(LoadedModel {
         executor,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use dsd_kernels::backend::CacheShape;
+use dsd_kernels::backend::{Backend, CacheShape};
 
 use crate::model::{DecoderSpec, Workspace};
 
@@ -20,11 +20,22 @@ pub struct Budget {
     pub step_spans_max: usize,
 }
 
+/// Where a replica's weights are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Read where they are mapped.
+    pub mapped: u64,
+    /// In panels, in memory of their own.
+    pub panels: u64,
+}
+
 /// Byte-exact plan of a replica's memory, fixed before anything is allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Weight files, mapped; they live in the page cache.
-    pub weights_bytes: u64,
+    pub mapped_bytes: u64,
+    /// Weights in panels, made from the files while loading.
+    pub panels_bytes: u64,
     /// KV cache.
     pub kv_bytes: u64,
     /// Activations and logits of one step.
@@ -61,12 +72,15 @@ pub enum PlanError {
     },
     /// The plan exceeds the memory that is free now.
     #[error(
-        "the plan takes {needed} bytes beside the mapped weights, but only {available} are \
-         available; lower engine.kv_bytes or engine.step_tokens"
+        "the plan takes {needed} bytes beside the mapped weights ({panels} of them for weights in \
+         panels), but only {available} are available; lower engine.kv_bytes or \
+         engine.step_tokens"
     )]
     TooLarge {
-        /// KV cache and workspace.
+        /// Panels, KV cache and workspace.
         needed: u64,
+        /// Weights in panels.
+        panels: u64,
         /// What the system reports.
         available: u64,
     },
@@ -77,9 +91,10 @@ impl MemoryPlan {
     ///
     /// # Errors
     /// [`PlanError`], with the numbers.
-    pub fn new<B: dsd_kernels::backend::Backend>(
+    pub fn new<B: Backend>(
+        backend: &B,
         spec: &DecoderSpec,
-        weights_bytes: u64,
+        weights: WeightBytes,
         budget: Budget,
         available: Option<u64>,
     ) -> Result<Self, PlanError> {
@@ -97,11 +112,12 @@ impl MemoryPlan {
             });
         }
         let step_logits_max = budget.step_spans_max;
-        let n_elements = Workspace::<B>::n_elements(spec, budget.step_tokens_max, step_logits_max);
+        let workspace = Workspace::bytes(backend, spec, budget.step_tokens_max, step_logits_max);
         let plan = Self {
-            weights_bytes,
+            mapped_bytes: weights.mapped,
+            panels_bytes: weights.panels,
             kv_bytes: block_bytes * n_blocks as u64,
-            workspace_bytes: bytes_of(n_elements),
+            workspace_bytes: workspace as u64,
             n_blocks,
             block_len: KV_BLOCK_LEN,
             kv_bytes_per_token,
@@ -109,9 +125,13 @@ impl MemoryPlan {
             step_tokens_max: budget.step_tokens_max,
             step_logits_max,
         };
-        let needed = plan.kv_bytes + plan.workspace_bytes;
+        let needed = plan.panels_bytes + plan.kv_bytes + plan.workspace_bytes;
         match available {
-            Some(available) if available < needed => Err(PlanError::TooLarge { needed, available }),
+            Some(available) if available < needed => Err(PlanError::TooLarge {
+                needed,
+                panels: plan.panels_bytes,
+                available,
+            }),
             _ => Ok(plan),
         }
     }
@@ -134,8 +154,15 @@ impl fmt::Display for MemoryPlan {
         writeln!(
             f,
             "  weights    {:>12}  mapped from files",
-            mib(self.weights_bytes)
+            mib(self.mapped_bytes)
         )?;
+        if self.panels_bytes > 0 {
+            writeln!(
+                f,
+                "  panels     {:>12}  made from files, in place of them",
+                mib(self.panels_bytes)
+            )?;
+        }
         writeln!(
             f,
             "  kv cache   {:>12}  {tokens} tokens in {} blocks, {} bytes a token",

@@ -11,7 +11,7 @@ mod load;
 
 pub use executor::ModelExecutor;
 pub use load::{LoadError, LoadedModel, load_cpu};
-pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, available_bytes};
+pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes, available_bytes};
 pub use plan::{LogitRows, Span, StepPlan};
 
 /// What one executor can take in a step; fixed at construction.

@@ -16,6 +16,7 @@ use std::{
 use dsd_kernels::{
     dtype::Format,
     matrix::{Matrix, TileScales},
+    panel,
 };
 use serde_json::Value;
 
@@ -25,6 +26,7 @@ use super::{
     gguf::{self, GgufMetadata},
     gguf_config,
     gguf_names::{self, HfName},
+    mmap,
     quantization::{self, TileShape},
     safetensors,
     side_file::read_json,
@@ -60,6 +62,15 @@ pub struct MappedFile {
 struct Entry {
     tensor: StoredTensor,
     claimed: AtomicBool,
+}
+
+/// A tensor that kernels read in panels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockTensor {
+    /// As stored.
+    pub bytes: u64,
+    /// In panels.
+    pub panel_bytes: u64,
 }
 
 const CONFIG_NAME: &str = "config.json";
@@ -192,6 +203,34 @@ impl Checkpoint {
     /// Sum of the lengths of the mapped files.
     pub fn bytes_mapped(&self) -> u64 {
         self.files.iter().map(|f| f.bytes).sum()
+    }
+
+    /// The tensors that are quantized in blocks.
+    pub fn block_tensors(&self) -> impl Iterator<Item = BlockTensor> {
+        self.tensors.values().filter_map(|entry| {
+            let tensor = &entry.tensor;
+            let (StoredType::Weights(format), [n_rows, n_cols]) =
+                (tensor.stored_type, tensor.shape.as_slice())
+            else {
+                return None;
+            };
+            Some(BlockTensor {
+                bytes: tensor.data.len() as u64,
+                panel_bytes: panel::bytes(format, *n_rows, *n_cols)? as u64,
+            })
+        })
+    }
+
+    /// Gives the memory of the block-quantized tensors' pages back; whoever reads them again reads
+    /// the file.
+    pub fn release_blocks(&self) {
+        for entry in self.tensors.values() {
+            if let StoredType::Weights(format) = entry.tensor.stored_type
+                && format.block_len() > 1
+            {
+                mmap::release(&entry.tensor.data);
+            }
+        }
     }
 
     /// The mapped files.

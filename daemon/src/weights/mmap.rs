@@ -36,3 +36,21 @@ pub(super) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
     let mapping = unsafe { Mmap::map(&file) }.map_err(read_error)?;
     Ok(Bytes::from_owner(mapping))
 }
+
+/// Tells the system that the whole pages of a piece of a mapping are not needed now. The mapping
+/// stays, and reading it again reads the file.
+pub(super) fn release(piece: &Bytes) {
+    // SAFETY: no memory is touched.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    let Ok(page) = usize::try_from(page) else {
+        return;
+    };
+    let start = piece.as_ptr().addr().next_multiple_of(page);
+    let end = (piece.as_ptr().addr() + piece.len()) / page * page;
+    if start < end {
+        let first = piece.as_ptr().wrapping_add(start - piece.as_ptr().addr());
+        // SAFETY: whole pages of a read-only file mapping that `piece` keeps alive: dropped pages
+        // come back from the file. Advice that the system refuses changes nothing.
+        unsafe { libc::madvise(first.cast_mut().cast(), end - start, libc::MADV_DONTNEED) };
+    }
+}

@@ -5,6 +5,7 @@
 
 mod attention;
 mod linear;
+mod memory;
 mod pool;
 mod simd;
 
@@ -15,17 +16,19 @@ use std::{
 };
 
 use self::{
-    linear::Job,
+    linear::{ExpertRun, Inputs, Int8Tiles, Job, Scratch, Slots},
+    memory::Arena,
     pool::Pool,
     simd::{LANES, Portable, Simd},
 };
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        RopeLayout, RowView, StepInputs, ValueHeads,
+        RopeLayout, RowView, StepInputs, StepShape, ValueHeads,
     },
-    matrix::Matrix,
-    quant::{self, int8::Int8Rows},
+    matrix::{Layout, Matrix},
+    panel::{self, PANEL_ROWS},
+    quant,
     reference::{self, GateScratch},
 };
 
@@ -134,6 +137,24 @@ fn area(factors: &[usize]) -> usize {
     product.unwrap_or(0)
 }
 
+/// Bytes that several threads write disjoint parts of.
+#[derive(Clone, Copy)]
+struct SharedBytes(*mut u8);
+
+// SAFETY: threads write disjoint bytes; the one method is unsafe and says so.
+unsafe impl Send for SharedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for SharedBytes {}
+
+impl SharedBytes {
+    /// # Safety
+    /// The range is inside, and no other thread touches it.
+    unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [u8] {
+        // SAFETY: promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -143,9 +164,33 @@ pub struct CpuBackend {
     config: CpuConfig,
     pool: Pool,
     /// One per thread; a lock is never contended.
-    scratch: Vec<Mutex<linear::Scratch>>,
-    /// Quantized activations of the running linear layer.
-    int8: Mutex<Int8Rows>,
+    scratch: Vec<Mutex<Scratch>>,
+    /// Weights in panels.
+    arena: Mutex<Arena>,
+    /// Rounded activations of the running linear layer, or of the experts' two.
+    int8: Mutex<[Int8Tiles; 2]>,
+}
+
+/// Matrices of equal width whose outputs lie side by side.
+#[derive(Debug)]
+pub struct CpuWeight {
+    parts: Vec<Matrix>,
+}
+
+impl CpuWeight {
+    fn n_cols(&self) -> usize {
+        self.parts[0].n_cols()
+    }
+
+    fn n_rows(&self) -> usize {
+        self.parts.iter().map(Matrix::n_rows).sum()
+    }
+
+    /// The matrix of a weight that is one.
+    fn single(&self) -> &Matrix {
+        assert_eq!(self.parts.len(), 1, "a weight of one matrix");
+        &self.parts[0]
+    }
 }
 
 /// Chosen experts, and the rows of each.
@@ -155,13 +200,60 @@ pub struct CpuRoutes {
     /// `[rows, top_k]`: (expert, weight), ascending expert.
     chosen: Vec<(usize, f32)>,
     choice: GateScratch,
-    /// Rows of the expert at hand, and the weight of each.
+    /// Slots, sorted by expert: the row of each, and its weight.
+    runs: Vec<ExpertRun>,
     rows: Vec<usize>,
     weights: Vec<f32>,
+    /// `[rows, hidden]`: inputs of one expert.
     x: Vec<f32>,
+    /// `[rows * top_k, inter]`.
     gate: Vec<f32>,
+    /// `[rows, inter]` of one expert.
     up: Vec<f32>,
+    /// `[rows, hidden]` of one expert.
     down: Vec<f32>,
+}
+
+impl CpuRoutes {
+    /// Sorts the choice of the first `n_rows` rows by expert, rows ascending.
+    fn sort(&mut self, n_rows: usize, n_experts: usize) {
+        let Self {
+            chosen,
+            runs,
+            rows,
+            weights,
+            top_k,
+            ..
+        } = self;
+        let chosen = &chosen[..n_rows * *top_k];
+        runs.clear();
+        runs.extend((0..n_experts).map(|expert| ExpertRun {
+            expert,
+            first: 0,
+            n: 0,
+        }));
+        for (expert, _) in chosen {
+            runs[*expert].n += 1;
+        }
+        let mut first = 0;
+        for run in runs.iter_mut() {
+            (run.first, first) = (first, first + run.n);
+            run.n = 0;
+        }
+        rows.clear();
+        rows.resize(chosen.len(), 0);
+        weights.clear();
+        weights.resize(chosen.len(), 0.0);
+        for (m, of_row) in chosen.chunks_exact(*top_k).enumerate() {
+            for (expert, weight) in of_row {
+                let run = &mut runs[*expert];
+                let slot = run.first + run.n;
+                (rows[slot], weights[slot]) = (m, *weight);
+                run.n += 1;
+            }
+        }
+        runs.retain(|run| run.n > 0);
+    }
 }
 
 /// Runs `$body` with `$simd` bound to the backend's instruction set.
@@ -201,6 +293,7 @@ impl CpuBackend {
             config,
             pool,
             scratch,
+            arena: Mutex::default(),
             int8: Mutex::default(),
         })
     }
@@ -210,17 +303,57 @@ impl CpuBackend {
         self.config
     }
 
-    fn run_linear(&self, job: &Job<'_>, out: &mut [f32]) {
-        let k = job.weight.n_cols();
-        let with_int8 = self.config.activations == Activations::Int8
-            && linear::int8_applies(job.weight.format());
-        if with_int8 {
-            let mut rows = lock(&self.int8);
-            rows.quantize(&job.x[job.x_offset..][..job.n_tokens * k], k);
-            dispatch!(self, s => linear::linear(s, &self.pool, &self.scratch, Some(&rows), job, out));
-        } else {
-            dispatch!(self, s => linear::linear(s, &self.pool, &self.scratch, None, job, out));
+    /// Rows and columns that are rounded to int8 at once: of a linear layer, and of the experts'
+    /// two passes.
+    fn int8_rows(&self, shape: &StepShape) -> [(usize, usize); 3] {
+        if self.config.activations == Activations::F32 {
+            return [(0, 0); 3];
         }
+        let slots = shape.experts.map_or(0, |e| e.n_rows_max * e.top_k);
+        let (hidden, inter) = shape.experts.map_or((0, 0), |e| (e.hidden, e.inter));
+        [
+            (shape.n_rows_max, shape.width_max),
+            (slots, hidden),
+            (slots, inter),
+        ]
+    }
+
+    /// The matrix in panels, in memory of the backend's; `None` for formats without panels.
+    fn in_panels(&self, matrix: &Matrix) -> Option<Matrix> {
+        let (format, n_rows, n_cols) = (matrix.format(), matrix.n_rows(), matrix.n_cols());
+        let len = panel::bytes(format, n_rows, n_cols)?;
+        let n_panels = n_rows.div_ceil(PANEL_ROWS);
+        if matrix.layout() == Layout::Panels || n_panels == 0 {
+            return None;
+        }
+        let panel_len = len / n_panels;
+        let data = lock(&self.arena).write(len, |out| {
+            let first = SharedBytes(out.as_mut_ptr());
+            self.pool.run(n_panels, &|index, _| {
+                // SAFETY: panels are disjoint pieces of `out`.
+                let out = unsafe { first.slice(index * panel_len, panel_len) };
+                panel::pack(matrix, index, out);
+            });
+        });
+        Matrix::from_panels(format, n_rows, n_cols, data).ok()
+    }
+
+    /// Whether activations enter these weights rounded.
+    fn rounds(&self, parts: &[Matrix]) -> bool {
+        self.config.activations == Activations::Int8
+            && parts.iter().any(|p| p.layout() == Layout::Panels)
+    }
+
+    /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
+    fn swiglu(&self, gate: &mut [f32], up: &[f32], n_rows: usize, width: usize) {
+        let n = area(&[n_rows, width]);
+        let gate = SharedOut::new(&mut gate[..n]);
+        let up = &up[..n];
+        self.for_rows(n_rows, width, &|m| {
+            // SAFETY: rows are disjoint and inside the slice taken above.
+            let row = unsafe { std::slice::from_raw_parts_mut(gate.at(m * width), width) };
+            dispatch!(self, s => swiglu_row(s, row, &up[m * width..][..width]));
+        });
     }
 
     /// `body(row)` for rows dealt to the threads in runs.
@@ -236,18 +369,11 @@ impl CpuBackend {
 
 impl Backend for CpuBackend {
     type Buffer = Vec<f32>;
-    type Weight = Matrix;
+    type Weight = CpuWeight;
     type Routes = CpuRoutes;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
-        let mut values = vec![0.0f32; len];
-        // The system hands out zeroed pages on first touch; touching them now is what keeps a full
-        // machine from failing later.
-        for value in values.iter_mut().step_by(1024) {
-            // SAFETY: a plain write through a valid reference, volatile so that it is not dropped.
-            unsafe { std::ptr::write_volatile(value, 0.0) };
-        }
-        values
+        memory::resident(len)
     }
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
@@ -258,8 +384,43 @@ impl Backend for CpuBackend {
         &mut buffer[..len]
     }
 
-    fn weight(&self, matrix: Matrix) -> Matrix {
-        matrix
+    fn weight(&self, parts: Vec<Matrix>) -> CpuWeight {
+        assert!(!parts.is_empty(), "a weight has a matrix");
+        assert!(
+            parts.iter().all(|p| p.n_cols() == parts[0].n_cols()),
+            "parts of a weight take the same inputs"
+        );
+        let parts = parts
+            .into_iter()
+            .map(|part| self.in_panels(&part).unwrap_or(part))
+            .collect();
+        CpuWeight { parts }
+    }
+
+    fn latent_weight(&self, matrix: Matrix) -> CpuWeight {
+        CpuWeight {
+            parts: vec![matrix],
+        }
+    }
+
+    fn scratch_bytes(&self, shape: &StepShape) -> usize {
+        let int8 = self.int8_rows(shape);
+        let threads = self.pool.n_threads() * Scratch::bytes(shape.n_rows_max, shape.width_max);
+        let of = |[(rows_a, cols_a), (rows_b, cols_b)]: [(usize, usize); 2]| {
+            Int8Tiles::bytes(rows_a, cols_a).max(Int8Tiles::bytes(rows_b, cols_b))
+        };
+        threads + of([int8[0], int8[1]]) + Int8Tiles::bytes(int8[2].0, int8[2].1)
+    }
+
+    fn reserve(&self, shape: &StepShape) {
+        let int8 = self.int8_rows(shape);
+        let mut memory = lock(&self.int8);
+        memory[0].reserve(int8[0].0, int8[0].1);
+        memory[0].reserve(int8[1].0, int8[1].1);
+        memory[1].reserve(int8[2].0, int8[2].1);
+        for scratch in &self.scratch {
+            lock(scratch).reserve(shape.n_rows_max, shape.width_max);
+        }
     }
 
     fn routes(&self, shape: ExpertShape) -> CpuRoutes {
@@ -268,16 +429,18 @@ impl Backend for CpuBackend {
             top_k: shape.top_k,
             chosen: Vec::with_capacity(rows * shape.top_k),
             choice: GateScratch::new(shape.n_experts),
-            rows: Vec::with_capacity(rows),
-            weights: Vec::with_capacity(rows),
+            runs: Vec::with_capacity(shape.n_experts),
+            rows: Vec::with_capacity(rows * shape.top_k),
+            weights: Vec::with_capacity(rows * shape.top_k),
             x: self.buffer(rows * shape.hidden),
-            gate: self.buffer(rows * shape.inter),
+            gate: self.buffer(rows * shape.top_k * shape.inter),
             up: self.buffer(rows * shape.inter),
             down: self.buffer(rows * shape.hidden),
         }
     }
 
-    fn embed(&self, table: &Matrix, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &CpuWeight, tokens: &[u32], out: &mut Vec<f32>) {
+        let table = table.single();
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
             quant::decode_row(table, *token as usize, row);
         }
@@ -287,15 +450,48 @@ impl Backend for CpuBackend {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        weight: &Matrix,
+        weight: &CpuWeight,
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
     ) {
-        let (n, k) = (weight.n_rows(), weight.n_cols());
-        let x = &x[..area(&[n_rows, k])];
-        let bias = bias.map(|bias| &bias[..n]);
-        let out = &mut out[..area(&[n_rows, n])];
-        self.run_linear(&Job::dense(weight, x, n_rows, bias), out);
+        let mut inputs = Inputs::dense(x, n_rows, weight.n_cols());
+        let bias = bias.map(|bias| &bias[..weight.n_rows()]);
+        let mut memory = lock(&self.int8);
+        dispatch!(self, s => {
+            if self.rounds(&weight.parts) {
+                inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
+            }
+            linear::stacked(s, &self.pool, &self.scratch, &weight.parts, &inputs, bias, out);
+        });
+    }
+
+    fn gated_linear(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        gate: (&CpuWeight, Option<&Vec<f32>>),
+        up: (&CpuWeight, Option<&Vec<f32>>),
+        out: &mut Vec<f32>,
+        scratch: &mut Vec<f32>,
+    ) {
+        let ((gate, gate_bias), (up, up_bias)) = (gate, up);
+        let fused = gate_bias.is_none()
+            && up_bias.is_none()
+            && linear::gated_applies(gate.single(), up.single());
+        if !fused {
+            self.linear(x, n_rows, gate, gate_bias, out);
+            self.linear(x, n_rows, up, up_bias, scratch);
+            self.swiglu(out, scratch, n_rows, gate.n_rows());
+            return;
+        }
+        let mut inputs = Inputs::dense(x, n_rows, gate.n_cols());
+        let mut memory = lock(&self.int8);
+        dispatch!(self, s => {
+            if self.rounds(&gate.parts) {
+                inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
+            }
+            linear::gated(s, &self.pool, gate.single(), up.single(), &inputs, out);
+        });
     }
 
     fn rms_norm(
@@ -341,17 +537,6 @@ impl Backend for CpuBackend {
         let n = area(&[n_rows, width]);
         let (x, y) = (&mut x[..n], &y[..n]);
         dispatch!(self, s => s.vectorize(#[inline(always)] || x.iter_mut().zip(y).for_each(|(a, b)| *a += b)));
-    }
-
-    fn swiglu(&self, gate: &mut Vec<f32>, up: &Vec<f32>, n_rows: usize, width: usize) {
-        let n = area(&[n_rows, width]);
-        let gate = SharedOut::new(&mut gate[..n]);
-        let up = &up[..n];
-        self.for_rows(n_rows, width, &|m| {
-            // SAFETY: rows are disjoint and inside the slice taken above.
-            let row = unsafe { std::slice::from_raw_parts_mut(gate.at(m * width), width) };
-            dispatch!(self, s => swiglu_row(s, row, &up[m * width..][..width]));
-        });
     }
 
     fn copy_rows(
@@ -401,13 +586,14 @@ impl Backend for CpuBackend {
 
     fn store_heads(
         &self,
-        keys: &Vec<f32>,
-        values: &Vec<f32>,
+        x: &Vec<f32>,
+        keys: RowView,
+        values: RowView,
         cache: &mut Vec<f32>,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        reference::store_heads(keys, values, cache, shape, inputs);
+        reference::store_heads(x, keys, values, cache, shape, inputs);
     }
 
     fn store_latent(
@@ -424,6 +610,7 @@ impl Backend for CpuBackend {
     fn attention(
         &self,
         queries: &Vec<f32>,
+        query_rows: RowView,
         cache: &Vec<f32>,
         cache_shape: CacheShape,
         attention: AttentionShape,
@@ -431,7 +618,7 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) {
         dispatch!(self, s => attention::attention(
-            s, &self.pool, queries, cache, cache_shape, attention, inputs, out,
+            s, &self.pool, queries, query_rows, cache, cache_shape, attention, inputs, out,
         ));
     }
 
@@ -439,12 +626,13 @@ impl Backend for CpuBackend {
         &self,
         queries: &Vec<f32>,
         heads: HeadView,
-        weight: &Matrix,
+        weight: &CpuWeight,
         rows_per_head: usize,
         out: &mut Vec<f32>,
         out_stride: usize,
         n_rows: usize,
     ) {
+        let weight = weight.single();
         assert!(
             out_stride >= weight.n_cols(),
             "a head's result fits its place"
@@ -467,11 +655,12 @@ impl Backend for CpuBackend {
     fn expand_values(
         &self,
         x: &Vec<f32>,
-        weight: &Matrix,
+        weight: &CpuWeight,
         heads: ValueHeads,
         out: &mut Vec<f32>,
         n_rows: usize,
     ) {
+        let weight = weight.single();
         let rank = weight.n_cols();
         let x = &x[..area(&[n_rows, heads.n_heads, rank])];
         let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, heads.head_dim])]);
@@ -492,7 +681,7 @@ impl Backend for CpuBackend {
             for piece in 0..job.n_pieces() {
                 // SAFETY: heads write disjoint outputs inside the slice taken above.
                 dispatch!(self, s => unsafe {
-                    linear::linear_piece(s, &mut scratch, None, &job, piece, out);
+                    linear::linear_piece(s, &mut scratch, &job, piece, out);
                 });
             }
         });
@@ -519,41 +708,54 @@ impl Backend for CpuBackend {
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        experts: &[Expert<Matrix>],
+        experts: &[Expert<CpuWeight>],
         routes: &mut CpuRoutes,
         out: &mut Vec<f32>,
     ) {
-        for (index, expert) in experts.iter().enumerate() {
-            let (hidden, inter) = (expert.down.n_rows(), expert.gate.n_rows());
+        routes.sort(n_rows, experts.len());
+        if linear::experts_apply(experts) {
             let CpuRoutes {
-                top_k,
-                chosen,
+                runs,
                 rows,
                 weights,
-                x: gathered,
                 gate,
-                up,
-                down,
                 ..
             } = routes;
-            rows.clear();
-            weights.clear();
-            for (m, of_row) in chosen.chunks_exact(*top_k).take(n_rows).enumerate() {
-                if let Some((_, weight)) = of_row.iter().find(|(e, _)| *e == index) {
-                    rows.push(m);
-                    weights.push(*weight);
-                }
-            }
-            if rows.is_empty() {
-                continue;
-            }
-            self.gather_rows(x, rows, hidden, gathered);
-            self.linear(gathered, rows.len(), &expert.gate, None, gate);
-            self.linear(gathered, rows.len(), &expert.up, None, up);
-            self.swiglu(gate, up, rows.len(), inter);
-            self.linear(gate, rows.len(), &expert.down, None, down);
-            for ((m, weight), y) in rows.iter().zip(&*weights).zip(down.chunks_exact(hidden)) {
-                let to = &mut out[m * hidden..][..hidden];
+            let slots = Slots {
+                runs,
+                rows,
+                weights,
+            };
+            let mut memory = lock(&self.int8);
+            let rounds = self.config.activations == Activations::Int8;
+            let memory = rounds.then_some(&mut *memory);
+            dispatch!(self, s => linear::experts(
+                s, &self.pool, experts, slots, x, gate, memory, out,
+            ));
+            return;
+        }
+        let CpuRoutes {
+            runs,
+            rows,
+            weights,
+            x: gathered,
+            gate,
+            up,
+            down,
+            ..
+        } = routes;
+        for run in &*runs {
+            let expert = &experts[run.expert];
+            let (hidden, inter) = (expert.down.n_rows(), expert.gate.n_rows());
+            let slots = run.first..run.first + run.n;
+            self.gather_rows(x, &rows[slots.clone()], hidden, gathered);
+            self.linear(gathered, run.n, &expert.gate, None, gate);
+            self.linear(gathered, run.n, &expert.up, None, up);
+            self.swiglu(gate, up, run.n, inter);
+            self.linear(gate, run.n, &expert.down, None, down);
+            for (slot, y) in slots.zip(down.chunks_exact(hidden)) {
+                let weight = weights[slot];
+                let to = &mut out[rows[slot] * hidden..][..hidden];
                 dispatch!(self, s => s.vectorize(#[inline(always)] || {
                     to.iter_mut().zip(y).for_each(|(o, v)| *o += weight * v);
                 }));

@@ -89,3 +89,16 @@ pub(super) fn q6_k(raw: &[u8; 210], out: &mut [f32; 256]) {
         *value = d * f32::from(scale) * (f32::from(low | (high << 4)) - 32.0);
     }
 }
+
+/// The 32 codes (0..64) of sub-block pair `j` (0..8) of a Q6_K block.
+#[inline(always)]
+pub fn q6k_codes(block: &[u8], j: usize) -> [u8; 32] {
+    let (part, quarter) = (j / 4, j % 4);
+    let low = &block[part * 64 + (quarter % 2) * 32..][..32];
+    let high = &block[128 + part * 32..][..32];
+    let mut codes = [0; 32];
+    for l in 0..32 {
+        codes[l] = ((low[l] >> (quarter / 2 * 4)) & 15) | (((high[l] >> (quarter * 2)) & 3) << 4);
+    }
+    codes
+}

@@ -9,10 +9,14 @@ mod fp8;
 mod ggml;
 pub mod int8;
 
-use crate::{dtype::Format, matrix::Matrix};
+use crate::{
+    dtype::Format,
+    matrix::{Layout, Matrix},
+    panel,
+};
 
 pub use fp8::e4m3_to_f32;
-pub use ggml::q4k_scale_min;
+pub use ggml::{q4k_scale_min, q6k_codes};
 pub use plain::{bf16_to_f32, f16_to_f32};
 
 /// Decodes row `row` of `matrix` into `out`.
@@ -21,6 +25,9 @@ pub use plain::{bf16_to_f32, f16_to_f32};
 /// When `row` is out of range or `out` is not `n_cols` long.
 pub fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
     assert_eq!(out.len(), matrix.n_cols(), "one output per column");
+    if matrix.layout() == Layout::Panels {
+        return panel::decode_row(matrix, row, out);
+    }
     let bytes = matrix.row(row);
     match matrix.format() {
         Format::F32 => plain::decode_f32(bytes, out),

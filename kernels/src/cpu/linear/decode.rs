@@ -3,7 +3,7 @@
 use crate::{
     cpu::simd::{LANES, Simd},
     matrix::Matrix,
-    quant::{f16_to_f32, q4k_scale_min},
+    quant::{f16_to_f32, q4k_scale_min, q6k_codes},
 };
 
 /// Columns decoded at once.
@@ -196,17 +196,4 @@ impl Decode for Q6K {
             ]
         }
     }
-}
-
-/// The 32 codes (0..64) of sub-block pair `j` (0..8) of a Q6_K block.
-#[inline(always)]
-pub(super) fn q6k_codes(block: &[u8], j: usize) -> [u8; GROUP_LEN] {
-    let (part, quarter) = (j / 4, j % 4);
-    let low = &block[part * 64 + (quarter % 2) * 32..][..GROUP_LEN];
-    let high = &block[128 + part * 32..][..GROUP_LEN];
-    let mut codes = [0; GROUP_LEN];
-    for l in 0..GROUP_LEN {
-        codes[l] = ((low[l] >> (quarter / 2 * 4)) & 15) | (((high[l] >> (quarter * 2)) & 3) << 4);
-    }
-    codes
 }

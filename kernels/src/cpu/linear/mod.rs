@@ -1,403 +1,334 @@
-//! `y = W x` for every weight format: rows are dealt to threads, and each output is one chain of
-//! fused multiply-adds over sixteen lanes.
+//! Linear layers: what is computed where, and by whom.
 //!
-//! Few rows of activations: weights are decoded in registers and used at once. Many: a group of
-//! weight rows is decoded to f32 once and used for all of them. Both walk the columns in the same
-//! order with the same decoded values, so the result does not depend on the number of rows.
+//! Weights in rows go to [`rows`], weights in panels to [`panels`]. Work is dealt to the threads in
+//! pieces of whole weight rows; an output element is computed by one thread.
 
 mod decode;
-mod int8;
+mod experts;
+mod panels;
+mod rows;
+mod tiles;
 
-pub(super) use self::int8::applies as int8_applies;
+pub(super) use self::{
+    experts::{ExpertRun, Slots, applies as experts_apply, experts},
+    rows::{Job, Scratch, absorb_head, linear_piece},
+    tiles::Int8Tiles,
+};
 
 use std::sync::Mutex;
 
-use bytemuck::cast_slice;
-
-use self::decode::{Decode, GROUP_LEN, WeightRow};
+use self::{
+    panels::{F32_TILE_TOKENS, TileFn, TileInput, TileOut, tile_fns},
+    tiles::{RowSet, SharedTiles, tiles},
+};
 use super::{
-    SharedOut, lock,
+    SharedOut, area, lock,
     pool::Pool,
     simd::{LANES, Simd},
 };
 use crate::{
-    dtype::Format,
-    matrix::Matrix,
-    quant::{self, int8::Int8Rows},
+    matrix::{Layout, Matrix},
+    panel::{GROUP_LEN, PANEL_ROWS},
 };
 
-/// Weight rows that share one pass over the activations.
-const TILE_ROWS: usize = 4;
-/// Activation rows that share one pass over the weights.
-const TILE_TOKENS: usize = 4;
-/// Up to this many activation rows weights are decoded in registers.
-const FUSED_TOKENS_MAX: usize = TILE_TOKENS;
-/// Weight rows of one piece of work: enough to amortise handing it over (a piece of a
-/// 576-wide layer is about 5 us), few enough to share out a small layer.
-const PIECE_ROWS: usize = 32;
+/// Rows of work in a piece, in units of one group of a panel on one row of activations (about 4
+/// ns): enough to amortise handing the piece over, few enough to share out a small layer.
+const PIECE_WORK: usize = 1024;
+/// Reading and unpacking a group's weights, in the same unit.
+const UNPACK_WORK: usize = 2;
 
-/// One thread's buffers.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// `TILE_ROWS` decoded rows, padded to whole vectors.
-    panel: Vec<f32>,
-    /// Rows of activations padded to whole vectors, where the width is not a multiple.
-    padded: Vec<f32>,
+/// Activations as the kernels of panels take them.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    x: &'a [f32],
+    n_cols: usize,
+    n_rows: usize,
+    /// Where row `i` is in `x`; row `i` itself where there is no list.
+    picked: Option<&'a [usize]>,
+    int8: Option<(SharedTiles, RowSet)>,
 }
 
-/// Rows `first_row..` of a weight seen as an `n`-row matrix, and where its outputs go: output `n` of
-/// token `m` is `out[m * out_stride + out_offset + n]`.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Job<'a> {
-    pub(super) weight: &'a Matrix,
-    pub(super) first_row: usize,
-    pub(super) n_rows: usize,
-    pub(super) x: &'a [f32],
-    pub(super) x_offset: usize,
-    pub(super) x_stride: usize,
-    pub(super) n_tokens: usize,
-    pub(super) bias: Option<&'a [f32]>,
-    pub(super) out_offset: usize,
-    pub(super) out_stride: usize,
-}
-
-impl<'a> Job<'a> {
-    /// The whole weight on dense rows.
-    pub(super) fn dense(
-        weight: &'a Matrix,
-        x: &'a [f32],
-        n_tokens: usize,
-        bias: Option<&'a [f32]>,
-    ) -> Self {
+impl<'a> Inputs<'a> {
+    /// The first `n_rows` dense rows of `x`.
+    pub(super) fn dense(x: &'a [f32], n_rows: usize, n_cols: usize) -> Self {
+        assert!(
+            area(&[n_rows, n_cols]) <= x.len(),
+            "{n_rows} rows of {n_cols}"
+        );
         Self {
-            weight,
-            first_row: 0,
-            n_rows: weight.n_rows(),
             x,
-            x_offset: 0,
-            x_stride: weight.n_cols(),
-            n_tokens,
-            bias,
-            out_offset: 0,
-            out_stride: weight.n_rows(),
+            n_cols,
+            n_rows,
+            picked: None,
+            int8: None,
         }
     }
 
-    fn x_row(&self, token: usize) -> &'a [f32] {
-        &self.x[self.x_offset + token * self.x_stride..][..self.weight.n_cols()]
+    /// The rows `picked` of `x`.
+    pub(super) fn picked(x: &'a [f32], picked: &'a [usize], n_cols: usize) -> Self {
+        let n = picked.iter().max().map_or(0, |row| row + 1);
+        assert!(area(&[n, n_cols]) <= x.len(), "{n} rows of {n_cols}");
+        Self {
+            x,
+            n_cols,
+            n_rows: picked.len(),
+            picked: Some(picked),
+            int8: None,
+        }
     }
 
-    /// Pieces to deal out.
-    pub(super) fn n_pieces(&self) -> usize {
-        self.n_rows.div_ceil(PIECE_ROWS)
+    fn row(&self, row: usize) -> &'a [f32] {
+        let row = self.picked.map_or(row, |picked| picked[row]);
+        &self.x[row * self.n_cols..][..self.n_cols]
+    }
+
+    /// Rounds all rows to int8, as one set.
+    pub(super) fn round_all<S: Simd>(self, simd: S, pool: &Pool, memory: &mut Int8Tiles) -> Self {
+        let tiles = self.round(simd, pool, memory, &|_| (0, self.n_rows));
+        self.rounded(tiles, 0)
+    }
+
+    /// Rounds all rows to int8; `sets` tells first row and length of a row's set.
+    fn round<S: Simd>(
+        self,
+        simd: S,
+        pool: &Pool,
+        memory: &mut Int8Tiles,
+        sets: &(dyn Fn(usize) -> (usize, usize) + Sync),
+    ) -> SharedTiles {
+        memory.reserve(self.n_rows, self.n_cols);
+        let tiles = memory.shared();
+        let n_groups = self.n_cols / GROUP_LEN;
+        // About 8 Ki elements a piece.
+        let rows_per_piece = (8_192 / self.n_cols.max(1)).max(1);
+        pool.run(self.n_rows.div_ceil(rows_per_piece), &|piece, _| {
+            let first = piece * rows_per_piece;
+            for row in first..(first + rows_per_piece).min(self.n_rows) {
+                let (set_first, set_len) = sets(row);
+                let set = RowSet {
+                    first: set_first,
+                    n_rows: set_len,
+                    n_groups,
+                };
+                // SAFETY: the memory was reserved for all rows; each is rounded by one thread.
+                unsafe { tiles.round_row(simd, self.row(row), row - set_first, set) };
+            }
+        });
+        tiles
+    }
+
+    /// These rows, rounded before as one set behind `first` others.
+    fn rounded(mut self, tiles: SharedTiles, first: usize) -> Self {
+        let set = RowSet {
+            first,
+            n_rows: self.n_rows,
+            n_groups: self.n_cols / GROUP_LEN,
+        };
+        self.int8 = Some((tiles, set));
+        self
+    }
+
+    fn tile(&self, first: usize, len: usize) -> TileInput {
+        match self.int8 {
+            Some((tiles, set)) => TileInput::Int8(tiles.tile(set, first)),
+            None => {
+                let mut rows = [self.row(first).as_ptr(); F32_TILE_TOKENS];
+                for (i, row) in rows.iter_mut().enumerate().take(len).skip(1) {
+                    *row = self.row(first + i).as_ptr();
+                }
+                TileInput::F32(rows)
+            }
+        }
+    }
+
+    fn tile_len_max<S: Simd>(&self) -> usize {
+        match self.int8 {
+            Some(_) => S::TILE_TOKENS,
+            None => F32_TILE_TOKENS,
+        }
     }
 }
 
-/// Runs a job on all threads.
-pub(super) fn linear<S: Simd>(
+/// A weight in panels, with the kernels for its format.
+#[derive(Clone, Copy)]
+struct Panels<'a, S> {
     simd: S,
-    pool: &Pool,
-    scratch: &[Mutex<Scratch>],
-    int8: Option<&Int8Rows>,
-    job: &Job<'_>,
-    out: &mut [f32],
-) {
-    let last = (job.n_tokens.max(1) - 1) * job.out_stride + job.out_offset + job.n_rows;
-    assert!(
-        job.n_tokens == 0 || last <= out.len(),
-        "outputs fit the buffer"
-    );
-    let out = SharedOut::new(out);
-    pool.run(job.n_pieces(), &|piece, thread| {
-        let mut scratch = lock(&scratch[thread]);
-        // SAFETY: pieces cover disjoint weight rows, so no element is written by two threads, and
-        // the assertion above bounds them.
-        unsafe { linear_piece(simd, &mut scratch, int8, job, piece, out) };
-    });
+    weight: &'a Matrix,
+    fns: [TileFn<S>; panels::N_TILE_LENS],
 }
 
-/// Piece `piece` of a job.
-///
-/// # Safety
-/// The job's outputs lie inside `out`, and no other thread touches those of this piece.
-pub(super) unsafe fn linear_piece<S: Simd>(
-    simd: S,
-    scratch: &mut Scratch,
-    int8: Option<&Int8Rows>,
-    job: &Job<'_>,
-    piece: usize,
-    out: SharedOut<'_>,
-) {
-    let rows = piece * PIECE_ROWS..((piece + 1) * PIECE_ROWS).min(job.n_rows);
-    if let Some(x) = int8 {
-        // SAFETY: passed on from the caller.
-        simd.vectorize(
-            #[inline(always)]
-            || unsafe { int8::rows(simd, x, job, rows, out) },
-        );
-        return;
+impl<'a, S: Simd> Panels<'a, S> {
+    fn new(simd: S, weight: &'a Matrix, inputs: &Inputs<'_>) -> Self {
+        assert_eq!(weight.n_cols(), inputs.n_cols, "the layer's width");
+        Self {
+            simd,
+            weight,
+            fns: tile_fns(weight.format(), inputs.int8.is_some()),
+        }
     }
-    macro_rules! with {
-        ($decode:ty) => {
-            simd.vectorize(
-                #[inline(always)]
-                || {
-                    // SAFETY: passed on from the caller.
-                    unsafe { f32_rows::<S, $decode>(simd, scratch, job, rows, out) }
-                },
+
+    /// Panel `index` on the tile of `len` rows from `first` on.
+    fn tile(&self, index: usize, inputs: &Inputs<'_>, first: usize, len: usize, out: &mut TileOut) {
+        let kernel = self.fns[len.ilog2() as usize];
+        let n_groups = self.weight.n_cols() / GROUP_LEN;
+        let panel = self.weight.panel(index);
+        // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made; the
+        // input has `len` rows of as many.
+        unsafe {
+            kernel(
+                self.simd,
+                panel.as_ptr(),
+                n_groups,
+                inputs.tile(first, len),
+                out,
             )
         };
     }
-    match job.weight.format() {
-        Format::F32 => with!(decode::F32),
-        Format::F16 => with!(decode::F16),
-        Format::Bf16 => with!(decode::Bf16),
-        Format::F8E4m3 => with!(decode::F8E4m3),
-        Format::Q4_0 => with!(decode::Q4_0),
-        Format::Q4_1 => with!(decode::Q4_1),
-        Format::Q8_0 => with!(decode::Q8_0),
-        Format::Q4K => with!(decode::Q4K),
-        Format::Q6K => with!(decode::Q6K),
-    }
 }
 
-/// Whether groups of [`GROUP_LEN`] columns can be decoded one by one: rows are whole groups and no
-/// group straddles two scale tiles.
-fn has_whole_groups(weight: &Matrix) -> bool {
-    weight.n_cols().is_multiple_of(GROUP_LEN)
-        && weight
-            .tile_scales()
-            .is_none_or(|s| s.tile_cols.is_multiple_of(GROUP_LEN))
+/// Panels of one piece of work on `n_tokens` rows.
+fn panels_per_piece(n_cols: usize, n_tokens: usize) -> usize {
+    let work = n_cols / GROUP_LEN * (n_tokens + UNPACK_WORK);
+    (PIECE_WORK / work.max(1)).max(1)
 }
 
-#[inline(always)]
-unsafe fn f32_rows<S: Simd, D: Decode>(
+fn n_panels(weight: &Matrix) -> usize {
+    weight.n_rows().div_ceil(PANEL_ROWS)
+}
+
+/// `out[m] = [W_0 x[m]; W_1 x[m]; ..] + bias`: the outputs of all parts side by side.
+pub(super) fn stacked<S: Simd>(
     simd: S,
-    scratch: &mut Scratch,
-    job: &Job<'_>,
-    rows: std::ops::Range<usize>,
-    out: SharedOut<'_>,
+    pool: &Pool,
+    scratch: &[Mutex<Scratch>],
+    parts: &[Matrix],
+    inputs: &Inputs<'_>,
+    bias: Option<&[f32]>,
+    out: &mut [f32],
 ) {
-    let whole_groups = has_whole_groups(job.weight);
-    if whole_groups && job.n_tokens <= FUSED_TOKENS_MAX {
-        for tile in tiles(rows, TILE_ROWS) {
-            let weight_rows = |i: usize| WeightRow::of(job.weight, job.first_row + tile.start + i);
-            // SAFETY: rows are whole groups; outputs as promised by the caller.
-            unsafe {
-                tile_of_rows::<S, D>(simd, tile.len(), &weight_rows, job, None, tile.start, out);
-            }
-        }
-        return;
-    }
-    let k = job.weight.n_cols();
-    let k_padded = k.next_multiple_of(GROUP_LEN);
-    let Scratch { panel, padded } = scratch;
-    panel.resize(TILE_ROWS * k_padded, 0.0);
-    let padded = (k != k_padded).then(|| {
-        padded.clear();
-        padded.resize(job.n_tokens * k_padded, 0.0);
-        for (token, row) in padded.chunks_exact_mut(k_padded).enumerate() {
-            row[..k].copy_from_slice(job.x_row(token));
-        }
-        padded.as_slice()
-    });
-    for tile in tiles(rows, TILE_ROWS) {
-        for (i, row) in panel
-            .chunks_exact_mut(k_padded)
-            .take(tile.len())
-            .enumerate()
-        {
-            let index = job.first_row + tile.start + i;
-            if whole_groups {
-                let weight_row = WeightRow::of(job.weight, index);
-                for group in 0..k / GROUP_LEN {
-                    // SAFETY: the row has whole groups; `row` is `k` long.
-                    unsafe {
-                        let values = D::group(simd, &weight_row, group);
-                        let to = row.as_mut_ptr().add(group * GROUP_LEN);
-                        simd.store(to, values[0]);
-                        simd.store(to.add(LANES), values[1]);
-                    }
-                }
-            } else {
-                quant::decode_row(job.weight, index, &mut row[..k]);
-                row[k..].fill(0.0);
-            }
-        }
-        let panel = &*panel;
-        let weight_rows = |i: usize| WeightRow {
-            bytes: cast_slice(&panel[i * k_padded..][..k_padded]),
-            scales: &[],
-            tile_cols: 1,
-        };
-        // SAFETY: panel rows are whole groups; outputs as promised by the caller.
-        unsafe {
-            tile_of_rows::<S, decode::F32>(
-                simd,
-                tile.len(),
-                &weight_rows,
-                job,
-                padded,
-                tile.start,
-                out,
-            );
-        }
-    }
-}
-
-/// `range` in runs of at most `len`.
-fn tiles(
-    range: std::ops::Range<usize>,
-    len: usize,
-) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let end = range.end;
-    range
-        .step_by(len)
-        .map(move |start| start..(start + len).min(end))
-}
-
-/// All tokens against up to [`TILE_ROWS`] weight rows. `padded` replaces the job's activations by
-/// rows that are whole groups.
-///
-/// # Safety
-/// Weight rows are whole groups, and so are the activation rows; outputs lie inside `out`.
-#[inline(always)]
-unsafe fn tile_of_rows<'a, S: Simd, D: Decode>(
-    simd: S,
-    n_rows: usize,
-    weight_rows: &impl Fn(usize) -> WeightRow<'a>,
-    job: &Job<'_>,
-    padded: Option<&[f32]>,
-    first_output: usize,
-    out: SharedOut<'_>,
-) {
-    let k = job.weight.n_cols().next_multiple_of(GROUP_LEN);
-    let x_row = |token: usize| match padded {
-        Some(padded) => padded[token * k..][..k].as_ptr(),
-        None => job.x_row(token).as_ptr(),
+    let stride = parts.iter().map(Matrix::n_rows).sum::<usize>();
+    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]);
+    let per_piece = panels_per_piece(inputs.n_cols, inputs.n_rows);
+    let job = |part: usize, offset: usize| Job {
+        weight: &parts[part],
+        first_row: 0,
+        n_rows: parts[part].n_rows(),
+        x: inputs.x,
+        x_offset: 0,
+        x_stride: inputs.n_cols,
+        n_tokens: inputs.n_rows,
+        bias: bias.map(|bias| &bias[offset..]),
+        out_offset: offset,
+        out_stride: stride,
     };
-    for tokens in tiles(0..job.n_tokens, TILE_TOKENS) {
-        let mut sums = [[0f32; TILE_TOKENS]; TILE_ROWS];
-        macro_rules! dot {
-            ($rows:literal, $tokens:literal) => {{
-                let rows = std::array::from_fn::<_, $rows, _>(|i| weight_rows(i));
-                let x = std::array::from_fn::<_, $tokens, _>(|i| x_row(tokens.start + i));
-                // SAFETY: passed on from the caller.
-                let tile = unsafe { dot_tile::<S, D, $rows, $tokens>(simd, &rows, &x, k) };
-                for (to, from) in sums.iter_mut().zip(tile) {
-                    to[..$tokens].copy_from_slice(&from);
-                }
-            }};
+    let n_pieces = |part: usize| match parts[part].layout() {
+        Layout::Rows => job(part, 0).n_pieces(),
+        Layout::Panels => n_panels(&parts[part]).div_ceil(per_piece),
+    };
+    pool.run((0..parts.len()).map(n_pieces).sum(), &|piece, thread| {
+        let (mut part, mut piece, mut offset) = (0, piece, 0);
+        while piece >= n_pieces(part) {
+            piece -= n_pieces(part);
+            offset += parts[part].n_rows();
+            part += 1;
         }
-        match (n_rows, tokens.len()) {
-            (4, 4) => dot!(4, 4),
-            (4, 3) => dot!(4, 3),
-            (4, 2) => dot!(4, 2),
-            (4, 1) => dot!(4, 1),
-            (rows, n_tokens) => {
-                for (i, sums) in sums.iter_mut().enumerate().take(rows) {
-                    for (j, to) in sums.iter_mut().enumerate().take(n_tokens) {
-                        // SAFETY: passed on from the caller.
-                        let sum = unsafe {
-                            dot_tile::<S, D, 1, 1>(
-                                simd,
-                                &[weight_rows(i)],
-                                &[x_row(tokens.start + j)],
-                                k,
-                            )
-                        };
-                        *to = sum[0][0];
+        let weight = &parts[part];
+        if weight.layout() == Layout::Rows {
+            let mut scratch = lock(&scratch[thread]);
+            // SAFETY: pieces cover disjoint weight rows, and `out` holds all of every row's.
+            unsafe { linear_piece(simd, &mut scratch, &job(part, offset), piece, out) };
+            return;
+        }
+        let kernels = Panels::new(simd, weight, inputs);
+        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(weight));
+        let mut sums = [[0.0; LANES]; 16];
+        for panel in panels {
+            let first_row = panel * PANEL_ROWS;
+            let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
+            let at = offset + first_row;
+            for (first, len) in tiles(inputs.n_rows, inputs.tile_len_max::<S>()) {
+                kernels.tile(panel, inputs, first, len, &mut sums);
+                for (t, sums) in sums.iter_mut().enumerate().take(len) {
+                    if let Some(bias) = bias {
+                        let bias = &bias[at..at + n_valid];
+                        sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+                    }
+                    // SAFETY: this piece owns these outputs, and `out` holds the whole row.
+                    unsafe {
+                        let to = out.at((first + t) * stride + at);
+                        to.copy_from_nonoverlapping(sums.as_ptr(), n_valid);
                     }
                 }
             }
         }
-        for (j, token) in tokens.enumerate() {
-            for (i, sum) in sums.iter().take(n_rows).enumerate() {
-                let bias = job.bias.map_or(0.0, |b| b[first_output + i]);
-                let at = token * job.out_stride + job.out_offset + first_output + i;
-                // SAFETY: the caller bounds the job's outputs.
-                unsafe { out.write(at, sum[j] + bias) };
-            }
-        }
-    }
+    });
 }
 
-/// `sums[i][j] = rows[i] . x[j]` over `k` columns, each one chain of FMAs per lane.
-///
-/// # Safety
-/// Rows and `x` hold `k` elements, a multiple of [`GROUP_LEN`].
-#[inline(always)]
-unsafe fn dot_tile<S: Simd, D: Decode, const ROWS: usize, const TOKENS: usize>(
-    simd: S,
-    rows: &[WeightRow<'_>; ROWS],
-    x: &[*const f32; TOKENS],
-    k: usize,
-) -> [[f32; TOKENS]; ROWS] {
-    let mut sums = [[simd.splat(0.0); TOKENS]; ROWS];
-    for group in 0..k / GROUP_LEN {
-        let at = group * GROUP_LEN;
-        // SAFETY: `at + GROUP_LEN <= k`.
-        unsafe {
-            let mut low = [simd.splat(0.0); TOKENS];
-            let mut high = low;
-            for j in 0..TOKENS {
-                low[j] = simd.load(x[j].add(at));
-                high[j] = simd.load(x[j].add(at + LANES));
-            }
-            for i in 0..ROWS {
-                let w = D::group(simd, &rows[i], group);
-                for j in 0..TOKENS {
-                    sums[i][j] = simd.fma(w[0], low[j], sums[i][j]);
-                    sums[i][j] = simd.fma(w[1], high[j], sums[i][j]);
-                }
-            }
-        }
-    }
-    let mut totals = [[0f32; TOKENS]; ROWS];
-    for i in 0..ROWS {
-        for j in 0..TOKENS {
-            totals[i][j] = simd.sum(sums[i][j]);
-        }
-    }
-    totals
+/// Whether [`gated`] takes the pair.
+pub(super) fn gated_applies(gate: &Matrix, up: &Matrix) -> bool {
+    let in_panels = |m: &Matrix| m.layout() == Layout::Panels;
+    in_panels(gate) && in_panels(up) && (gate.n_rows(), gate.n_cols()) == (up.n_rows(), up.n_cols())
 }
 
-/// `out[m, h, ..] = sum_d q[m, h, d] * W[row(h, d)]`: rows of the weight added up with the queries
-/// as factors. Pieces are heads.
-///
-/// # Safety
-/// As [`linear_piece`].
-pub(super) unsafe fn absorb_head<S: Simd>(
+/// `out[m] = silu(G x[m]) * U x[m]`, both in panels.
+pub(super) fn gated<S: Simd>(
     simd: S,
-    scratch: &mut Scratch,
-    weight: &Matrix,
-    first_row: usize,
-    queries: impl Fn(usize, usize) -> f32,
-    n_dims: usize,
-    n_tokens: usize,
-    out: impl Fn(usize) -> *mut f32,
+    pool: &Pool,
+    gate: &Matrix,
+    up: &Matrix,
+    inputs: &Inputs<'_>,
+    out: &mut [f32],
 ) {
-    let rank = weight.n_cols();
-    let Scratch { panel, padded } = scratch;
-    panel.resize(TILE_ROWS * rank.next_multiple_of(GROUP_LEN), 0.0);
-    padded.clear();
-    padded.resize(n_tokens * rank, 0.0);
-    for d in 0..n_dims {
-        quant::decode_row(weight, first_row + d, &mut panel[..rank]);
-        simd.vectorize(
-            #[inline(always)]
-            || {
-                for (token, sums) in padded.chunks_exact_mut(rank).enumerate() {
-                    let q = queries(token, d);
-                    for (sum, w) in sums.iter_mut().zip(&panel[..rank]) {
-                        *sum += q * w;
+    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
+    let per_piece = panels_per_piece(2 * inputs.n_cols, inputs.n_rows);
+    pool.run(n_panels(gate).div_ceil(per_piece), &|piece, _| {
+        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
+        gated_panels(simd, gate, up, inputs, panels, 0, out);
+    });
+}
+
+/// Panels `panels` of [`gated`]; row `m` goes to row `first_out + m` of `out`.
+fn gated_panels<S: Simd>(
+    simd: S,
+    gate: &Matrix,
+    up: &Matrix,
+    inputs: &Inputs<'_>,
+    panels: std::ops::Range<usize>,
+    first_out: usize,
+    out: SharedOut<'_>,
+) {
+    let inter = gate.n_rows();
+    let (gate, up) = (
+        Panels::new(simd, gate, inputs),
+        Panels::new(simd, up, inputs),
+    );
+    let (mut gates, mut ups) = ([[0.0; LANES]; 16], [[0.0; LANES]; 16]);
+    for panel in panels {
+        let first_row = panel * PANEL_ROWS;
+        let n_valid = PANEL_ROWS.min(inter - first_row);
+        for (first, len) in tiles(inputs.n_rows, inputs.tile_len_max::<S>()) {
+            gate.tile(panel, inputs, first, len, &mut gates);
+            up.tile(panel, inputs, first, len, &mut ups);
+            simd.vectorize(
+                #[inline(always)]
+                || {
+                    for (gate, up) in gates.iter_mut().zip(&ups).take(len) {
+                        // SAFETY: both hold 16 elements.
+                        unsafe {
+                            let value = simd.silu(simd.load(gate.as_ptr()));
+                            let value = simd.mul(value, simd.load(up.as_ptr()));
+                            simd.store(gate.as_mut_ptr(), value);
+                        }
                     }
+                },
+            );
+            for (t, gate) in gates.iter().enumerate().take(len) {
+                // SAFETY: this piece owns these outputs.
+                unsafe {
+                    let to = out.at((first_out + first + t) * inter + first_row);
+                    to.copy_from_nonoverlapping(gate.as_ptr(), n_valid);
                 }
-            },
-        );
-    }
-    for (token, sums) in padded.chunks_exact(rank).enumerate() {
-        // SAFETY: the caller's `out` points at `rank` writable elements of this head.
-        unsafe { out(token).copy_from_nonoverlapping(sums.as_ptr(), rank) };
+            }
+        }
     }
 }

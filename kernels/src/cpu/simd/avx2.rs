@@ -24,21 +24,8 @@ fn with_features<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 
-/// Sums of the lower and of the upper four lanes.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn halves(sums: __m256i) -> (i32, i32) {
-    let fold = |v: __m128i| {
-        let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_11_10>(v));
-        _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_00_01>(v)))
-    };
-    (
-        fold(_mm256_castsi256_si128(sums)),
-        fold(_mm256_extracti128_si256::<1>(sums)),
-    )
-}
-
 type F = [__m256; 2];
+type I = [__m256i; 2];
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -100,10 +87,59 @@ unsafe fn widen_nibbles(from: *const u8) -> (__m256, __m256) {
     )
 }
 
+/// # Safety
+/// 8 bytes are readable.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn widen_u8(from: *const u8) -> __m256 {
+    // SAFETY: promised by the caller.
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe {
+        _mm_loadl_epi64(from.cast())
+    }))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bit_pairs(a: __m256i, index: usize) -> __m256i {
+    let low = match index {
+        0 => a,
+        1 => _mm256_srli_epi16::<2>(a),
+        2 => _mm256_srli_epi16::<4>(a),
+        _ => _mm256_srli_epi16::<6>(a),
+    };
+    _mm256_slli_epi16::<4>(_mm256_and_si256(low, _mm256_set1_epi8(3)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn column(a: __m256i, j: usize) -> __m256 {
+    let low = match j {
+        0 => a,
+        1 => _mm256_srli_epi32::<8>(a),
+        2 => _mm256_srli_epi32::<16>(a),
+        _ => _mm256_srli_epi32::<24>(a),
+    };
+    _mm256_cvtepi32_ps(_mm256_and_si256(low, _mm256_set1_epi32(255)))
+}
+
+/// `sums` + products of the even bytes of `codes` with `even` and of its odd ones with `odd`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_words(sums: __m256i, codes: __m256i, even: __m256i, odd: __m256i) -> __m256i {
+    let low = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), even);
+    let high = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd);
+    _mm256_add_epi32(sums, _mm256_add_epi32(low, high))
+}
+
 // SAFETY of every unsafe block below: `Avx2` exists only after `probe` saw the features; pointer
 // methods pass their caller's promise on.
 impl Simd for Avx2 {
     type F = F;
+    type I = I;
+    type B = I;
+    const TILE_TOKENS: usize = 4;
+    const TILE_QUERIES: usize = 2;
+    const TILE_LATENT_QUERIES: usize = 2;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
@@ -177,6 +213,16 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn largest(self, a: F) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let v = _mm256_max_ps(a[0], a[1]);
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> F {
         // SAFETY: 16 f32 are readable; `self` proves the features.
         unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
@@ -224,23 +270,88 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32) {
-        // SAFETY: 32 bytes are readable at both; `self` proves the features.
+    unsafe fn load_u8(self, from: *const u8) -> F {
+        // SAFETY: 16 bytes are readable; `self` proves the features.
+        unsafe { [widen_u8(from), widen_u8(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, a: F) {
+        // SAFETY: 16 bytes are writable; `self` proves the features.
         unsafe {
-            let u = _mm256_loadu_si256(codes.cast());
-            let s = _mm256_loadu_si256(values.cast());
-            // Widened to 16 bits first: the byte product instruction saturates for codes over 128.
-            let low = _mm256_madd_epi16(
-                _mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)),
-                _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)),
-            );
-            let high = _mm256_madd_epi16(
-                _mm256_cvtepu8_epi16(_mm256_extracti128_si256::<1>(u)),
-                _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(s)),
-            );
-            let (a, b) = halves(low);
-            let (c, d) = halves(high);
-            (a + b, c + d)
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1]));
+            // Packing works within 128-bit halves: put the quarters back in order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let low = _mm256_castsi256_si128(words);
+            let bytes = _mm_packs_epi16(low, _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint, which faults on nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> I {
+        // SAFETY: 64 bytes are readable; `self` proves the features.
+        unsafe {
+            [
+                _mm256_loadu_si256(from.cast()),
+                _mm256_loadu_si256(from.add(32).cast()),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, a: I) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            [_mm256_and_si256(a[0], mask), _mm256_and_si256(a[1], mask)]
+        }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, a: I) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { self.low_nibbles([_mm256_srli_epi16::<4>(a[0]), _mm256_srli_epi16::<4>(a[1])]) }
+    }
+    #[inline(always)]
+    fn bit_pairs(self, a: I, index: usize) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [bit_pairs(a[0], index), bit_pairs(a[1], index)] }
+    }
+    #[inline(always)]
+    fn or(self, a: I, b: I) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn column(self, a: I, j: usize) -> F {
+        // SAFETY: `self` proves the features.
+        unsafe { [column(a[0], j), column(a[1], j)] }
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+    #[inline(always)]
+    fn to_f(self, a: I) -> F {
+        // SAFETY: `self` proves the features.
+        unsafe { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
+    }
+    #[inline(always)]
+    unsafe fn dot4(self, sums: I, codes: I, values: *const i8) -> I {
+        // SAFETY: 4 bytes are readable; `self` proves the features.
+        unsafe {
+            let values = _mm256_set1_epi32(values.cast::<i32>().read_unaligned());
+            // Even and odd columns as words: the byte product instruction saturates for codes
+            // over 128.
+            let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(values));
+            let odd = _mm256_srai_epi16::<8>(values);
+            [
+                dot_words(sums[0], codes[0], even, odd),
+                dot_words(sums[1], codes[1], even, odd),
+            ]
         }
     }
 }

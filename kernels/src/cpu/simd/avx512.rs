@@ -33,6 +33,11 @@ fn with_features<R>(body: impl FnOnce() -> R) -> R {
 // methods pass their caller's promise on.
 impl Simd for Avx512 {
     type F = __m512;
+    type I = __m512i;
+    type B = __m512i;
+    const TILE_TOKENS: usize = 16;
+    const TILE_QUERIES: usize = 6;
+    const TILE_LATENT_QUERIES: usize = 4;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
@@ -104,6 +109,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn largest(self, a: __m512) -> f32 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
         // SAFETY: 16 f32 are readable; `self` proves the features.
         unsafe { _mm512_loadu_ps(from) }
@@ -159,13 +169,82 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32) {
-        // SAFETY: 32 bytes are readable at both; `self` proves the features.
+    unsafe fn load_u8(self, from: *const u8) -> __m512 {
+        // SAFETY: 16 bytes are readable; `self` proves the features.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, a: __m512) {
+        // SAFETY: 16 bytes are writable; `self` proves the features.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))) }
+    }
+    #[inline(always)]
+    fn prefetch(self, at: *const u8) {
+        // SAFETY: a hint, which faults on nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> __m512i {
+        // SAFETY: 64 bytes are readable; `self` proves the features.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, a: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn high_nibbles(self, a: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(a), _mm512_set1_epi8(15)) }
+    }
+    #[inline(always)]
+    fn bit_pairs(self, a: __m512i, index: usize) -> __m512i {
+        // SAFETY: `self` proves the features.
         unsafe {
-            let u = _mm256_loadu_si256(codes.cast());
-            let s = _mm256_loadu_si256(values.cast());
-            let sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), u, s);
-            super::avx2::halves(sums)
+            let low = match index {
+                0 => a,
+                1 => _mm512_srli_epi16::<2>(a),
+                2 => _mm512_srli_epi16::<4>(a),
+                _ => _mm512_srli_epi16::<6>(a),
+            };
+            _mm512_slli_epi16::<4>(_mm512_and_si512(low, _mm512_set1_epi8(3)))
+        }
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn column(self, a: __m512i, j: usize) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let low = match j {
+                0 => a,
+                1 => _mm512_srli_epi32::<8>(a),
+                2 => _mm512_srli_epi32::<16>(a),
+                _ => _mm512_srli_epi32::<24>(a),
+            };
+            _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(255)))
+        }
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+    #[inline(always)]
+    fn to_f(self, a: __m512i) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    unsafe fn dot4(self, sums: __m512i, codes: __m512i, values: *const i8) -> __m512i {
+        // SAFETY: 4 bytes are readable; `self` proves the features.
+        unsafe {
+            let values = _mm512_set1_epi32(values.cast::<i32>().read_unaligned());
+            _mm512_dpbusd_epi32(sums, codes, values)
         }
     }
 }

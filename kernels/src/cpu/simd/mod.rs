@@ -26,6 +26,17 @@ pub(crate) const LANES: usize = 16;
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32.
     type F: Copy;
+    /// Sixteen i32.
+    type I: Copy;
+    /// 64 bytes: four per lane.
+    type B: Copy;
+    /// Rows of activations that share a pass over a panel of weights at most, a power of two:
+    /// as many as there are registers for.
+    const TILE_TOKENS: usize;
+    /// Queries of grouped heads that share a pass over keys and values, likewise; at most 6.
+    const TILE_QUERIES: usize;
+    /// Queries that share a pass over latent rows, likewise; at most 6.
+    const TILE_LATENT_QUERIES: usize;
 
     /// Runs `body` compiled for this instruction set; kernels start here.
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R;
@@ -46,6 +57,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Sum of the lanes: halves added, then quarters, then eighths, then pairs.
     fn sum(self, a: Self::F) -> f32;
 
+    /// The largest lane.
+    fn largest(self, a: Self::F) -> f32;
+
     /// 16 f32.
     unsafe fn load(self, from: *const f32) -> Self::F;
     unsafe fn store(self, to: *mut f32, a: Self::F);
@@ -59,9 +73,32 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_i8(self, from: *const u8) -> Self::F;
     /// 16 bytes: low nibbles, high nibbles.
     unsafe fn load_nibbles(self, from: *const u8) -> (Self::F, Self::F);
-    /// Sums of products of 16 codes (unsigned, stored in 16 bytes) and 16 signed bytes, twice:
-    /// elements 0..16 and 16..32.
-    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32);
+    /// 16 unsigned bytes.
+    unsafe fn load_u8(self, from: *const u8) -> Self::F;
+    /// Stores 16 integral values within -128..=127 as signed bytes.
+    unsafe fn store_i8(self, to: *mut i8, a: Self::F);
+
+    /// Asks for the cache line at `at`, which need not be readable, in the second-level cache.
+    fn prefetch(self, at: *const u8);
+
+    /// 64 bytes.
+    unsafe fn load_bytes(self, from: *const u8) -> Self::B;
+    /// Bits 0..4 of every byte.
+    fn low_nibbles(self, a: Self::B) -> Self::B;
+    /// Bits 4..8 of every byte.
+    fn high_nibbles(self, a: Self::B) -> Self::B;
+    /// Bits `2 index..2 index + 2` of every byte as bits 4..6, `index < 4`.
+    fn bit_pairs(self, a: Self::B, index: usize) -> Self::B;
+    fn or(self, a: Self::B, b: Self::B) -> Self::B;
+    /// Byte `j` of every lane, unsigned, `j < 4`.
+    fn column(self, a: Self::B, j: usize) -> Self::F;
+
+    fn splat_i(self, value: i32) -> Self::I;
+    /// Exact below 2^24.
+    fn to_f(self, a: Self::I) -> Self::F;
+    /// `sums[lane] + sum_j codes[4 lane + j] * values[j]`: unsigned codes, four signed values that
+    /// all lanes share.
+    unsafe fn dot4(self, sums: Self::I, codes: Self::B, values: *const i8) -> Self::I;
 
     /// e to the power of each lane within about 2 units in the last place; below -87 the result is
     /// that of -87 (1.6e-38), which is nothing beside the softmax' largest term, 1.

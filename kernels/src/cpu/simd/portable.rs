@@ -10,6 +10,7 @@ use crate::quant;
 pub(crate) struct Portable;
 
 type F = [f32; LANES];
+type B = [[u8; 4]; LANES];
 
 #[inline(always)]
 fn zip(a: F, b: F, op: impl Fn(f32, f32) -> f32) -> F {
@@ -27,6 +28,11 @@ unsafe fn lanes<const WIDTH: usize>(from: *const u8, value: impl Fn([u8; WIDTH])
 // SAFETY of every unsafe block below: pointer methods pass their caller's promise on.
 impl Simd for Portable {
     type F = F;
+    type I = [i32; LANES];
+    type B = B;
+    const TILE_TOKENS: usize = 4;
+    const TILE_QUERIES: usize = 2;
+    const TILE_LATENT_QUERIES: usize = 2;
 
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
@@ -89,6 +95,10 @@ impl Simd for Portable {
         v[0]
     }
     #[inline(always)]
+    fn largest(self, a: F) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> F {
         // SAFETY: 16 f32 are readable.
         unsafe { from.cast::<F>().read_unaligned() }
@@ -129,19 +139,62 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn dot_u8_i8(self, codes: *const u8, values: *const i8) -> (i32, i32) {
-        // SAFETY: 32 bytes are readable at both.
-        let (u, s) = unsafe {
-            (
-                codes.cast::<[u8; 32]>().read(),
-                values.cast::<[i8; 32]>().read(),
-            )
-        };
-        let half = |range: std::ops::Range<usize>| {
-            range
-                .map(|i| i32::from(u[i]) * i32::from(s[i]))
-                .sum::<i32>()
-        };
-        (half(0..16), half(16..32))
+    unsafe fn load_u8(self, from: *const u8) -> F {
+        // SAFETY: 16 bytes are readable.
+        unsafe { lanes::<1>(from, |[code]| f32::from(code)) }
+    }
+    #[inline(always)]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the caller keeps it within a byte"
+    )]
+    unsafe fn store_i8(self, to: *mut i8, a: F) {
+        // SAFETY: 16 bytes are writable.
+        unsafe { to.cast::<[i8; LANES]>().write(a.map(|v| v as i8)) }
+    }
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+    #[inline(always)]
+    unsafe fn load_bytes(self, from: *const u8) -> B {
+        // SAFETY: 64 bytes are readable.
+        unsafe { from.cast::<B>().read() }
+    }
+    #[inline(always)]
+    fn low_nibbles(self, a: B) -> B {
+        a.map(|lane| lane.map(|byte| byte & 15))
+    }
+    #[inline(always)]
+    fn high_nibbles(self, a: B) -> B {
+        a.map(|lane| lane.map(|byte| byte >> 4))
+    }
+    #[inline(always)]
+    fn bit_pairs(self, a: B, index: usize) -> B {
+        a.map(|lane| lane.map(|byte| ((byte >> (2 * index)) & 3) << 4))
+    }
+    #[inline(always)]
+    fn or(self, a: B, b: B) -> B {
+        std::array::from_fn(|i| std::array::from_fn(|j| a[i][j] | b[i][j]))
+    }
+    #[inline(always)]
+    fn column(self, a: B, j: usize) -> F {
+        a.map(|lane| f32::from(lane[j]))
+    }
+    #[inline(always)]
+    fn splat_i(self, value: i32) -> [i32; LANES] {
+        [value; LANES]
+    }
+    #[inline(always)]
+    #[expect(clippy::cast_precision_loss, reason = "sums of a group are below 2^24")]
+    fn to_f(self, a: [i32; LANES]) -> F {
+        a.map(|v| v as f32)
+    }
+    #[inline(always)]
+    unsafe fn dot4(self, sums: [i32; LANES], codes: B, values: *const i8) -> [i32; LANES] {
+        // SAFETY: 4 bytes are readable.
+        let values = unsafe { values.cast::<[i8; 4]>().read() };
+        std::array::from_fn(|lane| {
+            let products = (0..4).map(|j| i32::from(codes[lane][j]) * i32::from(values[j]));
+            sums[lane] + products.sum::<i32>()
+        })
     }
 }

@@ -1,0 +1,442 @@
+//! Panels of block-quantized weights against tiles of activations.
+//!
+//! One lane is one weight row. In int8, the 32 products of a group are summed exactly and each
+//! group is added in f32, groups in column order; in f32, every column is one fused multiply-add,
+//! columns in order. Neither depends on how many rows of activations share the pass.
+
+use super::tiles::ROW_BYTES;
+use crate::{
+    cpu::simd::{LANES, Simd},
+    dtype::Format,
+    panel::{GROUP_LEN, GROUPS_PER_BLOCK, PanelLayout},
+};
+
+/// How far ahead weights are asked for where they are read only once, into the second-level cache:
+/// its outstanding misses are many more than the first level's, and a short distance leaves them
+/// idle (12 GB/s at 4 KiB, 28 GB/s at 32 KiB).
+const PREFETCH_BYTES: usize = 32_768;
+/// Rows of f32 activations that share a pass.
+pub(super) const F32_TILE_TOKENS: usize = 4;
+/// Tile lengths, as powers of two.
+pub(super) const N_TILE_LENS: usize = 5;
+
+/// What a tile of activations is read from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum TileInput {
+    /// A tile of [`super::tiles::Int8Tiles`].
+    Int8(*const u8),
+    /// Rows of f32; those past the tile's length are not read.
+    F32([*const f32; F32_TILE_TOKENS]),
+}
+
+/// A tile's outputs: 16 rows of the weight for every row of activations.
+pub(super) type TileOut = [[f32; LANES]; 16];
+
+/// `out[t][r] = row r of the panel . row t of the input` over `n_groups` groups.
+///
+/// The panel and the input must hold that many groups, the input as many rows as the function was
+/// made for.
+pub(super) type TileFn<S> = unsafe fn(S, *const u8, usize, TileInput, &mut TileOut);
+
+/// The kernels of a format for tiles of 1, 2, 4, 8 and 16 rows.
+pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TILE_LENS] {
+    match format {
+        Format::Q4_0 => fns::<S, Q4_0>(int8),
+        Format::Q4_1 => fns::<S, Q4_1>(int8),
+        Format::Q8_0 => fns::<S, Q8_0>(int8),
+        Format::Q4K => fns::<S, Q4K>(int8),
+        Format::Q6K => fns::<S, Q6K>(int8),
+        Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => {
+            unreachable!("plain formats are not stored in panels")
+        }
+    }
+}
+
+fn fns<S: Simd, P: PanelFormat>(int8: bool) -> [TileFn<S>; N_TILE_LENS] {
+    if !int8 {
+        let most = f32_tile::<S, P, 4>;
+        return [f32_tile::<S, P, 1>, f32_tile::<S, P, 2>, most, most, most];
+    }
+    let (one, two, four) = (
+        int8_tile::<S, P, 1>,
+        int8_tile::<S, P, 2>,
+        int8_tile::<S, P, 4>,
+    );
+    if S::TILE_TOKENS >= 16 {
+        [one, two, four, int8_tile::<S, P, 8>, int8_tile::<S, P, 16>]
+    } else {
+        [one, two, four, four, four]
+    }
+}
+
+/// The parts of a panel.
+#[derive(Debug, Clone, Copy)]
+struct Panel {
+    codes: *const u8,
+    scales: *const u8,
+    blocks: *const u8,
+}
+
+/// Scales of a group: `value = scale * (code - ZERO) + min`.
+struct Scales<S: Simd> {
+    /// Of columns 0..16 and 16..32; the same where the format has no halves.
+    scale: [S::F; 2],
+    min: S::F,
+}
+
+/// A block format in panels, as [`crate::panel`] describes it.
+trait PanelFormat: 'static {
+    const FORMAT: Format;
+    /// The code of value 0 before the minimum.
+    const ZERO: i32;
+    const HAS_MIN: bool;
+    const HAS_HALVES: bool;
+
+    /// The quads of a group.
+    ///
+    /// # Safety
+    /// `codes` points at a group's.
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8];
+    /// The scales of group `group`.
+    ///
+    /// # Safety
+    /// The panel holds the group.
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S>;
+}
+
+/// # Safety
+/// 256 bytes are readable.
+#[inline(always)]
+unsafe fn nibbles<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let a = simd.load_bytes(codes);
+        let b = simd.load_bytes(codes.add(64));
+        let c = simd.load_bytes(codes.add(128));
+        let d = simd.load_bytes(codes.add(192));
+        [
+            simd.low_nibbles(a),
+            simd.low_nibbles(b),
+            simd.low_nibbles(c),
+            simd.low_nibbles(d),
+            simd.high_nibbles(a),
+            simd.high_nibbles(b),
+            simd.high_nibbles(c),
+            simd.high_nibbles(d),
+        ]
+    }
+}
+
+/// One f16 per row, a group.
+#[inline(always)]
+unsafe fn one_scale<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+    // SAFETY: promised by the caller.
+    let d = unsafe { simd.load_f16(panel.scales.add(group * 2 * LANES)) };
+    Scales {
+        scale: [d; 2],
+        min: simd.splat(0.0),
+    }
+}
+
+enum Q4_0 {}
+impl PanelFormat for Q4_0 {
+    const FORMAT: Format = Format::Q4_0;
+    const ZERO: i32 = 8;
+    const HAS_MIN: bool = false;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { nibbles(simd, codes) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe { one_scale(simd, panel, group) }
+    }
+}
+
+enum Q4_1 {}
+impl PanelFormat for Q4_1 {
+    const FORMAT: Format = Format::Q4_1;
+    const ZERO: i32 = 0;
+    const HAS_MIN: bool = true;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { nibbles(simd, codes) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let at = panel.scales.add(group * 4 * LANES);
+            Scales {
+                scale: [simd.load_f16(at); 2],
+                min: simd.load_f16(at.add(2 * LANES)),
+            }
+        }
+    }
+}
+
+enum Q8_0 {}
+impl PanelFormat for Q8_0 {
+    const FORMAT: Format = Format::Q8_0;
+    const ZERO: i32 = 128;
+    const HAS_MIN: bool = false;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller: 512 bytes.
+        unsafe {
+            [
+                simd.load_bytes(codes),
+                simd.load_bytes(codes.add(64)),
+                simd.load_bytes(codes.add(128)),
+                simd.load_bytes(codes.add(192)),
+                simd.load_bytes(codes.add(256)),
+                simd.load_bytes(codes.add(320)),
+                simd.load_bytes(codes.add(384)),
+                simd.load_bytes(codes.add(448)),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe { one_scale(simd, panel, group) }
+    }
+}
+
+enum Q4K {}
+impl PanelFormat for Q4K {
+    const FORMAT: Format = Format::Q4K;
+    const ZERO: i32 = 0;
+    const HAS_MIN: bool = true;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { nibbles(simd, codes) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let own = panel.scales.add(group * 2 * LANES);
+            let shared = panel.blocks.add(group / GROUPS_PER_BLOCK * 4 * LANES);
+            let scale = simd.mul(simd.load_f16(shared), simd.load_u8(own));
+            let min = simd.mul(
+                simd.load_f16(shared.add(2 * LANES)),
+                simd.load_u8(own.add(LANES)),
+            );
+            Scales {
+                scale: [scale; 2],
+                min: simd.sub(simd.splat(0.0), min),
+            }
+        }
+    }
+}
+
+enum Q6K {}
+impl PanelFormat for Q6K {
+    const FORMAT: Format = Format::Q6K;
+    const ZERO: i32 = 32;
+    const HAS_MIN: bool = false;
+    const HAS_HALVES: bool = true;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller: 384 bytes.
+        unsafe {
+            let low = nibbles(simd, codes);
+            let high = [
+                simd.load_bytes(codes.add(256)),
+                simd.load_bytes(codes.add(320)),
+            ];
+            [
+                simd.or(low[0], simd.bit_pairs(high[0], 0)),
+                simd.or(low[1], simd.bit_pairs(high[0], 1)),
+                simd.or(low[2], simd.bit_pairs(high[0], 2)),
+                simd.or(low[3], simd.bit_pairs(high[0], 3)),
+                simd.or(low[4], simd.bit_pairs(high[1], 0)),
+                simd.or(low[5], simd.bit_pairs(high[1], 1)),
+                simd.or(low[6], simd.bit_pairs(high[1], 2)),
+                simd.or(low[7], simd.bit_pairs(high[1], 3)),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let own = panel.scales.add(group * 2 * LANES);
+            let d = simd.load_f16(panel.blocks.add(group / GROUPS_PER_BLOCK * 2 * LANES));
+            Scales {
+                scale: [
+                    simd.mul(d, simd.load_i8(own)),
+                    simd.mul(d, simd.load_i8(own.add(LANES))),
+                ],
+                min: simd.splat(0.0),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `panel` points at a panel of `n_groups` groups.
+#[inline(always)]
+unsafe fn parts<P: PanelFormat>(panel: *const u8, n_groups: usize) -> (Panel, PanelLayout) {
+    let Some(layout) = PanelLayout::of(P::FORMAT) else {
+        unreachable!("panel formats have a layout")
+    };
+    // SAFETY: offsets inside the panel.
+    let panel = unsafe {
+        Panel {
+            codes: panel,
+            scales: panel.add(layout.scales_at(n_groups)),
+            blocks: panel.add(layout.blocks_at(n_groups)),
+        }
+    };
+    (panel, layout)
+}
+
+/// See [`TileFn`].
+unsafe fn int8_tile<S: Simd, P: PanelFormat, const T: usize>(
+    simd: S,
+    panel: *const u8,
+    n_groups: usize,
+    input: TileInput,
+    out: &mut TileOut,
+) {
+    let TileInput::Int8(mut x) = input else {
+        unreachable!("int8 kernels get int8 tiles")
+    };
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            // SAFETY: the caller promises panel and tile.
+            unsafe {
+                let (panel, layout) = parts::<P>(panel, n_groups);
+                let mut sums = [simd.splat(0.0); T];
+                for group in 0..n_groups {
+                    let codes = panel.codes.add(group * layout.code_bytes);
+                    if T == 1 {
+                        for line in (0..layout.code_bytes + layout.scale_bytes).step_by(64) {
+                            simd.prefetch(codes.wrapping_add(PREFETCH_BYTES + line));
+                        }
+                    }
+                    let w = P::codes(simd, codes);
+                    let s = P::scales(simd, &panel, group);
+                    let x_scales = x.add(T * GROUP_LEN).cast::<f32>();
+                    let x_zeros = x_scales.cast::<i32>().add(T);
+                    for (t, sum) in sums.iter_mut().enumerate() {
+                        let codes = x.add(t * GROUP_LEN).cast::<i8>();
+                        let x_scale = simd.splat(x_scales.add(t).read_unaligned());
+                        if P::HAS_HALVES {
+                            *sum = halves::<S, P>(simd, &w, &s, codes, x_scale, *sum);
+                        } else {
+                            let mut products = match P::ZERO {
+                                8 => simd.splat_i(x_zeros.add(t).read_unaligned()),
+                                128 => simd.splat_i(x_zeros.add(T + t).read_unaligned()),
+                                _ => simd.splat_i(0),
+                            };
+                            for (q, quad) in w.iter().enumerate() {
+                                products = simd.dot4(products, *quad, codes.add(4 * q));
+                            }
+                            let scale = simd.mul(s.scale[0], x_scale);
+                            *sum = simd.fma(simd.to_f(products), scale, *sum);
+                        }
+                        if P::HAS_MIN {
+                            let x_sum = x_scales.add(3 * T + t).read_unaligned();
+                            *sum = simd.fma(s.min, simd.splat(x_sum), *sum);
+                        }
+                    }
+                    x = x.add(T * ROW_BYTES);
+                }
+                for (to, sum) in out.iter_mut().zip(sums) {
+                    simd.store(to.as_mut_ptr(), sum);
+                }
+            }
+        },
+    );
+}
+
+/// A group whose halves have scales of their own.
+///
+/// # Safety
+/// 32 codes are readable.
+#[inline(always)]
+unsafe fn halves<S: Simd, P: PanelFormat>(
+    simd: S,
+    w: &[S::B; 8],
+    s: &Scales<S>,
+    codes: *const i8,
+    x_scale: S::F,
+    mut sum: S::F,
+) -> S::F {
+    for half in 0..2 {
+        // SAFETY: quads 4 half..4 half + 4 lie inside the 32 codes.
+        unsafe {
+            let x_sum = (0..16).fold(0i32, |sum, k| sum + i32::from(*codes.add(16 * half + k)));
+            let mut products = simd.splat_i(-P::ZERO * x_sum);
+            for (q, quad) in w.iter().enumerate().skip(4 * half).take(4) {
+                products = simd.dot4(products, *quad, codes.add(4 * q));
+            }
+            sum = simd.fma(simd.to_f(products), simd.mul(s.scale[half], x_scale), sum);
+        }
+    }
+    sum
+}
+
+/// See [`TileFn`].
+unsafe fn f32_tile<S: Simd, P: PanelFormat, const T: usize>(
+    simd: S,
+    panel: *const u8,
+    n_groups: usize,
+    input: TileInput,
+    out: &mut TileOut,
+) {
+    let TileInput::F32(x) = input else {
+        unreachable!("f32 kernels get f32 rows")
+    };
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            // SAFETY: the caller promises panel and rows.
+            unsafe {
+                let (panel, layout) = parts::<P>(panel, n_groups);
+                #[expect(clippy::cast_precision_loss, reason = "a code")]
+                let zero = simd.splat(P::ZERO as f32);
+                let mut sums = [simd.splat(0.0); T];
+                for group in 0..n_groups {
+                    let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
+                    let s = P::scales(simd, &panel, group);
+                    for (q, quad) in w.iter().enumerate() {
+                        for j in 0..4 {
+                            let code = simd.column(*quad, j);
+                            let weight = if P::HAS_MIN {
+                                simd.fma(s.scale[0], code, s.min)
+                            } else {
+                                simd.mul(s.scale[q / 4], simd.sub(code, zero))
+                            };
+                            let column = group * GROUP_LEN + 4 * q + j;
+                            for (sum, row) in sums.iter_mut().zip(&x) {
+                                let value = simd.splat(*row.add(column));
+                                *sum = simd.fma(weight, value, *sum);
+                            }
+                        }
+                    }
+                }
+                for (to, sum) in out.iter_mut().zip(sums) {
+                    simd.store(to.as_mut_ptr(), sum);
+                }
+            }
+        },
+    );
+}
