@@ -119,13 +119,14 @@ fn prepare(
     request: GenerateRequest,
 ) -> Result<(Arc<ServedModel>, PreparedPrompt), ApiError> {
     let model = catalog.lookup(Some(request.model.as_str()).filter(|name| !name.is_empty()))?;
+    let tokens_max = model.replica.limits().prompt_len_max();
     let prompt = match request.input {
         Input::Tokens(ids) => PreparedPrompt {
             ids,
             reasoning: ReasoningMode::Off,
         },
         Input::Prompt(text) => {
-            let ids = model.text.encode_prompt(&text);
+            let ids = model.text.encode_prompt(&text, tokens_max);
             let ids = ids.map_err(|e| ApiError::of_text(&e, "prompt"))?;
             PreparedPrompt {
                 ids,
@@ -157,6 +158,7 @@ fn prepare(
             let options = ChatOptions {
                 add_generation_prompt: true,
                 thinking: request.thinking,
+                tokens_max: Some(tokens_max),
                 ..ChatOptions::default()
             };
             let prompt = model.text.render_chat(&values, &options);

@@ -123,8 +123,8 @@ impl Eval {
                 window,
             } => {
                 let checkpoint = checkpoint(&model.model)?;
-                let tokens =
-                    TextModel::from_checkpoint(&checkpoint)?.encode_prompt(&read(&text)?)?;
+                let tokens = TextModel::from_checkpoint(&checkpoint)?
+                    .encode_prompt(&read(&text)?, usize::MAX)?;
                 let window = window.min(tokens.len());
                 let mut session = Session::open(&checkpoint, model.compute.cpu(), window)?;
                 let (nll, n_scored) = session.mean_nll(&tokens, window)?;

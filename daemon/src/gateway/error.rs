@@ -85,6 +85,9 @@ impl ApiError {
     /// What a client is told when its text cannot become tokens. Faults of the checkpoint go to the
     /// log and are no fault of the client.
     pub fn of_text(error: &TextError, param: &str) -> Self {
+        if let TextError::TooLong { .. } = error {
+            return Self::new(Code::ContextLengthExceeded, chain(error)).with_param(param);
+        }
         if error.is_request_fault() {
             return Self::new(Code::InvalidRequest, chain(error)).with_param(param);
         }

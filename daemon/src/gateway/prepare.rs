@@ -101,8 +101,8 @@ pub(super) async fn read_and<T: Send + 'static>(
 }
 
 /// Places that a body takes among the encoders: its share of the longest body, so that all bodies
-/// being tokenised are together no longer than one may be. Tokenising takes up to 400 bytes of
-/// memory for a byte of text.
+/// being prepared are together no longer than one may be. A chat is copied about eight times on its
+/// way through the template; encoding in pieces adds little.
 fn places(body_len: usize, body_len_max: usize, encoders_max: usize) -> u32 {
     let share = body_len
         .saturating_mul(encoders_max)
@@ -179,6 +179,7 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         thinking: request.thinking,
         tools: None,
         template_kwargs,
+        tokens_max: Some(model.replica.limits().prompt_len_max()),
     };
     let prompt = model
         .text
@@ -205,7 +206,7 @@ pub(super) fn completion(
             Prompt::Tokens(ids) => ids,
             Prompt::Text(text) => model
                 .text
-                .encode_prompt(&text)
+                .encode_prompt(&text, model.replica.limits().prompt_len_max())
                 .map_err(|e| ApiError::of_text(&e, "prompt"))?,
         };
         prompts.push(PreparedPrompt {
@@ -266,9 +267,8 @@ fn prepared(
 mod tests {
     use super::*;
 
-    /// Four of the longest bodies at once took several GiB.
     #[test]
-    fn the_longest_body_is_tokenised_alone() {
+    fn the_longest_body_is_prepared_alone() {
         const LEN_MAX: usize = 4 << 20;
         let check = |len, expected| assert_eq!(places(len, LEN_MAX, 4), expected, "{len}");
         check(0, 1);

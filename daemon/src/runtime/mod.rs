@@ -1,7 +1,9 @@
-//! Clock, named threads and the shutdown signal.
+//! Clock, named threads and memory given back.
 //!
 //! The only place that reads time or starts a thread, so that everything else can be run on a
 //! virtual clock and joined.
 
 pub mod clock;
 pub mod thread;
+#[expect(unsafe_code, reason = "only the C library can give memory back")]
+pub(crate) mod heap;

@@ -24,6 +24,8 @@ pub struct ChatOptions {
     pub tools: Option<Value>,
     /// Further variables for the template; they win over all others but the messages.
     pub template_kwargs: Map<String, Value>,
+    /// Encoding stops once it is certain that there are more tokens; `None` sets no limit.
+    pub tokens_max: Option<usize>,
 }
 
 /// A rendered conversation.
@@ -93,7 +95,11 @@ impl TextModel {
             }
             other => other?,
         };
-        let ids = self.encode_marked(&marked, Some(guard.mark()))?;
+        let ids = self.encode_marked(
+            &marked,
+            Some(guard.mark()),
+            options.tokens_max.unwrap_or(usize::MAX),
+        )?;
         let end = marked.trim_end();
         let starts_in_reasoning = end.ends_with("<think>");
         let closed = end.ends_with("</think>");

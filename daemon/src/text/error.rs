@@ -71,6 +71,25 @@ pub enum TextError {
     /// The conversation uses every private-use code point, so that none is left to mark it with.
     #[error("the conversation uses every private-use code point")]
     NoMark,
+    /// The prompt does not fit; found out before all of it was encoded.
+    #[error("the prompt has at least {tokens_min} tokens, at most {max} fit")]
+    TooLong {
+        /// Tokens that it has at least.
+        tokens_min: usize,
+        /// Tokens that it may have.
+        max: usize,
+    },
+    /// A stretch of text without a place to cut would take too much memory to encode.
+    #[error(
+        "the text has {len} bytes without a place where words surely part, at most {max} are \
+         tokenised at once"
+    )]
+    LongWhole {
+        /// Bytes of the stretch.
+        len: usize,
+        /// Bytes that it may have.
+        max: usize,
+    },
     /// The tokenizer library could not encode the text.
     #[error("the text cannot be tokenised")]
     Encode {
@@ -90,6 +109,8 @@ impl TextError {
             | Self::Refused { .. }
             | Self::Render { .. }
             | Self::NoMark
+            | Self::TooLong { .. }
+            | Self::LongWhole { .. }
             | Self::Encode { .. } => true,
             Self::Checkpoint(_)
             | Self::Unsupported { .. }

@@ -15,6 +15,7 @@ mod error;
 mod load;
 mod gguf;
 mod split;
+mod pieces;
 mod template;
 mod guard;
 mod added;

@@ -13,6 +13,7 @@ use super::{
     added::{AddedToken, AddedVocabulary, Piece},
     error::TextError,
     gguf, load,
+    pieces::{self, Cuts},
     template::ChatTemplates,
     vocab::TokenTable,
 };
@@ -23,6 +24,8 @@ use crate::weights::Checkpoint;
 pub struct TextModel {
     /// Without added vocabulary: whatever it is given stays ordinary text.
     plain: Tokenizer,
+    /// `None`: any text is encoded whole.
+    cuts: Option<Cuts>,
     added: AddedVocabulary,
     first_chars: HashSet<char>,
     table: TokenTable,
@@ -80,11 +83,13 @@ impl TextModel {
         let templates = ChatTemplates::compile(&parts.file, parts.templates)?;
         let added = AddedVocabulary::new(parts.added);
         let mut table = parts.table;
+        let cuts = Cuts::of(&parts.plain, table.token_len_max());
         for token in added.tokens() {
             table.insert_added(token);
         }
         Ok(Self {
             plain: parts.plain,
+            cuts,
             first_chars: added.first_chars(),
             added,
             table,
@@ -97,27 +102,31 @@ impl TextModel {
     /// in front when asked for and known.
     ///
     /// # Errors
-    /// [`TextError::Encode`].
+    /// [`TextError::Encode`], [`TextError::LongWhole`].
     pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<u32>, TextError> {
         let mut ids: Vec<u32> = self.bos_id().filter(|_| add_bos).into_iter().collect();
-        self.encode_plain(text, &mut ids)?;
+        self.encode_plain(text, usize::MAX, &mut ids)?;
         Ok(ids)
     }
 
     /// Encodes the prompt of a raw completion: ordinary text, with BOS where the model wants it.
+    /// Stops once it is certain that there are more than `tokens_max` tokens.
     ///
     /// # Errors
-    /// [`TextError::Encode`].
-    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        self.encode(text, self.special.add_bos)
+    /// [`TextError::TooLong`], [`TextError::Encode`], [`TextError::LongWhole`].
+    pub fn encode_prompt(&self, text: &str, tokens_max: usize) -> Result<Vec<u32>, TextError> {
+        let bos = self.bos_id().filter(|_| self.special.add_bos);
+        let mut ids: Vec<u32> = bos.into_iter().collect();
+        self.encode_plain(text, tokens_max, &mut ids)?;
+        Ok(ids)
     }
 
     /// Encodes text in which special and added tokens count. For text of our own only; adds no BOS.
     ///
     /// # Errors
-    /// [`TextError::Encode`].
+    /// [`TextError::Encode`], [`TextError::LongWhole`].
     pub fn encode_trusted(&self, text: &str) -> Result<Vec<u32>, TextError> {
-        self.encode_marked(text, None)
+        self.encode_marked(text, None, usize::MAX)
     }
 
     /// Decodes a whole output at once; special tokens are left out when `skip_special`.
@@ -173,19 +182,21 @@ impl TextModel {
         self.templates.is_some()
     }
 
-    /// Encodes text whose genuine added tokens are those not spoilt by `mark`.
+    /// Encodes text whose genuine added tokens are those not spoilt by `mark`. Stops once it is
+    /// certain that there are more than `tokens_max` tokens.
     pub(super) fn encode_marked(
         &self,
         text: &str,
         mark: Option<char>,
+        tokens_max: usize,
     ) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
         for piece in self.added.split(text, mark) {
             match (piece, mark) {
                 (Piece::Token(id), _) => ids.push(id),
-                (Piece::Text(text), None) => self.encode_plain(text, &mut ids)?,
+                (Piece::Text(text), None) => self.encode_plain(text, tokens_max, &mut ids)?,
                 (Piece::Text(text), Some(mark)) => {
-                    self.encode_plain(&text.replace(mark, ""), &mut ids)?;
+                    self.encode_plain(&text.replace(mark, ""), tokens_max, &mut ids)?;
                 }
             }
         }
@@ -209,13 +220,46 @@ impl TextModel {
         self.templates.as_ref()
     }
 
-    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
-        if text.is_empty() {
-            return Ok(());
+    #[cfg(test)]
+    pub(super) fn cuts(&self) -> Option<&Cuts> {
+        self.cuts.as_ref()
+    }
+
+    /// Appends the tokens of `text`, piece by piece. Stops once it is certain that `ids` will be
+    /// more than `tokens_max`.
+    fn encode_plain(
+        &self,
+        text: &str,
+        tokens_max: usize,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TextError> {
+        let cuts = self.cuts.as_ref();
+        let bytes_kept = |text| cuts.map_or(0, |cuts| cuts.bytes_kept(text));
+        let mut bytes_left = bytes_kept(text);
+        let mut rest = text;
+        while !rest.is_empty() {
+            let tokens_min = ids.len() + cuts.map_or(0, |cuts| cuts.tokens_min(bytes_left));
+            if tokens_max < tokens_min {
+                return Err(TextError::TooLong {
+                    tokens_min,
+                    max: tokens_max,
+                });
+            }
+            let piece_len = cuts.map_or(rest.len(), |cuts| cuts.piece_len(rest));
+            let (piece, behind) = rest.split_at(piece_len);
+            let _held = pieces::admit(piece.len())?;
+            self.encode_piece(piece, ids)?;
+            bytes_left -= bytes_kept(piece).min(bytes_left);
+            rest = behind;
         }
+        Ok(())
+    }
+
+    /// Appends the tokens of a piece, however long.
+    pub(super) fn encode_piece(&self, piece: &str, ids: &mut Vec<u32>) -> Result<(), TextError> {
         let encoding = self
             .plain
-            .encode_fast(text, false)
+            .encode_fast(piece, false)
             .map_err(|source| TextError::Encode { source })?;
         self.table.append_ordinary(encoding.get_ids(), ids);
         Ok(())

@@ -90,6 +90,61 @@ pub(super) fn by_name(name: &str) -> Option<Splitter> {
     })
 }
 
+/// Whether each space behind something else begins a match, for the pre-tokenizers of [`by_name`] and
+/// the same in other words; `None` for any other one.
+pub(super) fn takes_spaces(pre_tokenizer: &Value) -> Option<bool> {
+    const KNOWN: [(&str, bool); 7] = [
+        ("gpt-2", true),
+        ("smollm", true),
+        ("llama-bpe", true),
+        ("qwen2", true),
+        ("deepseek-llm", false),
+        ("deepseek-coder", false),
+        ("deepseek-v3", true),
+    ];
+    let found = steps(pre_tokenizer)?;
+    // SmolLM2's own file.
+    if found == ["digits", GPT2] {
+        return Some(true);
+    }
+    let is_it = |name| by_name(name).and_then(|known| steps(&known.pre_tokenizer));
+    let known = KNOWN
+        .iter()
+        .find(|(name, _)| is_it(name).as_ref() == Some(&found));
+    known.map(|(_, takes_spaces)| *takes_spaces)
+}
+
+/// The expressions of a pre-tokenizer that isolates what they match; `None` when it does anything
+/// else.
+fn steps(pre_tokenizer: &Value) -> Option<Vec<String>> {
+    let kind = pre_tokenizer.get("type")?.as_str()?;
+    Some(match kind {
+        "Sequence" => {
+            let parts = pre_tokenizer.get("pretokenizers")?.as_array()?;
+            let parts: Option<Vec<_>> = parts.iter().map(steps).collect();
+            parts?.concat()
+        }
+        "Split" => {
+            let is_isolated = pre_tokenizer.get("behavior")? == "Isolated"
+                && pre_tokenizer.get("invert")? == false;
+            let expression = pre_tokenizer.get("pattern")?.get("Regex")?.as_str()?;
+            // Some files have the characters where others have their names.
+            let expression = expression.replace('\r', r"\r").replace('\n', r"\n");
+            vec![is_isolated.then_some(expression)?]
+        }
+        "Digits" => {
+            vec![(pre_tokenizer.get("individual_digits")? == true).then(|| "digits".into())?]
+        }
+        "ByteLevel" if pre_tokenizer.get("add_prefix_space")? == false => {
+            match pre_tokenizer.get("use_regex")?.as_bool()? {
+                true => vec![GPT2.to_owned()],
+                false => Vec::new(),
+            }
+        }
+        _ => return None,
+    })
+}
+
 fn split(expression: &str) -> Value {
     json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated",
         "invert": false})

@@ -84,6 +84,12 @@ impl TokenTable {
         self.entries.len()
     }
 
+    /// Bytes of the longest token.
+    pub(super) fn token_len_max(&self) -> usize {
+        let lens = self.entries.iter().flatten().map(|entry| entry.len);
+        lens.max().unwrap_or(0)
+    }
+
     /// The bytes of a token, special ones too; `None` for a hole.
     pub(super) fn bytes(&self, id: u32) -> Option<&[u8]> {
         let entry = self.entry(id)?;
@@ -98,6 +104,11 @@ impl TokenTable {
     fn entry(&self, id: u32) -> Option<Entry> {
         *self.entries.get(id as usize)?
     }
+}
+
+/// The byte-level alphabet and what it stands for.
+pub(super) fn byte_level_alphabet() -> impl Iterator<Item = (char, u8)> {
+    ('\0'..='\u{143}').filter_map(|c| Some((c, byte_of(c)?)))
 }
 
 /// The byte that a character of the byte-level alphabet stands for (GPT-2): printable Latin-1

@@ -225,7 +225,7 @@ fn smollm2_answers_the_same_offline_and_served() {
             Case::new(
                 &model,
                 &text_model,
-                text_model.encode_prompt(text).unwrap(),
+                text_model.encode_prompt(text, usize::MAX).unwrap(),
                 12,
             )
         })

@@ -64,7 +64,10 @@ fn a_tokenizer_comes_out_of_the_metadata() {
         (model.bos_id(), model.eos_id(), model.vocab_len()),
         (Some(0), Some(1), 7)
     );
-    assert_eq!(model.encode_prompt("ab b").unwrap(), [0, 4, 6, 3]);
+    assert_eq!(
+        model.encode_prompt("ab b", usize::MAX).unwrap(),
+        [0, 4, 6, 3]
+    );
     assert_eq!(model.encode_trusted("a<tool>b</s>").unwrap(), [2, 5, 3, 1]);
     assert_eq!(model.decode(&[0, 4, 6, 5, 1], true), "ab <tool>");
     let message = serde_json::json!({"role": "user", "content": "ab"});
@@ -131,7 +134,7 @@ proptest! {
         let file = dir.path().join("m.gguf");
         std::fs::write(&file, bytes).unwrap();
         if let Ok(model) = TextModel::open(&file) {
-            let _ = model.encode_prompt("ab <s> 12 é");
+            let _ = model.encode_prompt("ab <s> 12 é", usize::MAX);
             let _ = model.encode_trusted("ab <s> 12 é");
             let message = serde_json::json!({"role": "user", "content": "ab"});
             let _ = model.render_chat(&[message], &ChatOptions::default());

@@ -94,7 +94,7 @@ proptest! {
         }
         std::fs::write(&file, bytes).unwrap();
         if let Ok(model) = TextModel::open(dir.path()) {
-            let _ = model.encode_prompt("think <s> 12 \u{e9}");
+            let _ = model.encode_prompt("think <s> 12 \u{e9}", usize::MAX);
             let message = json!({"role": "user", "content": "think"});
             let _ = model.render_chat(&[message], &ChatOptions::default());
         }

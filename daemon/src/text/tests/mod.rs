@@ -3,6 +3,7 @@
 mod forgery;
 mod gguf;
 mod hostile;
+mod pieces;
 mod real;
 mod reference;
 mod small;
