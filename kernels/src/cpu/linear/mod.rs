@@ -144,7 +144,7 @@ impl<'a> Inputs<'a> {
     fn tile_len_max<S: Simd>(&self) -> usize {
         match self.int8 {
             Some(_) => S::TILE_TOKENS,
-            None => F32_TILE_TOKENS,
+            None => S::TILE_TOKENS.min(F32_TILE_TOKENS),
         }
     }
 }

@@ -15,8 +15,9 @@ use crate::{
 /// its outstanding misses are many more than the first level's, and a short distance leaves them
 /// idle (12 GB/s at 4 KiB, 28 GB/s at 32 KiB).
 const PREFETCH_BYTES: usize = 32_768;
-/// Rows of f32 activations that share a pass.
-pub(super) const F32_TILE_TOKENS: usize = 4;
+/// Rows of f32 activations that share a pass at most: more addresses than this do not stay in
+/// registers.
+pub(super) const F32_TILE_TOKENS: usize = 8;
 /// Tile lengths, as powers of two.
 pub(super) const N_TILE_LENS: usize = 5;
 
@@ -54,8 +55,13 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
 
 fn fns<S: Simd, P: PanelFormat>(int8: bool) -> [TileFn<S>; N_TILE_LENS] {
     if !int8 {
-        let most = f32_tile::<S, P, 4>;
-        return [f32_tile::<S, P, 1>, f32_tile::<S, P, 2>, most, most, most];
+        let four = f32_tile::<S, P, 4>;
+        let most = if S::TILE_TOKENS >= F32_TILE_TOKENS {
+            f32_tile::<S, P, F32_TILE_TOKENS>
+        } else {
+            four
+        };
+        return [f32_tile::<S, P, 1>, f32_tile::<S, P, 2>, four, most, most];
     }
     let (one, two, four) = (
         int8_tile::<S, P, 1>,
