@@ -171,7 +171,7 @@ sections! {
         listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)), "`127.0.0.1:8000`";
         /// Bytes of a request body; longer ones are refused with 413.
         body_bytes_max: usize = 4_194_304, "4194304", 1024..=1_073_741_824;
-        /// Connections at once; further ones wait to be accepted. Times `body_bytes_max` it bounds what bodies take up.
+        /// Connections at once; while all are taken, 16 more get one request each and a second for its head, and further ones wait. Times `body_bytes_max` it bounds what bodies take up.
         connections_max: usize = 1024, "1024", 1..=1_000_000;
         /// Seconds for a request's head to arrive, and for a connection to stay idle.
         header_timeout_s: u64 = 15, "15", 1..=3600;

@@ -28,6 +28,12 @@ pub(super) const HEAD_LEN_MAX: usize = 64 * 1024;
 /// Pause after a failed accept; the usual cause, too many open files, does not go away faster.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Connections beyond the limit that get one hurried request each, so that probes and people still
+/// find the node when someone holds every place.
+const HURRIED_MAX: usize = 16;
+/// Time for the head of a hurried request.
+const HURRIED_HEADER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Limits of connections.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ConnectionLimits {
@@ -45,15 +51,18 @@ pub(super) async fn serve(
     limits: ConnectionLimits,
     shutdown: CancellationToken,
 ) {
-    let permits = Arc::new(Semaphore::new(limits.connections_max));
+    let places = Places {
+        regular: Arc::new(Semaphore::new(limits.connections_max)),
+        hurried: Arc::new(Semaphore::new(HURRIED_MAX)),
+    };
     let mut connections = JoinSet::new();
-    while let Some((stream, permit)) = accept(&listener, &permits, &shutdown).await {
+    while let Some((stream, place)) = accept(&listener, &places, &shutdown).await {
         while let Some(ended) = connections.try_join_next() {
             report_panic(ended);
         }
         connections.spawn(connection(
             stream,
-            permit,
+            place,
             router.clone(),
             limits,
             shutdown.clone(),
@@ -81,22 +90,47 @@ fn report_panic(ended: Result<(), JoinError>) {
     }
 }
 
+/// Room for connections.
+struct Places {
+    regular: Arc<Semaphore>,
+    hurried: Arc<Semaphore>,
+}
+
+/// A connection's place, given back when it ends.
+struct Place {
+    hurried: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Places {
+    /// A regular place, or a hurried one while there are none.
+    async fn next(&self) -> Option<Place> {
+        let (permit, hurried) = select! {
+            biased;
+            permit = Arc::clone(&self.regular).acquire_owned() => (permit, false),
+            permit = Arc::clone(&self.hurried).acquire_owned() => (permit, true),
+        };
+        // Fails only when closed, which nobody does.
+        let _permit = permit.ok()?;
+        Some(Place { hurried, _permit })
+    }
+}
+
 /// The next connection and its place; `None` on shutdown.
 async fn accept(
     listener: &TcpListener,
-    permits: &Arc<Semaphore>,
+    places: &Places,
     shutdown: &CancellationToken,
-) -> Option<(TcpStream, OwnedSemaphorePermit)> {
-    let permit = select! {
+) -> Option<(TcpStream, Place)> {
+    let place = select! {
         () = shutdown.cancelled() => return None,
-        // Fails only when closed, which nobody does.
-        permit = Arc::clone(permits).acquire_owned() => permit.ok()?,
+        place = places.next() => place?,
     };
     loop {
         select! {
             () = shutdown.cancelled() => return None,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => return Some((stream, permit)),
+                Ok((stream, _)) => return Some((stream, place)),
                 Err(e) => {
                     warn!(error = %e, "cannot accept a connection");
                     time::sleep(ACCEPT_PAUSE).await;
@@ -108,19 +142,25 @@ async fn accept(
 
 async fn connection(
     stream: TcpStream,
-    _permit: OwnedSemaphorePermit,
+    place: Place,
     router: Router,
     limits: ConnectionLimits,
     shutdown: CancellationToken,
 ) {
     let _open = Open::new();
+    let header_timeout = if place.hurried {
+        limits.header_timeout.min(HURRIED_HEADER_TIMEOUT)
+    } else {
+        limits.header_timeout
+    };
     // Events are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
     let stream = WriteTimeout::new(stream, limits.write_timeout);
     let io = TokioIo::new(refused_head::Reader::new(stream));
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.header_timeout)
+        .header_read_timeout(header_timeout)
+        .keep_alive(!place.hurried)
         .max_buf_size(HEAD_LEN_MAX)
         .serve_connection(io, TowerToHyperService::new(router));
     let mut running = Pin::new(&mut connection);
@@ -134,7 +174,7 @@ async fn connection(
     if let Err(e) = ended {
         debug!(error = %e, "connection ended");
         let stream = connection.into_parts().io.into_inner();
-        refused_head::answer(stream, &e, limits.header_timeout).await;
+        refused_head::answer(stream, &e, header_timeout).await;
     }
 }
 

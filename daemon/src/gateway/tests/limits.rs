@@ -103,6 +103,31 @@ async fn slow_clients_do_not_keep_others_out() {
 }
 
 #[tokio::test]
+async fn one_client_cannot_hold_every_place() {
+    let limits = GatewayConfig {
+        connections_max: 4,
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &QUICK)]).await;
+    let mut idle = Vec::new();
+    // All regular places, and more than the hurried ones.
+    for _ in 0..4 + 20 {
+        idle.push(Client::connect(node.addr).await);
+    }
+    let start = time::Instant::now();
+    let reply = node.get("/health").await;
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(reply.header("connection"), Some("close"), "{reply:?}");
+    node.must_serve().await;
+    drop(idle);
+}
+
+#[tokio::test]
 async fn a_client_that_goes_away_frees_its_sequence() {
     let node = Node::start(config(), vec![model("tiny", &SLOW)]).await;
     for stream in ["true", "false"] {
