@@ -6,8 +6,8 @@
 //! queries share its pass, so its result depends on nothing but itself and the cache.
 
 use super::{
-    SharedOut, area,
     pool::Pool,
+    shared::{SharedOut, area},
     simd::{LANES, Simd},
 };
 use crate::backend::{AttentionShape, CacheRows, CacheShape, RowView, StepInputs};

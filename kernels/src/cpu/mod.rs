@@ -1,25 +1,28 @@
 //! The backend that runs on processor cores.
 //!
-//! The instruction set is chosen once, when the backend is made. Weights stay where they are: a
-//! matrix in a mapped file is read in place.
+//! The instruction set is chosen once, when the backend is made. Plain and FP8 weights are read
+//! where they are mapped; block-quantized ones are laid out in panels, in memory of the backend's.
 
 mod attention;
+mod elementwise;
 mod linear;
 mod memory;
 mod pool;
+mod routes;
+mod shared;
 mod simd;
 
-use std::{
-    io,
-    marker::PhantomData,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+pub use self::routes::CpuRoutes;
+
+use std::{io, sync::Mutex};
 
 use self::{
-    linear::{ExpertRun, Inputs, Int8Tiles, Job, Scratch, Slots},
+    elementwise::{for_each_head, rms_norm_row, rotate, swiglu_row},
+    linear::{Inputs, Int8Tiles, Job, Scratch, Slots},
     memory::Arena,
     pool::Pool,
-    simd::{LANES, Portable, Simd},
+    shared::{SharedBytes, SharedOut, area, lock},
+    simd::{Portable, Simd},
 };
 use crate::{
     backend::{
@@ -88,77 +91,6 @@ pub enum CpuError {
     Thread(#[source] io::Error),
 }
 
-/// A pointer into an output buffer that several threads write disjoint parts of.
-#[derive(Debug, Clone, Copy)]
-struct SharedOut<'a> {
-    first: *mut f32,
-    len: usize,
-    owner: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: threads write disjoint elements; every write goes through an unsafe method that says so.
-unsafe impl Send for SharedOut<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for SharedOut<'_> {}
-
-impl<'a> SharedOut<'a> {
-    fn new(out: &'a mut [f32]) -> Self {
-        Self {
-            first: out.as_mut_ptr(),
-            len: out.len(),
-            owner: PhantomData,
-        }
-    }
-
-    /// # Safety
-    /// `at` is inside, and no other thread touches that element.
-    unsafe fn write(self, at: usize, value: f32) {
-        debug_assert!(at < self.len, "output {at} of {}", self.len);
-        // SAFETY: promised by the caller.
-        unsafe { self.first.add(at).write(value) };
-    }
-
-    /// # Safety
-    /// `at` is inside.
-    unsafe fn at(self, at: usize) -> *mut f32 {
-        debug_assert!(at < self.len, "output {at} of {}", self.len);
-        // SAFETY: promised by the caller.
-        unsafe { self.first.add(at) }
-    }
-}
-
-/// Elements of `factors[0] x factors[1] x ..`, checked: sizes guard raw pointers, and a product that
-/// wrapped around would guard nothing.
-fn area(factors: &[usize]) -> usize {
-    let product = factors
-        .iter()
-        .try_fold(1usize, |area, factor| area.checked_mul(*factor));
-    assert!(product.is_some(), "{factors:?} elements are addressable");
-    product.unwrap_or(0)
-}
-
-/// Bytes that several threads write disjoint parts of.
-#[derive(Clone, Copy)]
-struct SharedBytes(*mut u8);
-
-// SAFETY: threads write disjoint bytes; the one method is unsafe and says so.
-unsafe impl Send for SharedBytes {}
-// SAFETY: as above.
-unsafe impl Sync for SharedBytes {}
-
-impl SharedBytes {
-    /// # Safety
-    /// The range is inside, and no other thread touches it.
-    unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [u8] {
-        // SAFETY: promised by the caller.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Threads, scratch and instruction set.
 pub struct CpuBackend {
     config: CpuConfig,
@@ -190,69 +122,6 @@ impl CpuWeight {
     fn single(&self) -> &Matrix {
         assert_eq!(self.parts.len(), 1, "a weight of one matrix");
         &self.parts[0]
-    }
-}
-
-/// Chosen experts, and the rows of each.
-#[derive(Debug)]
-pub struct CpuRoutes {
-    top_k: usize,
-    /// `[rows, top_k]`: (expert, weight), ascending expert.
-    chosen: Vec<(usize, f32)>,
-    choice: GateScratch,
-    /// Slots, sorted by expert: the row of each, and its weight.
-    runs: Vec<ExpertRun>,
-    rows: Vec<usize>,
-    weights: Vec<f32>,
-    /// `[rows, hidden]`: inputs of one expert.
-    x: Vec<f32>,
-    /// `[rows * top_k, inter]`.
-    gate: Vec<f32>,
-    /// `[rows, inter]` of one expert.
-    up: Vec<f32>,
-    /// `[rows, hidden]` of one expert.
-    down: Vec<f32>,
-}
-
-impl CpuRoutes {
-    /// Sorts the choice of the first `n_rows` rows by expert, rows ascending.
-    fn sort(&mut self, n_rows: usize, n_experts: usize) {
-        let Self {
-            chosen,
-            runs,
-            rows,
-            weights,
-            top_k,
-            ..
-        } = self;
-        let chosen = &chosen[..n_rows * *top_k];
-        runs.clear();
-        runs.extend((0..n_experts).map(|expert| ExpertRun {
-            expert,
-            first: 0,
-            n: 0,
-        }));
-        for (expert, _) in chosen {
-            runs[*expert].n += 1;
-        }
-        let mut first = 0;
-        for run in runs.iter_mut() {
-            (run.first, first) = (first, first + run.n);
-            run.n = 0;
-        }
-        rows.clear();
-        rows.resize(chosen.len(), 0);
-        weights.clear();
-        weights.resize(chosen.len(), 0.0);
-        for (m, of_row) in chosen.chunks_exact(*top_k).enumerate() {
-            for (expert, weight) in of_row {
-                let run = &mut runs[*expert];
-                let slot = run.first + run.n;
-                (rows[slot], weights[slot]) = (m, *weight);
-                run.n += 1;
-            }
-        }
-        runs.retain(|run| run.n > 0);
     }
 }
 
@@ -759,78 +628,6 @@ impl Backend for CpuBackend {
                 dispatch!(self, s => s.vectorize(#[inline(always)] || {
                     to.iter_mut().zip(y).for_each(|(o, v)| *o += weight * v);
                 }));
-            }
-        }
-    }
-}
-
-fn for_each_head(
-    x: &mut [f32],
-    n_rows: usize,
-    heads: HeadView,
-    mut body: impl FnMut(usize, &mut [f32]),
-) {
-    for m in 0..n_rows {
-        for h in 0..heads.n_heads {
-            let start = heads.offset + m * heads.row_stride + h * heads.head_stride;
-            body(m, &mut x[start..][..heads.len]);
-        }
-    }
-}
-
-/// Normalises `row` in place.
-fn rms_norm_row<S: Simd>(simd: S, row: &mut [f32], gain: &[f32], eps: f32) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let (vectors, tail) = row.as_chunks::<LANES>();
-            let mut squares = simd.splat(0.0);
-            for v in vectors {
-                // SAFETY: a chunk holds 16 elements.
-                let v = unsafe { simd.load(v.as_ptr()) };
-                squares = simd.fma(v, v, squares);
-            }
-            let sum = simd.sum(squares) + tail.iter().map(|v| v * v).sum::<f32>();
-            #[expect(clippy::cast_precision_loss, reason = "row lengths are far below 2^24")]
-            let scale = 1.0 / (sum / row.len() as f32 + eps).sqrt();
-            for (value, g) in row.iter_mut().zip(gain) {
-                *value = *value * scale * g;
-            }
-        },
-    );
-}
-
-fn swiglu_row<S: Simd>(simd: S, gate: &mut [f32], up: &[f32]) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let (vectors, tail) = gate.as_chunks_mut::<LANES>();
-            let (up_vectors, up_tail) = up.as_chunks::<LANES>();
-            for (g, u) in vectors.iter_mut().zip(up_vectors) {
-                // SAFETY: chunks hold 16 elements.
-                unsafe {
-                    let value = simd.mul(simd.silu(simd.load(g.as_ptr())), simd.load(u.as_ptr()));
-                    simd.store(g.as_mut_ptr(), value);
-                }
-            }
-            for (g, u) in tail.iter_mut().zip(up_tail) {
-                *g = reference::silu(*g) * u;
-            }
-        },
-    );
-}
-
-fn rotate(head: &mut [f32], layout: RopeLayout, cos: &[f32], sin: &[f32]) {
-    match layout {
-        RopeLayout::Halves => {
-            let (low, high) = head.split_at_mut(cos.len());
-            for (i, (a, b)) in low.iter_mut().zip(high).enumerate() {
-                (*a, *b) = (*a * cos[i] - *b * sin[i], *b * cos[i] + *a * sin[i]);
-            }
-        }
-        RopeLayout::Pairs => {
-            for (i, [a, b]) in head.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                (*a, *b) = (*a * cos[i] - *b * sin[i], *b * cos[i] + *a * sin[i]);
             }
         }
     }

@@ -7,8 +7,9 @@ use super::{Inputs, Int8Tiles, Panels, gated_panels, n_panels, panels_per_piece,
 use crate::{
     backend::Expert,
     cpu::{
-        CpuWeight, SharedOut, area,
+        CpuWeight,
         pool::Pool,
+        shared::{SharedOut, area},
         simd::{LANES, Simd},
     },
     matrix::{Layout, Matrix},

@@ -22,8 +22,8 @@ use self::{
     tiles::{RowSet, SharedTiles, tiles},
 };
 use super::{
-    SharedOut, area, lock,
     pool::Pool,
+    shared::{SharedOut, area, lock},
     simd::{LANES, Simd},
 };
 use crate::{

@@ -10,7 +10,7 @@ use bytemuck::cast_slice;
 use super::decode::{self, Decode, GROUP_LEN, WeightRow};
 use crate::{
     cpu::{
-        SharedOut,
+        shared::SharedOut,
         simd::{LANES, Simd},
     },
     dtype::Format,

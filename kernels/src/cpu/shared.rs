@@ -1,0 +1,77 @@
+//! Memory that several threads write disjoint parts of, and the checks in front of it.
+
+use std::{
+    marker::PhantomData,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// A pointer into an output buffer that several threads write disjoint parts of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SharedOut<'a> {
+    first: *mut f32,
+    len: usize,
+    owner: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: threads write disjoint elements; every write goes through an unsafe method that says so.
+unsafe impl Send for SharedOut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOut<'_> {}
+
+impl<'a> SharedOut<'a> {
+    pub(super) fn new(out: &'a mut [f32]) -> Self {
+        Self {
+            first: out.as_mut_ptr(),
+            len: out.len(),
+            owner: PhantomData,
+        }
+    }
+
+    /// # Safety
+    /// `at` is inside, and no other thread touches that element.
+    pub(super) unsafe fn write(self, at: usize, value: f32) {
+        debug_assert!(at < self.len, "output {at} of {}", self.len);
+        // SAFETY: promised by the caller.
+        unsafe { self.first.add(at).write(value) };
+    }
+
+    /// # Safety
+    /// `at` is inside.
+    pub(super) unsafe fn at(self, at: usize) -> *mut f32 {
+        debug_assert!(at < self.len, "output {at} of {}", self.len);
+        // SAFETY: promised by the caller.
+        unsafe { self.first.add(at) }
+    }
+}
+
+/// Elements of `factors[0] x factors[1] x ..`, checked: sizes guard raw pointers, and a product that
+/// wrapped around would guard nothing.
+pub(super) fn area(factors: &[usize]) -> usize {
+    let product = factors
+        .iter()
+        .try_fold(1usize, |area, factor| area.checked_mul(*factor));
+    assert!(product.is_some(), "{factors:?} elements are addressable");
+    product.unwrap_or(0)
+}
+
+/// Bytes that several threads write disjoint parts of.
+#[derive(Clone, Copy)]
+pub(super) struct SharedBytes(pub(super) *mut u8);
+
+// SAFETY: threads write disjoint bytes; the one method is unsafe and says so.
+unsafe impl Send for SharedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for SharedBytes {}
+
+impl SharedBytes {
+    /// # Safety
+    /// The range is inside, and no other thread touches it.
+    pub(super) unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [u8] {
+        // SAFETY: promised by the caller.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
