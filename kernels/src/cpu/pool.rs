@@ -1,41 +1,54 @@
 //! A few threads that share out numbered pieces of work.
 //!
 //! The caller works too. Idle threads spin briefly (a step has hundreds of short parts), then sleep,
-//! so that another program on the core is not starved; work goes to whichever thread runs.
+//! so that another program on the core is not starved; work goes to whichever thread runs. Nothing
+//! is locked between threads that are awake: a layer of a small model is 10 us of work.
 
 use std::{
+    cell::UnsafeCell,
     io, mem,
     sync::{
-        Arc, Condvar, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc, Condvar, Mutex,
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Acquire, Relaxed, Release, SeqCst},
+        },
     },
     thread::{Builder, JoinHandle},
 };
 
-/// Checks of the job number before an idle thread sleeps, about 20 us.
+use super::shared::lock;
+
+/// Checks of the job number before an idle thread sleeps, about 50 us.
 const SPINS_BEFORE_SLEEP: usize = 4_000;
 
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
 /// The running job, as the threads see it.
+#[derive(Clone, Copy)]
 struct Job {
     task: *const Task<'static>,
     n_tasks: usize,
 }
 
-// SAFETY: the pointer is dereferenced only between publication and the end of `Pool::run`, which
-// keeps the closure alive; the closure is Sync.
-unsafe impl Send for Job {}
+/// A cache line of its own, so that threads do not pull it from each other for a neighbour.
+#[derive(Default)]
+#[repr(align(128))]
+struct Line<T>(T);
 
 struct Shared {
-    /// Counts publications and closings of jobs: what waiting threads watch.
-    generation: AtomicUsize,
+    /// Odd while a job is open; every opening and every closing adds one. What threads watch.
+    generation: Line<AtomicUsize>,
     /// The next piece of work.
-    next: AtomicUsize,
-    /// Threads inside the job.
-    n_inside: AtomicUsize,
-    /// The job; locked to enter and to publish.
-    job: Mutex<Option<Job>>,
+    next: Line<AtomicUsize>,
+    /// Threads inside the job, or finding out whether there is one.
+    n_inside: Line<AtomicUsize>,
+    /// Threads that sleep or are about to.
+    n_sleeping: Line<AtomicUsize>,
+    /// The open job. Written by `Pool::run` while none is open and no thread is inside; read by
+    /// threads inside.
+    job: UnsafeCell<Option<Job>>,
+    sleep: Mutex<()>,
     wake: Condvar,
     stop: AtomicBool,
     /// True from publication to the end of a job.
@@ -43,6 +56,13 @@ struct Shared {
     /// Set when a piece panicked on another thread than the caller's.
     panicked: AtomicBool,
 }
+
+// SAFETY: `job` is read only by threads that entered (`Shared::enter`) and written only while none
+// is inside, see `Pool::run`; its pointer is dereferenced only inside, while `run` keeps the closure
+// alive, and the closure is Sync. Everything else is atomic or locked.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
 
 /// Owns the threads; dropping it joins them.
 pub(crate) struct Pool {
@@ -54,10 +74,12 @@ impl Pool {
     /// A pool in which `n_threads` work at once, the caller included.
     pub(crate) fn new(n_threads: usize) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            generation: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
-            n_inside: AtomicUsize::new(0),
-            job: Mutex::new(None),
+            generation: Line::default(),
+            next: Line::default(),
+            n_inside: Line::default(),
+            n_sleeping: Line::default(),
+            job: UnsafeCell::new(None),
+            sleep: Mutex::new(()),
             wake: Condvar::new(),
             stop: AtomicBool::new(false),
             is_busy: AtomicBool::new(false),
@@ -91,42 +113,46 @@ impl Pool {
             return;
         }
         let shared = &*self.shared;
-        let was_busy = shared.is_busy.swap(true, Ordering::Acquire);
+        let was_busy = shared.is_busy.swap(true, Acquire);
         assert!(!was_busy, "a pool runs one job at a time");
         // SAFETY: only the lifetime changes; `run` does not return before the job is closed and
         // no thread is inside it.
         let erased = unsafe { mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
-        {
-            let mut job = lock(&shared.job);
-            shared.next.store(0, Ordering::Relaxed);
-            *job = Some(Job {
+        shared.next.0.store(0, Relaxed);
+        // SAFETY: `is_busy` keeps other callers out; the last job was closed and left by all (see
+        // `Open`), and a thread that enters now reads nothing before the job is open.
+        unsafe {
+            *shared.job.get() = Some(Job {
                 task: erased,
                 n_tasks,
             });
-            shared.generation.fetch_add(1, Ordering::Release);
         }
+        shared.generation.0.fetch_add(1, SeqCst);
         let open = Open(shared);
-        shared.wake.notify_all();
+        // Either a thread on its way to sleep sees the job, or it is counted here.
+        if shared.n_sleeping.0.load(SeqCst) > 0 {
+            drop(lock(&shared.sleep));
+            shared.wake.notify_all();
+        }
         drain(shared, task, n_tasks, 0);
         drop(open);
         assert!(
-            !shared.panicked.load(Ordering::Acquire),
+            !shared.panicked.load(Acquire),
             "a piece of work panicked on its thread"
         );
     }
 }
 
-/// A published job; dropping it, also while unwinding, closes it and waits for those inside.
+/// An open job; dropping it, also while unwinding, closes it and waits for those inside.
 struct Open<'a>(&'a Shared);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
         let shared = self.0;
-        // Closing under the lock: after this nobody enters, and those inside are counted.
-        *lock(&shared.job) = None;
-        shared.generation.fetch_add(1, Ordering::Release);
+        // Either a thread that enters sees the job closed, or it is counted here.
+        shared.generation.0.fetch_add(1, SeqCst);
         let mut spins = 0usize;
-        while shared.n_inside.load(Ordering::Acquire) > 0 {
+        while shared.n_inside.0.load(SeqCst) > 0 {
             spins += 1;
             if spins.is_multiple_of(SPINS_BEFORE_SLEEP) {
                 // The other thread was preempted inside its piece: give it this core.
@@ -134,17 +160,14 @@ impl Drop for Open<'_> {
             }
             std::hint::spin_loop();
         }
-        shared.is_busy.store(false, Ordering::Release);
+        shared.is_busy.store(false, Release);
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        {
-            let _job = lock(&self.shared.job);
-            self.shared.stop.store(true, Ordering::Release);
-            self.shared.generation.fetch_add(2, Ordering::Release);
-        }
+        self.shared.stop.store(true, SeqCst);
+        drop(lock(&self.shared.sleep));
         self.shared.wake.notify_all();
         for thread in self.threads.drain(..) {
             // A panicked worker has already printed why.
@@ -153,13 +176,9 @@ impl Drop for Pool {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 fn drain(shared: &Shared, task: &Task<'_>, n_tasks: usize, thread: usize) {
     loop {
-        let piece = shared.next.fetch_add(1, Ordering::Relaxed);
+        let piece = shared.next.0.fetch_add(1, Relaxed);
         if piece >= n_tasks {
             return;
         }
@@ -173,40 +192,58 @@ struct Inside<'a>(&'a Shared);
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.panicked.store(true, Ordering::Release);
+            self.0.panicked.store(true, Release);
         }
-        self.0.n_inside.fetch_sub(1, Ordering::Release);
+        self.0.n_inside.0.fetch_sub(1, Release);
+    }
+}
+
+impl Shared {
+    /// True when there is a job that is not number `seen`, or the pool ends.
+    fn has_news(&self, seen: usize) -> bool {
+        let generation = self.generation.0.load(SeqCst);
+        (generation % 2 == 1 && generation != seen) || self.stop.load(SeqCst)
+    }
+
+    /// Returns when there is news; sleeps when there is none for a while.
+    fn wait(&self, seen: usize) {
+        for _ in 0..SPINS_BEFORE_SLEEP {
+            if self.has_news(seen) {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let guard = lock(&self.sleep);
+        self.n_sleeping.0.fetch_add(1, SeqCst);
+        let guard = self.wake.wait_while(guard, |()| !self.has_news(seen));
+        self.n_sleeping.0.fetch_sub(1, SeqCst);
+        drop(guard);
+    }
+
+    /// Counts this thread inside; the number of the open job, if there is one.
+    fn enter(&self) -> (Inside<'_>, Option<usize>) {
+        self.n_inside.0.fetch_add(1, SeqCst);
+        let inside = Inside(self);
+        let generation = self.generation.0.load(SeqCst);
+        (inside, (generation % 2 == 1).then_some(generation))
     }
 }
 
 fn work(shared: &Shared, thread: usize) {
     let mut seen = 0;
     loop {
-        let mut spins = 0;
-        while shared.generation.load(Ordering::Acquire) == seen && spins < SPINS_BEFORE_SLEEP {
-            std::hint::spin_loop();
-            spins += 1;
-        }
-        let entered = {
-            let mut job = lock(&shared.job);
-            while shared.generation.load(Ordering::Acquire) == seen {
-                job = shared
-                    .wake
-                    .wait(job)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            seen = shared.generation.load(Ordering::Acquire);
-            job.as_ref().map(|open| {
-                shared.n_inside.fetch_add(1, Ordering::Acquire);
-                (open.task, open.n_tasks, Inside(shared))
-            })
-        };
-        if shared.stop.load(Ordering::Acquire) {
+        shared.wait(seen);
+        if shared.stop.load(SeqCst) {
             return;
         }
-        if let Some((task, n_tasks, _inside)) = entered {
-            // SAFETY: the job was open under the lock and this thread is counted inside, so `run`
-            // waits for it and the closure is alive.
+        let (_inside, open) = shared.enter();
+        let Some(generation) = open else { continue };
+        seen = generation;
+        // SAFETY: the job was open after this thread was counted inside, so nobody writes it and
+        // `run` keeps its closure alive until the thread has left.
+        let job = unsafe { *shared.job.get() };
+        if let Some(Job { task, n_tasks }) = job {
+            // SAFETY: as above.
             let task = unsafe { &*task };
             drain(shared, task, n_tasks, thread);
         }
@@ -227,9 +264,9 @@ mod tests {
                     .collect::<Vec<_>>();
                 pool.run(n_tasks, &|piece, thread| {
                     assert!(thread < n_threads);
-                    done[piece].fetch_add(1, Ordering::Relaxed);
+                    done[piece].fetch_add(1, Relaxed);
                 });
-                assert!(done.iter().all(|d| d.load(Ordering::Relaxed) == 1));
+                assert!(done.iter().all(|d| d.load(Relaxed) == 1));
             }
         }
     }
@@ -242,9 +279,9 @@ mod tests {
         pool.run(2, &|_, _| {
             let second = || pool.run(2, &|_, _| {});
             let refusal = std::panic::catch_unwind(std::panic::AssertUnwindSafe(second));
-            n_refused.fetch_add(usize::from(refusal.is_err()), Ordering::Relaxed);
+            n_refused.fetch_add(usize::from(refusal.is_err()), Relaxed);
         });
-        assert_eq!(n_refused.load(Ordering::Relaxed), 2);
+        assert_eq!(n_refused.load(Relaxed), 2);
         pool.run(2, &|_, _| {});
     }
 
@@ -254,9 +291,27 @@ mod tests {
         let total = AtomicUsize::new(0);
         for _ in 0..20_000 {
             pool.run(4, &|_, _| {
-                total.fetch_add(1, Ordering::Relaxed);
+                total.fetch_add(1, Relaxed);
             });
         }
-        assert_eq!(total.load(Ordering::Relaxed), 80_000);
+        assert_eq!(total.load(Relaxed), 80_000);
+    }
+    /// Pauses around the time after which threads sleep: none is missed on its way to sleep.
+    #[test]
+    fn jobs_after_pauses_of_all_lengths_end_and_find_helpers() {
+        let pool = Pool::new(3).unwrap();
+        let (total, helped) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        for round in 0..2_000u64 {
+            pool.run(8, &|_, thread| {
+                total.fetch_add(1, Relaxed);
+                helped.fetch_add(usize::from(thread > 0), Relaxed);
+                for _ in 0..2_000 {
+                    std::hint::spin_loop();
+                }
+            });
+            std::thread::sleep(std::time::Duration::from_micros(round % 150));
+        }
+        assert_eq!(total.load(Relaxed), 16_000);
+        assert!(helped.load(Relaxed) > 0, "threads were woken");
     }
 }
