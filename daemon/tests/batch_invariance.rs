@@ -9,14 +9,19 @@ use dsd::{
     weights::Checkpoint,
 };
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use proptest::prelude::*;
 
 const VOCAB: usize = 384;
 
-fn executor(model: &str, n_threads: usize, activations: Activations) -> Box<dyn StepExecutor> {
+fn executor(
+    model: &str,
+    n_threads: usize,
+    activations: Activations,
+    kv_type: KvType,
+) -> Box<dyn StepExecutor> {
     let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
     let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
     let folder = data.join("reference").join(model);
@@ -30,6 +35,7 @@ fn executor(model: &str, n_threads: usize, activations: Activations) -> Box<dyn 
         n_threads,
         isa: Isa::available()[0],
         activations,
+        kv_type,
     };
     let budget = Budget {
         kv_bytes_max: 16 << 20,
@@ -111,9 +117,9 @@ fn run(
     sequences.into_iter().map(|s| s.last).collect()
 }
 
-fn check(model: &str, activations: Activations) {
-    let one = RefCell::new(executor(model, 1, activations));
-    let two = RefCell::new(executor(model, 2, activations));
+fn check(model: &str, activations: Activations, kv_type: KvType) {
+    let one = RefCell::new(executor(model, 1, activations, kv_type));
+    let two = RefCell::new(executor(model, 2, activations, kv_type));
     let prompt = |len: usize, seed: u32| {
         (0..len as u32)
             .map(|i| (i * 37 + seed * 101) % 370)
@@ -151,20 +157,26 @@ fn check(model: &str, activations: Activations) {
 
 #[test]
 fn grouped_heads_have_the_same_bits_in_any_batch() {
-    check("llama", Activations::F32);
+    check("llama", Activations::F32, KvType::F32);
 }
 
 #[test]
 fn quantized_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v3_fp8", Activations::F32);
+    check("deepseek_v3_fp8", Activations::F32, KvType::F32);
 }
 
 #[test]
 fn latent_attention_and_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v2", Activations::F32);
+    check("deepseek_v2", Activations::F32, KvType::F32);
 }
 
 #[test]
 fn normalised_heads_and_experts_have_the_same_bits_in_any_batch() {
-    check("qwen3_moe", Activations::Int8);
+    check("qwen3_moe", Activations::Int8, KvType::Bf16);
+}
+
+#[test]
+fn rounded_keys_and_values_have_the_same_bits_in_any_batch() {
+    check("llama", Activations::F32, KvType::Int8);
+    check("deepseek_v3", Activations::F32, KvType::Int8);
 }

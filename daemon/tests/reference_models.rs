@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 
 use dsd::{eval::Session, weights::Checkpoint};
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use safetensors::SafeTensors;
@@ -31,6 +31,7 @@ fn cpu(isa: Isa) -> CpuConfig {
         n_threads: 2,
         isa,
         activations: Activations::F32,
+        kv_type: KvType::F32,
     }
 }
 

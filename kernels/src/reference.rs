@@ -6,7 +6,7 @@
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
+        HeadView, KvType, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
     },
     matrix::Matrix,
     quant,
@@ -27,6 +27,7 @@ impl Backend for Reference {
     type Buffer = Vec<f32>;
     type Weight = Vec<Matrix>;
     type Routes = Routes;
+    type Cache = Vec<f32>;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
         vec![0.0; len]
@@ -34,6 +35,16 @@ impl Backend for Reference {
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
         values.to_vec()
+    }
+
+    fn kv_type(&self) -> KvType {
+        KvType::F32
+    }
+
+    /// Keys `[n_kv_heads, head_dim, block_len]`, then values `[n_kv_heads, block_len, head_dim]`;
+    /// or rows of latent and rotary key.
+    fn cache(&self, shape: CacheShape) -> Vec<f32> {
+        vec![0.0; shape.size()]
     }
 
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
@@ -506,7 +517,7 @@ pub fn rope_angles(
 }
 
 /// Copies keys and values into their blocks.
-pub fn store_heads(
+fn store_heads(
     x: &[f32],
     keys: RowView,
     values: RowView,
@@ -544,7 +555,7 @@ pub fn store_heads(
 }
 
 /// Copies latent rows into their blocks.
-pub fn store_latent(
+fn store_latent(
     rows: &[f32],
     view: RowView,
     cache: &mut [f32],
@@ -562,17 +573,17 @@ pub fn store_latent(
 
 /// Where one position of one query head lies in the cache.
 #[derive(Debug, Clone, Copy)]
-pub struct CachedRow {
+struct CachedRow {
     /// First element of the key.
-    pub key: usize,
+    key: usize,
     /// Elements between the key's dimensions.
-    pub key_stride: usize,
+    key_stride: usize,
     /// First element of the value.
-    pub value: usize,
+    value: usize,
 }
 
 /// Position `t` of the block at `block_start` for query head `head` of `n_heads`.
-pub fn cached_row(
+fn cached_row(
     block_start: usize,
     t: usize,
     shape: CacheShape,

@@ -6,7 +6,7 @@ pub(crate) mod serve;
 
 use clap::ValueEnum;
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 
@@ -16,6 +16,17 @@ pub(crate) enum ActivationsArg {
     /// f32 products and sums.
     F32,
     /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K and Q6_K weights).
+    Int8,
+}
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum KvTypeArg {
+    /// As computed.
+    F32,
+    /// Half the bytes.
+    Bf16,
+    /// A quarter of the bytes, and a scale for every position and head.
     Int8,
 }
 
@@ -32,6 +43,9 @@ pub(crate) struct ComputeArgs {
     /// Arithmetic of block-quantized layers.
     #[arg(long, value_enum, default_value = "f32")]
     activations: ActivationsArg,
+    /// How keys and values are stored.
+    #[arg(long, value_enum, default_value = "f32")]
+    kv_type: KvTypeArg,
     /// Device to run on.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
@@ -49,11 +63,17 @@ impl ComputeArgs {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
         };
+        let kv_type = match self.kv_type {
+            KvTypeArg::F32 => KvType::F32,
+            KvTypeArg::Bf16 => KvType::Bf16,
+            KvTypeArg::Int8 => KvType::Int8,
+        };
         let n_threads = self.threads.map_or_else(available_threads, usize::from);
         CpuConfig {
             n_threads,
             isa: Isa::available()[0],
             activations,
+            kv_type,
         }
     }
 }

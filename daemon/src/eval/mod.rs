@@ -96,7 +96,7 @@ impl Session {
             });
         }
         let n_blocks = n_tokens.div_ceil(KV_BLOCK_LEN).max(1);
-        let block_bytes = spec.cache_elements_per_token() * KV_BLOCK_LEN * 4;
+        let block_bytes = spec.cache_bytes_per_token(cpu.kv_type) * KV_BLOCK_LEN;
         let budget = Budget {
             kv_bytes_max: (n_blocks * block_bytes) as u64,
             step_tokens_max: STEP_TOKENS,

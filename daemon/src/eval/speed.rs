@@ -64,7 +64,7 @@ impl SpeedTest {
             });
         }
         let blocks_each = n_tokens.div_ceil(KV_BLOCK_LEN);
-        let block_bytes = spec.cache_elements_per_token() * KV_BLOCK_LEN * 4;
+        let block_bytes = spec.cache_bytes_per_token(cpu.kv_type) * KV_BLOCK_LEN;
         let step_tokens_max = (4 * STEP_TOKENS).max(case.n_sequences);
         let budget = Budget {
             kv_bytes_max: (blocks_each * case.n_sequences * block_bytes) as u64,

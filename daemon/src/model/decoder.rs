@@ -41,7 +41,7 @@ impl<B: Backend> Decoder<B> {
         inputs: &StepInputs<'_>,
         logit_rows: &[usize],
         cache_shape: CacheShape,
-        caches: &mut [B::Buffer],
+        caches: &mut [B::Cache],
         ws: &'w mut Workspace<B>,
     ) -> &'w mut B::Buffer {
         let (spec, n_rows) = (&self.spec, inputs.n_rows());

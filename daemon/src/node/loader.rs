@@ -3,14 +3,16 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
-    config::{Activations as ActivationsKey, EngineConfig as EngineKeys, NodeConfig},
+    config::{
+        Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, NodeConfig,
+    },
     engine::EngineConfig,
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
@@ -43,10 +45,16 @@ pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
         ActivationsKey::F32 => Activations::F32,
         ActivationsKey::Int8 => Activations::Int8,
     };
+    let kv_type = match keys.kv_type {
+        KvTypeKey::F32 => KvType::F32,
+        KvTypeKey::Bf16 => KvType::Bf16,
+        KvTypeKey::Int8 => KvType::Int8,
+    };
     CpuConfig {
         n_threads,
         isa: Isa::available()[0],
         activations,
+        kv_type,
     }
 }
 
@@ -86,21 +94,22 @@ fn load(
     let text = TextModel::from_checkpoint(&checkpoint).map_err(|e| bad_checkpoint(e.into()))?;
     stage(2);
     let cpu = cpu_config(keys);
-    let model = load_cpu(&checkpoint, cpu, budget(keys, &spec)).map_err(|e| match e {
-        runner::LoadError::Plan(_) => LoadError::Memory {
-            path: path.to_owned(),
-            source: e.into(),
-        },
-        runner::LoadError::Model(ModelError::Config(_)) => LoadError::Unsupported {
-            path: path.to_owned(),
-            source: e.into(),
-        },
-        runner::LoadError::Model(_) => bad_checkpoint(e.into()),
-        runner::LoadError::Cpu(_) => LoadError::Engine {
-            name: name.to_owned(),
-            source: e.into(),
-        },
-    })?;
+    let model =
+        load_cpu(&checkpoint, cpu, budget(keys, cpu.kv_type, &spec)).map_err(|e| match e {
+            runner::LoadError::Plan(_) => LoadError::Memory {
+                path: path.to_owned(),
+                source: e.into(),
+            },
+            runner::LoadError::Model(ModelError::Config(_)) => LoadError::Unsupported {
+                path: path.to_owned(),
+                source: e.into(),
+            },
+            runner::LoadError::Model(_) => bad_checkpoint(e.into()),
+            runner::LoadError::Cpu(_) => LoadError::Engine {
+                name: name.to_owned(),
+                source: e.into(),
+            },
+        })?;
     for line in model.plan.to_string().lines() {
         info!(model = name, "{line}");
     }
@@ -140,8 +149,8 @@ fn load(
 }
 
 /// What the configuration allows a replica of this model.
-fn budget(keys: &EngineKeys, spec: &DecoderSpec) -> Budget {
-    let bytes_per_token = spec.cache_elements_per_token() as u64 * 4;
+fn budget(keys: &EngineKeys, kv_type: KvType, spec: &DecoderSpec) -> Budget {
+    let bytes_per_token = spec.cache_bytes_per_token(kv_type) as u64;
     // One block more than asked for: the canary keeps it to itself.
     let bytes_of = |n_tokens: usize| {
         let with_canary = n_tokens.next_multiple_of(KV_BLOCK_LEN) + KV_BLOCK_LEN;

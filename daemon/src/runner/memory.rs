@@ -98,7 +98,7 @@ impl MemoryPlan {
         budget: Budget,
         available: Option<u64>,
     ) -> Result<Self, PlanError> {
-        let kv_bytes_per_token = bytes_of(spec.cache_elements_per_token());
+        let kv_bytes_per_token = spec.cache_bytes_per_token(backend.kv_type()) as u64;
         let block_bytes = kv_bytes_per_token * KV_BLOCK_LEN as u64;
         // More blocks than all sequences and the engine's canary can fill would be waste.
         let useful = spec.context_len.div_ceil(KV_BLOCK_LEN) * budget.step_spans_max + 1;
@@ -178,10 +178,6 @@ impl fmt::Display for MemoryPlan {
             self.step_logits_max
         )
     }
-}
-
-fn bytes_of(n_elements: usize) -> u64 {
-    n_elements as u64 * 4
 }
 
 /// Memory the system could still give out: `MemAvailable` of `/proc/meminfo`.
