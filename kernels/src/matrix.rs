@@ -31,7 +31,7 @@ pub struct Matrix {
     tile_scales: Option<TileScales>,
 }
 
-/// One f32 factor per tile of an FP8 matrix: `value = code * scale[row / tile_rows][col / tile_cols]`.
+/// One f32 factor per tile of an FP8 matrix, or per row of an Int8 one: `value = code * scale[row / tile_rows][col / tile_cols]`.
 /// The last tile of a row or column may be ragged.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TileScales {
@@ -73,7 +73,7 @@ pub enum MatrixError {
     /// Panels of a format that has none.
     #[error("{0} is not stored in panels")]
     NoPanels(Format),
-    /// FP8 without scales, scales on another format, or a scale grid of the wrong size.
+    /// FP8 or Int8 without scales, scales on another format, or a scale grid of the wrong size.
     #[error("{format} [{n_rows}, {n_cols}] needs {expected} tile scales, found {found}")]
     WrongScales {
         /// Stored format.
@@ -120,6 +120,8 @@ impl Matrix {
             });
         }
         let n_scales_expected = match (&tile_scales, format) {
+            (Some(s), Format::Int8) if (s.tile_rows, s.tile_cols) != (1, n_cols) => 0,
+            (_, Format::Int8) => n_rows,
             (_, f) if f != Format::F8E4m3 => 0,
             (Some(s), _) if s.tile_rows > 0 && s.tile_cols > 0 => {
                 n_rows.div_ceil(s.tile_rows) * n_cols.div_ceil(s.tile_cols)
@@ -268,7 +270,8 @@ impl Matrix {
         &self.data
     }
 
-    /// The scale grid of an FP8 matrix; `Some` exactly for [`Format::F8E4m3`].
+    /// The scales of an FP8 or Int8 matrix; `None` for other formats, and in panels, which hold
+    /// them.
     pub fn tile_scales(&self) -> Option<&TileScales> {
         self.tile_scales.as_ref()
     }

@@ -57,12 +57,22 @@ impl Random {
                     scale(block, 2, self.unit() / 4.0);
                 }
                 Format::Q6K => scale(block, 208, value / 512.0),
+                Format::Int8 => {}
+                Format::Int4 => {
+                    scale(block, 0, value / 16.0);
+                    block[2] %= 17;
+                }
             }
         }
-        let tile_scales = (format == Format::F8E4m3).then(|| TileScales {
-            tile_rows: 128,
-            tile_cols: 128,
-            values: (0..n.div_ceil(128) * k.div_ceil(128))
+        let tile = match format {
+            Format::F8E4m3 => Some((128, 128)),
+            Format::Int8 => Some((1, k)),
+            _ => None,
+        };
+        let tile_scales = tile.map(|(tile_rows, tile_cols)| TileScales {
+            tile_rows,
+            tile_cols,
+            values: (0..n.div_ceil(tile_rows) * k.div_ceil(tile_cols))
                 .map(|_| self.unit() / 64.0)
                 .collect(),
         });
@@ -627,7 +637,7 @@ fn experts_agree_for_every_router() {
     let mut random = Random(8);
     for ((gate, has_bias), format) in cases::gates()
         .into_iter()
-        .flat_map(|gate| [Format::Bf16, Format::Q4_0, Format::Q8_0].map(|format| (gate, format)))
+        .flat_map(|gate| [Format::Bf16, Format::Q4_0, Format::Int8].map(|format| (gate, format)))
     {
         let (hidden, inter, n_rows) = (96, 64, 23);
         let logits = random.values(n_rows * gate.n_experts);
@@ -695,7 +705,13 @@ fn experts_agree_for_every_router() {
 #[test]
 fn gated_layers_agree_with_and_without_bias() {
     let mut random = Random(9);
-    for format in [Format::F32, Format::Q4_0, Format::Q4_1, Format::Q8_0] {
+    for format in [
+        Format::F32,
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Int8,
+        Format::Int4,
+    ] {
         let (n, k, m) = (70, 96, 21);
         let (gate, up) = (random.matrix(format, n, k), random.matrix(format, n, k));
         let x = random.values(m * k);
