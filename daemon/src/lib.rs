@@ -16,6 +16,7 @@ pub mod scheduler;
 pub mod kv_cache;
 pub mod runner;
 pub mod model;
+pub mod collective;
 pub mod sampler;
 pub mod weights;
 

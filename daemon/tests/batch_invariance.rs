@@ -5,7 +5,8 @@
 use std::{cell::RefCell, path::PathBuf};
 
 use dsd::{
-    runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu},
+    collective::Collective,
+    runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu, plan_cpu},
     weights::Checkpoint,
 };
 use dsd_kernels::{
@@ -42,7 +43,8 @@ fn executor(
         step_tokens_max: 96,
         step_spans_max: 8,
     };
-    load_cpu(&checkpoint, cpu, budget).unwrap().executor
+    let plan = plan_cpu(&checkpoint, cpu, 1, budget).unwrap();
+    Box::new(load_cpu(&checkpoint, cpu, &plan.ranks[0], Collective::Solo).unwrap())
 }
 
 /// A sequence with its own blocks, fed to an executor piece by piece.

@@ -10,7 +10,7 @@
 use std::time::Instant;
 
 use dsd_kernels::{
-    backend::{Activations, Backend, KvType},
+    backend::{Activations, Backend, KvType, WeightStore},
     cpu::{CpuBackend, CpuConfig, CpuError, Isa},
     dtype::Format,
     matrix::Matrix,

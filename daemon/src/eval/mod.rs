@@ -12,8 +12,9 @@ pub use speed::{Speed, SpeedCase, SpeedTest};
 use std::{fs, io, ops::Range, path::Path};
 
 use crate::{
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LoadedModel, LogitRows, StepError, StepPlan},
-    runner::{StepExecutor, load_cpu},
+    collective::Collective,
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
+    runner::{StepExecutor, load_cpu, plan_cpu},
     weights::{Checkpoint, WeightsError},
 };
 use dsd_kernels::cpu::CpuConfig;
@@ -102,14 +103,15 @@ impl Session {
             step_tokens_max: STEP_TOKENS,
             step_spans_max: STEP_LOGITS,
         };
-        let LoadedModel { executor, plan, .. } = load_cpu(checkpoint, cpu, budget)?;
-        let blocks = (0..plan.n_blocks)
+        let executor = executor(checkpoint, cpu, budget)?;
+        let limits = executor.limits();
+        let blocks = (0..limits.n_blocks)
             .filter_map(|b| u32::try_from(b).ok())
             .collect();
         Ok(Self {
             executor,
             vocab_len: spec.vocab_len,
-            context_len: plan.context_len,
+            context_len: limits.context_len_max,
             plan: StepPlan::default(),
             blocks,
         })
@@ -220,6 +222,17 @@ impl Session {
         self.plan.push(0, first_pos, tokens, &self.blocks, logits);
         Ok(self.executor.execute(&self.plan)?)
     }
+}
+
+/// A model within `budget`.
+fn executor(
+    checkpoint: &Checkpoint,
+    cpu: CpuConfig,
+    budget: Budget,
+) -> Result<Box<dyn StepExecutor>, LoadError> {
+    let plan = plan_cpu(checkpoint, cpu, 1, budget)?;
+    let executor = load_cpu(checkpoint, cpu, &plan.ranks[0], Collective::Solo)?;
+    Ok(Box::new(executor))
 }
 
 /// Writes the logits of all positions as tensor `logits`, f32 `[tokens, vocab]`.

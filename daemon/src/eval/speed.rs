@@ -1,8 +1,8 @@
 //! Tokens per second of a checkpoint, without queue or network.
 
-use super::{EvalError, STEP_TOKENS, likeliest};
+use super::{EvalError, STEP_TOKENS, executor, likeliest};
 use crate::{
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepExecutor, StepPlan, load_cpu},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepExecutor, StepPlan},
     runtime::clock,
     weights::Checkpoint,
 };
@@ -71,7 +71,7 @@ impl SpeedTest {
             step_tokens_max,
             step_spans_max: case.n_sequences,
         };
-        let executor = load_cpu(checkpoint, cpu, budget)?.executor;
+        let executor = executor(checkpoint, cpu, budget)?;
         let tables = (0..case.n_sequences)
             .map(|s| {
                 (s * blocks_each..(s + 1) * blocks_each)

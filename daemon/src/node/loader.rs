@@ -10,13 +10,14 @@ use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
+    collective::Collective,
     config::{
         Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, NodeConfig,
     },
     engine::EngineConfig,
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
-    runner::{self, Budget, KV_BLOCK_LEN, available_bytes, load_cpu},
+    runner::{self, Budget, KV_BLOCK_LEN, StepExecutor, available_bytes, load_cpu, plan_cpu},
     runtime::clock,
     text::TextModel,
     weights::Checkpoint,
@@ -94,37 +95,39 @@ fn load(
     let text = TextModel::from_checkpoint(&checkpoint).map_err(|e| bad_checkpoint(e.into()))?;
     stage(2);
     let cpu = cpu_config(keys);
-    let model =
-        load_cpu(&checkpoint, cpu, budget(keys, cpu.kv_type, &spec)).map_err(|e| match e {
-            runner::LoadError::Plan(_) => LoadError::Memory {
-                path: path.to_owned(),
-                source: e.into(),
-            },
-            runner::LoadError::Model(ModelError::Config(_)) => LoadError::Unsupported {
-                path: path.to_owned(),
-                source: e.into(),
-            },
-            runner::LoadError::Model(_) => bad_checkpoint(e.into()),
-            runner::LoadError::Cpu(_) => LoadError::Engine {
-                name: name.to_owned(),
-                source: e.into(),
-            },
-        })?;
-    for line in model.plan.to_string().lines() {
+    let failed = |e| match e {
+        runner::LoadError::Plan(_) => LoadError::Memory {
+            path: path.to_owned(),
+            source: e.into(),
+        },
+        runner::LoadError::Model(ModelError::Config(_)) => LoadError::Unsupported {
+            path: path.to_owned(),
+            source: e.into(),
+        },
+        runner::LoadError::Model(_) => bad_checkpoint(e.into()),
+        runner::LoadError::Cpu(_) => LoadError::Engine {
+            name: name.to_owned(),
+            source: e.into(),
+        },
+    };
+    let plan = plan_cpu(&checkpoint, cpu, 1, budget(keys, cpu.kv_type, &spec)).map_err(failed)?;
+    let rank = &plan.ranks[0];
+    let executor = load_cpu(&checkpoint, cpu, rank, Collective::Solo).map_err(failed)?;
+    for line in rank.memory.to_string().lines() {
         info!(model = name, "{line}");
     }
     stage(3);
     let memory = MemoryFigures {
-        weight_bytes: model.plan.mapped_bytes + model.plan.panels_bytes,
-        kv_bytes: model.plan.kv_bytes,
-        workspace_bytes: model.plan.workspace_bytes,
+        weight_bytes: rank.memory.mapped_bytes + rank.memory.panels_bytes,
+        kv_bytes: rank.memory.kv_bytes,
+        workspace_bytes: rank.memory.workspace_bytes,
     };
-    let mut engine = EngineConfig::for_executor(name, &model.executor.limits());
+    let mut engine = EngineConfig::for_executor(name, &executor.limits());
     engine.waiting_max = keys.waiting_max;
     engine.prefix_cache = keys.prefix_cache;
     engine.sampleable_len = text.vocab_len().min(spec.vocab_len);
     engine.drain_limit = drain_limit;
-    let replica = Replica::start(model.executor, engine).map_err(|e| LoadError::Engine {
+    let replica = Replica::start(Box::new(executor), engine).map_err(|e| LoadError::Engine {
         name: name.to_owned(),
         source: e.into(),
     })?;
