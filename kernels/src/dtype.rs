@@ -28,7 +28,7 @@ pub enum Format {
     Q6K,
     /// 32 signed bytes; one f32 scale per row, in [`crate::matrix::TileScales`] of one row.
     Int8,
-    /// 32 elements: f16 scale `d`, u8 zero (0 to 16), 16 bytes of nibbles as in Q4_0; value
+    /// 32 elements: f16 scale `d`, u8 zero (0 to 15), 16 bytes of nibbles as in Q4_0; value
     /// `d * (q - zero)`. AWQ and GPTQ checkpoints become this; their larger groups repeat `d` and
     /// zero.
     Int4,

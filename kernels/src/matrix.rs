@@ -47,14 +47,16 @@ pub struct TileScales {
 
 impl TileScales {
     /// The scales of a piece of a matrix with `n_cols` columns. Where the piece begins inside a
-    /// tile, its tiles are as large as still fit the old ones, and the values repeat.
+    /// tile and ends outside, its tiles are as large as still fit the old ones, and the values
+    /// repeat.
     fn cut(&self, rows: Range<usize>, cols: Range<usize>, n_cols: usize) -> Self {
-        let side = |tile: usize, first: usize| match first % tile {
+        let side = |tile: usize, piece: &Range<usize>| match piece.start % tile {
             0 => tile,
+            inside if inside + piece.len() <= tile => piece.len().max(1),
             inside => gcd(tile, inside),
         };
-        let tile_rows = side(self.tile_rows, rows.start);
-        let tile_cols = side(self.tile_cols, cols.start);
+        let tile_rows = side(self.tile_rows, &rows);
+        let tile_cols = side(self.tile_cols, &cols);
         let grid_cols = n_cols.div_ceil(self.tile_cols);
         let mut values = Vec::new();
         for row in rows.step_by(tile_rows) {

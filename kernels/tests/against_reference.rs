@@ -5,7 +5,7 @@ use dsd_kernels::{
     backend::{
         Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape,
         GateGroups, GateShape, GroupScore, HeadView, KvType, RopeLayout, RowView, Scoring,
-        StepInputs, StepSpan, ValueHeads,
+        StepInputs, StepSpan, ValueHeads, WeightStore,
     },
     cases,
     cpu::{CpuBackend, CpuConfig, Isa},
@@ -60,7 +60,7 @@ impl Random {
                 Format::Int8 => {}
                 Format::Int4 => {
                     scale(block, 0, value / 16.0);
-                    block[2] %= 17;
+                    block[2] %= 16;
                 }
             }
         }
@@ -790,6 +790,36 @@ fn panels_hold_what_the_rows_held() {
             dsd_kernels::quant::decode_row(&matrix, row, &mut of_rows);
             dsd_kernels::quant::decode_row(&panels, row, &mut of_panels);
             assert_eq!(of_rows, of_panels, "{format} row {row}");
+        }
+    }
+}
+
+#[test]
+fn pieces_of_a_matrix_hold_what_the_whole_held() {
+    let mut random = Random(13);
+    for format in Format::ALL {
+        let (n, k) = (37, 768);
+        let matrix = random.matrix(format, n, k);
+        let unit = format.block_len().max(32);
+        for (first, count) in [(0, 2 * unit), (unit, 2 * unit), (2 * unit, unit)] {
+            let cols = matrix.cols(first, count).unwrap();
+            let rows = cols.rows(5, 30).unwrap();
+            let (mut whole, mut piece) = (vec![0.0; k], vec![0.0; count]);
+            let x = random.values(count);
+            let mut expected = vec![0.0; 30];
+            for row in 0..30 {
+                dsd_kernels::quant::decode_row(&matrix, 5 + row, &mut whole);
+                dsd_kernels::quant::decode_row(&rows, row, &mut piece);
+                assert_eq!(whole[first..first + count], piece, "{format} row {row}");
+                expected[row] = piece.iter().zip(&x).map(|(w, v)| w * v).sum();
+            }
+            for backend in backends(Activations::F32) {
+                let mut found = vec![0.0; 30];
+                let weight = backend.weight(vec![rows.clone()]);
+                backend.linear(&x, 1, &weight, None, &mut found);
+                let tolerance = 1e-6 * (magnitude(&rows, &x) + 1.0);
+                check_within(&format!("{format}"), &found, &expected, tolerance);
+            }
         }
     }
 }

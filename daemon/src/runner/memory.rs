@@ -32,7 +32,7 @@ pub struct Budget {
 pub struct WeightBytes {
     /// Read where they are mapped.
     pub mapped: u64,
-    /// In memory of their own: panels, and columns cut out of rows.
+    /// In memory of their own: panels, columns cut out of rows, and repacked rows.
     pub panels: u64,
 }
 
@@ -69,6 +69,8 @@ impl WeightBytes {
             match (panels, cut) {
                 (Some(panels), _) => bytes.panels += panels as u64,
                 (None, Cut::Cols(_)) => bytes.panels += in_rows(),
+                // Repacked in any case: files hold these codes in another order.
+                (None, _) if format == Format::Int4 => bytes.panels += in_rows(),
                 (None, Cut::Whole | Cut::Rows(_)) => bytes.mapped += in_rows(),
             }
         }
