@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use dsd_kernels::{
     backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
+    dtype::Format,
 };
 
 /// Arithmetic of block-quantized layers.
@@ -15,7 +16,7 @@ use dsd_kernels::{
 pub(crate) enum ActivationsArg {
     /// f32 products and sums.
     F32,
-    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K and Q6_K weights).
+    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, int8 and int4 weights).
     Int8,
 }
 
@@ -28,6 +29,33 @@ pub(crate) enum KvTypeArg {
     Bf16,
     /// A quarter of the bytes, and a scale for every position and head.
     Int8,
+}
+
+/// What linear layers are rounded to when they are loaded.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum WeightsArg {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// FP8 e4m3 with a scale for every 128x128 tile.
+    Fp8,
+    /// int8 with a scale for every output.
+    Int8,
+    /// Four bits, with a scale and a zero for every 32 inputs.
+    Int4,
+}
+
+impl WeightsArg {
+    pub(crate) fn format(self) -> Format {
+        match self {
+            Self::F32 => Format::F32,
+            Self::Bf16 => Format::Bf16,
+            Self::Fp8 => Format::F8E4m3,
+            Self::Int8 => Format::Int8,
+            Self::Int4 => Format::Int4,
+        }
+    }
 }
 
 /// Where tensors live.

@@ -13,7 +13,8 @@ use std::{fs, io, ops::Range, path::Path};
 
 use crate::{
     collective::Collective,
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
+    model::{self, Split},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan, WeightBytes},
     runner::{StepExecutor, load_cpu, plan_cpu},
     weights::{Checkpoint, WeightsError},
 };
@@ -88,7 +89,7 @@ impl Session {
         cpu: CpuConfig,
         n_tokens: usize,
     ) -> Result<Self, EvalError> {
-        let spec = crate::model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+        let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
         let context_len = spec.context_len;
         if n_tokens > context_len {
             return Err(EvalError::TooLong {
@@ -233,6 +234,17 @@ fn executor(
     let plan = plan_cpu(checkpoint, cpu, 1, budget)?;
     let executor = load_cpu(checkpoint, cpu, &plan.ranks[0], Collective::Solo)?;
     Ok(Box::new(executor))
+}
+
+/// Bytes of a checkpoint's weights as they are computed with.
+///
+/// # Errors
+/// [`EvalError`].
+pub fn weight_bytes(checkpoint: &Checkpoint) -> Result<u64, EvalError> {
+    let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+    let tensors = model::tensors(checkpoint, &Split::solo(&spec)).map_err(LoadError::Model)?;
+    let bytes = WeightBytes::of_checkpoint(&tensors, &|name| checkpoint.format(name));
+    Ok(bytes.mapped + bytes.panels)
 }
 
 /// Writes the logits of all positions as tensor `logits`, f32 `[tokens, vocab]`.

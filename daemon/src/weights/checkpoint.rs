@@ -46,7 +46,7 @@ pub struct Checkpoint {
     eos_token_ids: Vec<u32>,
     gguf: Option<GgufMetadata>,
     scheme: Scheme,
-    /// Linear layers stored plainly are rounded to this format when they are taken.
+    /// Linear layers are rounded to this format when they are taken.
     rounding: Option<Format>,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
@@ -227,8 +227,8 @@ impl Checkpoint {
     }
 
     /// From now on hands linear layers out rounded to the nearest values of `format`
-    /// ([`quant::round_to`]) where they are stored as F32, F16, BF16 or FP8. Embeddings, output
-    /// layers, routers and `kv_b_proj`, which is computed in f32, stay as they are.
+    /// ([`quant::round_to`]), however they are stored. Embeddings, output layers, routers and
+    /// `kv_b_proj`, which is computed in f32, stay as they are.
     pub fn round_weights(&mut self, format: Format) {
         self.rounding = Some(format);
     }
@@ -283,17 +283,18 @@ impl Checkpoint {
     /// How a matrix is handed out; `None` when there is none of this name, or of a type kernels do
     /// not know. Does not claim it.
     pub fn format(&self, name: &str) -> Option<Format> {
-        if self.packed(name).is_some() {
-            return Some(Format::Int4);
-        }
-        match self.tensors.get(name)?.tensor.stored_type {
-            StoredType::Weights(format) => Some(self.rounding_of(name).unwrap_or(format)),
-            StoredType::Int {
-                bytes: 1,
-                signed: true,
-            } if self.scheme == Scheme::Int8 => Some(Format::Int8),
-            _ => None,
-        }
+        let stored = match self.packed(name) {
+            Some(_) => Format::Int4,
+            None => match self.tensors.get(name)?.tensor.stored_type {
+                StoredType::Weights(format) => format,
+                StoredType::Int {
+                    bytes: 1,
+                    signed: true,
+                } if self.scheme == Scheme::Int8 => Format::Int8,
+                _ => return None,
+            },
+        };
+        Some(self.rounding_of(name).unwrap_or(stored))
     }
 
     /// The format that the matrix is rounded to when it is taken.
@@ -302,11 +303,7 @@ impl Checkpoint {
         let latent = ["kv_b_proj.weight", "k_b_proj.weight", "v_b_proj.weight"]
             .iter()
             .any(|end| name.ends_with(end));
-        let plain = matches!(
-            self.tensors.get(name)?.tensor.stored_type,
-            StoredType::Weights(Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3)
-        );
-        self.rounding.filter(|_| linear && !latent && plain)
+        self.rounding.filter(|_| linear && !latent)
     }
 
     /// The layer whose weight is called `name`, where its four-bit codes are packed.
@@ -332,7 +329,7 @@ impl Checkpoint {
     /// when weights and scales do not belong together.
     pub fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix, WeightsError> {
         let matrix = match self.packed(name) {
-            Some((scheme, stem)) => return self.int4(scheme, name, stem, n_rows, n_cols),
+            Some((scheme, stem)) => self.int4(scheme, name, stem, n_rows, n_cols)?,
             None => self.stored_matrix(name, n_rows, n_cols)?,
         };
         match self.rounding_of(name) {

@@ -8,6 +8,7 @@ mod plain;
 mod fp8;
 mod ggml;
 mod integer;
+mod round;
 pub mod int8;
 
 use crate::{
@@ -18,8 +19,9 @@ use crate::{
 
 pub use fp8::e4m3_to_f32;
 pub use ggml::{q4k_scale_min, q6k_codes};
-pub use integer::{RoundError, put_int4, round_to};
+pub use integer::put_int4;
 pub use plain::{bf16_to_f32, f16_to_f32};
+pub use round::{RoundError, round_to};
 
 /// Decodes row `row` of `matrix` into `out`.
 ///
