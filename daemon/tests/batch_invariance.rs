@@ -5,7 +5,6 @@
 use std::{cell::RefCell, path::PathBuf};
 
 use dsd::{
-    collective::Collective,
     runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu, plan_cpu},
     weights::Checkpoint,
 };
@@ -43,8 +42,8 @@ fn executor(
         step_tokens_max: 96,
         step_spans_max: 8,
     };
-    let plan = plan_cpu(&checkpoint, cpu, 1, budget).unwrap();
-    Box::new(load_cpu(&checkpoint, cpu, &plan.ranks[0], Collective::Solo).unwrap())
+    let plan = plan_cpu(&checkpoint, cpu, 1, budget, None).unwrap();
+    Box::new(load_cpu(&checkpoint, cpu, &plan.ranks[0]).unwrap())
 }
 
 /// A sequence with its own blocks, fed to an executor piece by piece.

@@ -12,7 +12,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use dsd::{eval::Session, weights::Checkpoint};
+use dsd::{
+    eval::{Ranks, Session},
+    weights::Checkpoint,
+};
 use dsd_kernels::{
     backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
@@ -297,7 +300,7 @@ fn logits(folder: &Path, isa: Isa, tokens: &[u32]) -> Vec<f32> {
         kv_type: KvType::F32,
     };
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let mut session = Session::open(&checkpoint, cpu, tokens.len()).unwrap();
+    let mut session = Session::open(&checkpoint, Ranks::solo(cpu), tokens.len()).unwrap();
     let mut all = Vec::new();
     session
         .logits(tokens, |_, row| all.extend_from_slice(row))

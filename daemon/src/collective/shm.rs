@@ -197,6 +197,11 @@ impl Segment {
         }
     }
 
+    /// The last exchange that a rank took part in, or is waiting in.
+    pub fn last_site(&self, rank: usize) -> Site {
+        Site::from_word(self.line(rank).site.load(Relaxed))
+    }
+
     fn head(&self) -> &Head {
         // SAFETY: the mapping is as long as `bytes` says, page-aligned, and a head begins it; all
         // fields are atomics, valid for any bytes.
@@ -323,6 +328,16 @@ impl ShmMember {
             }
         }
         Ok(())
+    }
+
+    /// Returns when all ranks have called it; they may be as late as `patience`.
+    ///
+    /// # Errors
+    /// [`Missing`].
+    pub fn meet(&mut self, site: Site, patience: Duration) -> Result<(), Missing> {
+        let number = self.begin(site)?;
+        self.publish(number);
+        self.wait_for_all(number, site, Some(patience))
     }
 
     /// Sends words from this rank to all others, who call [`ShmMember::receive`].
@@ -480,7 +495,7 @@ impl ShmMember {
             Missing {
                 rank,
                 site,
-                last_site: Site::from_word(self.segment.line(rank).site.load(Relaxed)),
+                last_site: self.segment.last_site(rank),
                 reason,
             }
         })

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use dsd::{
     eval::{Session, Speed, SpeedCase, SpeedTest, weight_bytes, write_logits},
@@ -101,6 +101,10 @@ impl ModelArgs {
     fn checkpoint(&self) -> Result<Checkpoint> {
         let mut checkpoint = checkpoint(&self.model)?;
         if let Some(weights) = self.weights {
+            // The other ranks open the checkpoint themselves.
+            if 1 < self.compute.tp {
+                bail!("--weights rounds for one rank, --tp is {}", self.compute.tp);
+            }
             checkpoint.round_weights(weights.format());
         }
         Ok(checkpoint)
@@ -140,7 +144,7 @@ impl Eval {
                 let tokens = TextModel::from_checkpoint(&checkpoint)?
                     .encode_prompt(&read(&text)?, usize::MAX)?;
                 let window = window.min(tokens.len());
-                let mut session = Session::open(&checkpoint, model.compute.cpu(), window)?;
+                let mut session = Session::open(&checkpoint, model.compute.ranks(), window)?;
                 let (nll, n_scored) = session.mean_nll(&tokens, window)?;
                 print_line(&json!({
                     "perplexity": nll.exp(),
@@ -164,7 +168,7 @@ impl Eval {
                     n_sequences: usize::from(sequences),
                 };
                 let checkpoint = model.checkpoint()?;
-                let mut test = SpeedTest::open(&checkpoint, model.compute.cpu(), case)?;
+                let mut test = SpeedTest::open(&checkpoint, model.compute.ranks(), case)?;
                 test.run()?;
                 let runs = (0..runs)
                     .map(|_| test.run())
@@ -184,7 +188,7 @@ impl Eval {
 }
 
 fn open(model: &ModelArgs, n_tokens: usize) -> Result<Session> {
-    Session::open(&model.checkpoint()?, model.compute.cpu(), n_tokens)
+    Session::open(&model.checkpoint()?, model.compute.ranks(), n_tokens)
         .with_context(|| format!("cannot evaluate `{}`", model.model.display()))
 }
 

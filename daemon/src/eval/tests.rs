@@ -9,7 +9,7 @@ use dsd_kernels::{
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use super::Session;
+use super::{Ranks, Session};
 use crate::weights::{
     Checkpoint,
     tests::writer::{GgufWriter, f32s, safetensors, write_folder},
@@ -278,7 +278,12 @@ fn open(path: &Path, isa: Isa) -> Session {
         activations: Activations::F32,
         kv_type: KvType::F32,
     };
-    Session::open(&Checkpoint::open(path).unwrap(), cpu, 2 * TOKENS.len()).unwrap()
+    Session::open(
+        &Checkpoint::open(path).unwrap(),
+        Ranks::solo(cpu),
+        2 * TOKENS.len(),
+    )
+    .unwrap()
 }
 
 fn logits(path: &Path, isa: Isa) -> Vec<f32> {

@@ -10,14 +10,17 @@ use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
-    collective::Collective,
     config::{
-        Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, NodeConfig,
+        Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, LogConfig,
+        NodeConfig,
     },
-    engine::EngineConfig,
+    group::{self, GroupConfig},
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
-    runner::{self, Budget, KV_BLOCK_LEN, StepExecutor, available_bytes, load_cpu, plan_cpu},
+    runner::{
+        self, Budget, KV_BLOCK_LEN, MemoryPlan, RankPlan, available_bytes, kv_bytes_per_token,
+        plan_cpu,
+    },
     runtime::clock,
     text::TextModel,
     weights::Checkpoint,
@@ -30,16 +33,19 @@ const KV_SHARE_OF_AVAILABLE: u64 = 4;
 const AVAILABLE_BYTES_UNKNOWN: u64 = 4 << 30;
 
 /// The catalog's loader for this node's settings.
-pub(super) fn new(keys: &EngineKeys, node: &NodeConfig) -> Box<Loader> {
-    let keys = keys.clone();
+pub(super) fn new(keys: &EngineKeys, node: &NodeConfig, log: &LogConfig) -> Box<Loader> {
+    let (keys, log) = (keys.clone(), log.clone());
     let drain_limit = Duration::from_secs(node.drain_timeout_s);
-    Box::new(move |name, path, on_progress| load(&keys, drain_limit, name, path, on_progress))
+    Box::new(move |name, path, on_progress| load(&keys, &log, drain_limit, name, path, on_progress))
 }
 
 /// The compute settings of the configuration.
 pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
     let n_threads = match keys.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        0 => {
+            let n_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            (n_cores / keys.tp.max(1)).max(1)
+        }
         n => n,
     };
     let activations = match keys.activations {
@@ -61,6 +67,7 @@ pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
 
 fn load(
     keys: &EngineKeys,
+    log: &LogConfig,
     drain_limit: Duration,
     name: &str,
     path: &Path,
@@ -110,24 +117,36 @@ fn load(
             source: e.into(),
         },
     };
-    let plan = plan_cpu(&checkpoint, cpu, 1, budget(keys, cpu.kv_type, &spec)).map_err(failed)?;
-    let rank = &plan.ranks[0];
-    let executor = load_cpu(&checkpoint, cpu, rank, Collective::Solo).map_err(failed)?;
-    for line in rank.memory.to_string().lines() {
-        info!(model = name, "{line}");
+    let bytes_per_token = kv_bytes_per_token(&checkpoint, cpu, keys.tp).map_err(failed)?;
+    let budget = budget(keys, &spec, bytes_per_token);
+    let plan = plan_cpu(&checkpoint, cpu, keys.tp, budget, available_bytes()).map_err(failed)?;
+    for (rank, RankPlan { memory, .. }) in plan.ranks.iter().enumerate() {
+        for line in memory.to_string().lines() {
+            info!(model = name, rank, "{line}");
+        }
     }
     stage(3);
+    let sum = |bytes: fn(&MemoryPlan) -> u64| plan.ranks.iter().map(|r| bytes(&r.memory)).sum();
     let memory = MemoryFigures {
-        weight_bytes: rank.memory.mapped_bytes + rank.memory.panels_bytes,
-        kv_bytes: rank.memory.kv_bytes,
-        workspace_bytes: rank.memory.workspace_bytes,
+        weight_bytes: sum(|plan| plan.mapped_bytes + plan.panels_bytes),
+        kv_bytes: sum(|plan| plan.kv_bytes),
+        workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
-    let mut engine = EngineConfig::for_executor(name, &executor.limits());
-    engine.waiting_max = keys.waiting_max;
-    engine.prefix_cache = keys.prefix_cache;
-    engine.sampleable_len = text.vocab_len().min(spec.vocab_len);
-    engine.drain_limit = drain_limit;
-    let replica = Replica::start(Box::new(executor), engine).map_err(|e| LoadError::Engine {
+    let replica = Replica::start_group(GroupConfig {
+        program: group::this_program(),
+        log: log.clone(),
+        model: name.to_owned(),
+        path: path.to_owned(),
+        n_ranks: keys.tp,
+        cpu,
+        budget,
+        step_timeout: Duration::from_secs(keys.step_timeout_s),
+        waiting_max: keys.waiting_max,
+        prefix_cache: keys.prefix_cache,
+        sampleable_len: text.vocab_len().min(spec.vocab_len),
+        drain_limit,
+    })
+    .map_err(|e| LoadError::Engine {
         name: name.to_owned(),
         source: e.into(),
     })?;
@@ -135,6 +154,7 @@ fn load(
         model = name,
         architecture = spec.architecture,
         isa = cpu.isa.name(),
+        ranks = keys.tp,
         threads = cpu.n_threads,
         took_ms = started.elapsed().as_millis(),
         "model ready"
@@ -152,8 +172,7 @@ fn load(
 }
 
 /// What the configuration allows a replica of this model.
-fn budget(keys: &EngineKeys, kv_type: KvType, spec: &DecoderSpec) -> Budget {
-    let bytes_per_token = spec.cache_bytes_per_token(kv_type) as u64;
+fn budget(keys: &EngineKeys, spec: &DecoderSpec, bytes_per_token: u64) -> Budget {
     // One block more than asked for: the canary keeps it to itself.
     let bytes_of = |n_tokens: usize| {
         let with_canary = n_tokens.next_multiple_of(KV_BLOCK_LEN) + KV_BLOCK_LEN;
