@@ -11,7 +11,7 @@ use dsd::{
     weights::Checkpoint,
 };
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use proptest::prelude::*;
@@ -24,6 +24,7 @@ fn executor(
     n_ranks: usize,
     n_threads: usize,
     activations: Activations,
+    kv_type: KvType,
 ) -> Box<dyn StepExecutor> {
     let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
     let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
@@ -38,6 +39,7 @@ fn executor(
         n_threads,
         isa: Isa::available()[0],
         activations,
+        kv_type,
     };
     let budget = Budget {
         kv_bytes_max: 16 << 20,
@@ -130,9 +132,9 @@ fn run(
     sequences.into_iter().map(|s| s.last).collect()
 }
 
-fn check(model: &str, n_ranks: usize, activations: Activations) {
-    let one = RefCell::new(executor(model, n_ranks, 1, activations));
-    let two = RefCell::new(executor(model, n_ranks, 2, activations));
+fn check(model: &str, n_ranks: usize, activations: Activations, kv_type: KvType) {
+    let one = RefCell::new(executor(model, n_ranks, 1, activations, kv_type));
+    let two = RefCell::new(executor(model, n_ranks, 2, activations, kv_type));
     let prompt = |len: usize, seed: u32| {
         (0..len as u32)
             .map(|i| (i * 37 + seed * 101) % 370)
@@ -170,31 +172,37 @@ fn check(model: &str, n_ranks: usize, activations: Activations) {
 
 #[test]
 fn grouped_heads_have_the_same_bits_in_any_batch() {
-    check("llama", 1, Activations::F32);
+    check("llama", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn quantized_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v3_fp8", 1, Activations::F32);
+    check("deepseek_v3_fp8", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn latent_attention_and_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v2", 1, Activations::F32);
+    check("deepseek_v2", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn normalised_heads_and_experts_have_the_same_bits_in_any_batch() {
-    check("qwen3_moe", 1, Activations::Int8);
+    check("qwen3_moe", 1, Activations::Int8, KvType::Bf16);
+}
+
+#[test]
+fn rounded_keys_and_values_have_the_same_bits_in_any_batch() {
+    check("llama", 1, Activations::F32, KvType::Int8);
+    check("deepseek_v3", 1, Activations::F32, KvType::Int8);
 }
 
 #[test]
 fn two_ranks_give_the_same_bits_in_any_batch() {
-    check("llama", 2, Activations::F32);
-    check("deepseek_v3", 2, Activations::F32);
+    check("llama", 2, Activations::F32, KvType::F32);
+    check("deepseek_v3", 2, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn three_uneven_ranks_give_the_same_bits_in_any_batch() {
-    check("deepseek_v2", 3, Activations::Int8);
+    check("deepseek_v2", 3, Activations::Int8, KvType::Bf16);
 }
