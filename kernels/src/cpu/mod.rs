@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod kv_cache;
 mod linear;
 mod memory;
 mod pool;
@@ -12,7 +13,7 @@ mod routes;
 mod shared;
 mod simd;
 
-pub use self::routes::CpuRoutes;
+pub use self::{kv_cache::CpuCache, routes::CpuRoutes};
 
 use std::{io, sync::Mutex};
 
@@ -27,7 +28,7 @@ use self::{
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        RopeLayout, RowView, StepInputs, StepShape, ValueHeads,
+        KvType, RopeLayout, RowView, StepInputs, StepShape, ValueHeads, WeightStore,
     },
     matrix::{Layout, Matrix},
     panel::{self, PANEL_ROWS},
@@ -82,6 +83,8 @@ pub struct CpuConfig {
     pub isa: Isa,
     /// Arithmetic of linear layers with block-quantized weights.
     pub activations: Activations,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
 }
 
 /// Why a CPU backend could not be made.
@@ -240,21 +243,12 @@ impl CpuBackend {
     }
 }
 
-impl Backend for CpuBackend {
+impl WeightStore for CpuBackend {
     type Buffer = Vec<f32>;
     type Weight = CpuWeight;
-    type Routes = CpuRoutes;
-
-    fn buffer(&self, len: usize) -> Vec<f32> {
-        memory::resident(len)
-    }
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
         values.to_vec()
-    }
-
-    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
-        &mut buffer[..len]
     }
 
     fn weight(&self, parts: Vec<Matrix>) -> CpuWeight {
@@ -274,6 +268,27 @@ impl Backend for CpuBackend {
         CpuWeight {
             parts: vec![matrix],
         }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Routes = CpuRoutes;
+    type Cache = CpuCache;
+
+    fn buffer(&self, len: usize) -> Vec<f32> {
+        memory::resident(len)
+    }
+
+    fn kv_type(&self) -> KvType {
+        self.config.kv_type
+    }
+
+    fn cache(&self, shape: CacheShape) -> CpuCache {
+        CpuCache::new(shape, self.config.kv_type)
+    }
+
+    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
+        &mut buffer[..len]
     }
 
     fn scratch_bytes(&self, shape: &StepShape) -> usize {
@@ -312,10 +327,13 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn embed(&self, table: &CpuWeight, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &CpuWeight, first: usize, tokens: &[u32], out: &mut Vec<f32>) {
         let table = table.single();
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
-            quant::decode_row(table, *token as usize, row);
+            match (*token as usize).checked_sub(first) {
+                Some(index) if index < table.n_rows() => quant::decode_row(table, index, row),
+                _ => row.fill(0.0),
+            }
         }
     }
 
@@ -464,29 +482,29 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         keys: RowView,
         values: RowView,
-        cache: &mut Vec<f32>,
+        cache: &mut CpuCache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        reference::store_heads(x, keys, values, cache, shape, inputs);
+        cache.store_heads(x, keys, values, shape, inputs);
     }
 
     fn store_latent(
         &self,
         rows: &Vec<f32>,
         view: RowView,
-        cache: &mut Vec<f32>,
+        cache: &mut CpuCache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        reference::store_latent(rows, view, cache, shape, inputs);
+        cache.store_latent(rows, view, shape, inputs);
     }
 
     fn attention(
         &self,
         queries: &Vec<f32>,
         query_rows: RowView,
-        cache: &Vec<f32>,
+        cache: &CpuCache,
         cache_shape: CacheShape,
         attention: AttentionShape,
         inputs: &StepInputs<'_>,
