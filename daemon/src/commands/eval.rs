@@ -75,7 +75,7 @@ pub(crate) enum Eval {
     },
     /// Print the token ids of a text file as a JSON list; special tokens in the text count.
     Tokenize {
-        /// Checkpoint folder or GGUF file.
+        /// Checkpoint folder, GGUF file or pack.
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
         /// UTF-8 text.
@@ -86,7 +86,7 @@ pub(crate) enum Eval {
 
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
-    /// Checkpoint folder or GGUF file.
+    /// Checkpoint folder, GGUF file or pack.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     #[command(flatten)]

@@ -44,6 +44,14 @@ pub enum NotReady {
         /// The limit in seconds.
         max_s: u64,
     },
+    /// A model's weights in memory are not those that were packed.
+    #[error("tensor `{tensor}` of the model `{model}` is damaged; pack its checkpoint again")]
+    DamagedWeights {
+        /// The model's name.
+        model: String,
+        /// The tensor's.
+        tensor: String,
+    },
     /// A model says something else than it used to.
     #[error("the model `{model}` answers a fixed prompt with another token than it did at first")]
     WrongToken {
@@ -94,6 +102,12 @@ pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(
     }
     if load.canary_wrong {
         return Err(NotReady::WrongToken { model: name() });
+    }
+    if let Some(damage) = model.damage() {
+        return Err(NotReady::DamagedWeights {
+            model: name(),
+            tensor: damage.tensor,
+        });
     }
     match load.last_token_age {
         None => Err(NotReady::NoToken { model: name() }),

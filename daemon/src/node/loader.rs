@@ -18,7 +18,7 @@ use crate::{
     runner::{self, Budget, KV_BLOCK_LEN, StepExecutor, available_bytes, load_cpu, plan_cpu},
     runtime::clock,
     text::TextModel,
-    weights::Checkpoint,
+    weights::{Checkpoint, KeeperConfig, PackKeeper},
 };
 
 /// Without `engine.kv_tokens` and `engine.kv_bytes` the KV cache takes one full context, but at most
@@ -131,6 +131,17 @@ fn load(
         took_ms = started.elapsed().as_millis(),
         "model ready"
     );
+    let keeper = match checkpoint.pack() {
+        None => None,
+        Some(pack) => Some(
+            PackKeeper::start(name, Arc::clone(pack), keeper_config(keys)).map_err(|e| {
+                LoadError::Engine {
+                    name: name.to_owned(),
+                    source: e.into(),
+                }
+            })?,
+        ),
+    };
     Ok(ServedModel {
         name: name.to_owned(),
         created: clock::unix_seconds(),
@@ -140,7 +151,16 @@ fn load(
         replica,
         stop_token_ids: checkpoint.eos_token_ids().into(),
         memory,
+        keeper,
     })
+}
+
+/// How packs are looked after.
+fn keeper_config(keys: &EngineKeys) -> KeeperConfig {
+    KeeperConfig {
+        scrub_interval: Duration::from_secs(keys.scrub_interval_s),
+        scrub_bytes_per_s: keys.scrub_bytes_per_s,
+    }
 }
 
 /// What the configuration allows a replica of this model.

@@ -7,7 +7,7 @@ use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes, available
 use crate::{
     collective::Collective,
     model::{self, DecoderSpec, ModelError, RankOf, Split},
-    weights::Checkpoint,
+    weights::{Checkpoint, RankTensors},
 };
 
 /// Why a checkpoint cannot run here.
@@ -57,8 +57,16 @@ pub fn plan_cpu(
     let part = |rank| {
         let of = RankOf { rank, n_ranks };
         let split = Split::new(&spec, of, &format_of).map_err(ModelError::from)?;
-        let tensors = model::tensors(checkpoint, &split)?;
-        let weights = WeightBytes::of_checkpoint(&tensors, &format_of);
+        let weights = match of_rank(checkpoint, of)? {
+            RankTensors::Pack(rank) => WeightBytes {
+                mapped: rank.tensor_bytes(),
+                panels: 0,
+            },
+            source @ RankTensors::Checkpoint(_) => {
+                let tensors = model::tensors(&source, &split)?;
+                WeightBytes::of_checkpoint(&tensors, &format_of)
+            }
+        };
         Ok::<_, LoadError>((split, weights))
     };
     let parts = (0..n_ranks.max(1))
@@ -85,8 +93,13 @@ pub fn load_cpu(
     group: Collective,
 ) -> Result<ModelExecutor<CpuBackend>, LoadError> {
     let backend = CpuBackend::new(cpu)?;
-    let decoder = model::build(checkpoint, &plan.split, &backend)?;
-    model::refuse_extra_tensors(checkpoint, &plan.split.full)?;
+    let source = of_rank(checkpoint, plan.split.of)?;
+    let decoder = model::build(&source, &plan.split, &backend)?;
+    model::refuse_extra_tensors(&source, &plan.split.full)?;
     checkpoint.release_blocks();
     Ok(ModelExecutor::new(backend, decoder, plan, group))
+}
+
+fn of_rank(checkpoint: &Checkpoint, of: RankOf) -> Result<RankTensors<'_>, ModelError> {
+    Ok(checkpoint.of_rank(of.rank, of.n_ranks)?)
 }
