@@ -12,6 +12,7 @@ pub mod gateway;
 pub mod catalog;
 pub mod text;
 pub mod replica;
+pub mod group;
 pub mod engine;
 pub mod scheduler;
 pub mod kv_cache;

@@ -27,6 +27,9 @@ enum Command {
     CheckConfig(commands::serve::CheckConfig),
     /// Lay a checkpoint out for the ranks of a group, in files that are used as they are.
     Pack(commands::pack::Pack),
+    /// Run as one rank of a group; an agent starts it.
+    #[command(hide = true)]
+    Rank(commands::rank::Rank),
     /// Evaluate a checkpoint offline.
     #[command(subcommand)]
     Eval(commands::eval::Eval),
@@ -38,6 +41,10 @@ fn main() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::CheckConfig(check) => check.run(),
         Command::Pack(pack) => pack.run(),
+        Command::Rank(rank) => match rank.run() {
+            Ok(code) => return code,
+            Err(e) => Err(e),
+        },
         Command::Eval(eval) => eval.run(),
     };
     match outcome {

@@ -10,7 +10,7 @@
 use std::time::Instant;
 
 use dsd_kernels::{
-    backend::{Activations, Backend},
+    backend::{Activations, Backend, KvType, WeightStore},
     cpu::{CpuBackend, CpuConfig, CpuError, Isa},
     dtype::Format,
     matrix::Matrix,
@@ -50,6 +50,7 @@ fn main() -> Result<(), CpuError> {
                 n_threads: threads.unwrap_or(2),
                 isa: Isa::available()[0],
                 activations,
+                kv_type: KvType::F32,
             })?;
             for (n, k) in SHAPES {
                 bench(&backend, format, activations, n, k);

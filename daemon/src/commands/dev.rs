@@ -11,12 +11,12 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use dsd::{
     catalog::{Catalog, store},
-    config::{Activations, Config, ModelConfig},
+    config::{Activations, Config, KvType, ModelConfig},
     node::{Node, NodeAddresses, models_dir},
     telemetry,
 };
 
-use super::ActivationsArg;
+use super::{ActivationsArg, KvTypeArg};
 
 #[derive(Debug, Args)]
 pub(crate) struct Dev {
@@ -32,9 +32,15 @@ pub(crate) struct Dev {
     /// Folder for certificates and models [default: $XDG_STATE_HOME/dsd, or ~/.local/state/dsd].
     #[arg(long, env = "DSD_STATE", value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Ranks that share the model (tensor parallelism), each a process.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    tp: usize,
     /// Arithmetic of block-quantized layers.
     #[arg(long, value_enum, default_value = "f32")]
     activations: ActivationsArg,
+    /// How keys and values are stored.
+    #[arg(long, value_enum, default_value = "f32")]
+    kv_type: KvTypeArg,
 }
 
 impl Dev {
@@ -50,6 +56,12 @@ impl Dev {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
         };
+        config.engine.kv_type = match self.kv_type {
+            KvTypeArg::F32 => KvType::F32,
+            KvTypeArg::Bf16 => KvType::Bf16,
+            KvTypeArg::Int8 => KvType::Int8,
+        };
+        config.engine.tp = self.tp;
         config.apply_env(env::vars())?;
         telemetry::install_logs(&config.log)?;
         let path = match self.model {

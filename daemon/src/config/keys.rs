@@ -199,8 +199,12 @@ sections! {
 
     /// Limits of each model's engine.
     engine: EngineConfig / RawEngine {
-        /// Compute threads; 0 takes one per core.
+        /// Ranks that share each model (tensor parallelism), every one a process.
+        tp: usize = 1, "1", 1..=64;
+        /// Compute threads of each rank; 0 deals the cores to the ranks.
         threads: usize = 0, "0", 0..=4096;
+        /// Seconds that a rank may be late in a step before its group is lost and formed again.
+        step_timeout_s: u64 = 30, "30", 1..=3600;
         /// Positions in the KV cache of each model.
         kv_tokens: Option<usize> = None, "one full context, at most a quarter of the free memory";
         /// Bytes of the KV cache of each model; with `kv_tokens`, the smaller of both counts.
@@ -219,6 +223,8 @@ sections! {
         scrub_bytes_per_s: u64 = 268_435_456, "268435456", 1_048_576..=1_099_511_627_776;
         /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
         activations: Activations = Activations::F32, "`f32`";
+        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head). Since 0.2.
+        kv_type: KvType = KvType::F32, "`f32`";
     }
 
     /// Logs, which go to standard error.
@@ -247,6 +253,18 @@ pub enum Activations {
     /// Exact.
     F32,
     /// Quantised per block.
+    Int8,
+}
+
+/// Number format of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvType {
+    /// As computed.
+    F32,
+    /// Half the bytes.
+    Bf16,
+    /// A quarter of the bytes, and scales.
     Int8,
 }
 

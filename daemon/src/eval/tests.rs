@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use super::Session;
+use super::{Ranks, Session};
 use crate::weights::{
     Checkpoint,
     tests::writer::{GgufWriter, f32s, safetensors, write_folder},
@@ -276,8 +276,14 @@ fn open(path: &Path, isa: Isa) -> Session {
         n_threads: 2,
         isa,
         activations: Activations::F32,
+        kv_type: KvType::F32,
     };
-    Session::open(&Checkpoint::open(path).unwrap(), cpu, 2 * TOKENS.len()).unwrap()
+    Session::open(
+        &Checkpoint::open(path).unwrap(),
+        Ranks::solo(cpu),
+        2 * TOKENS.len(),
+    )
+    .unwrap()
 }
 
 fn logits(path: &Path, isa: Isa) -> Vec<f32> {

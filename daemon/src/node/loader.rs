@@ -3,19 +3,24 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
-    collective::Collective,
-    config::{Activations as ActivationsKey, EngineConfig as EngineKeys, NodeConfig},
-    engine::EngineConfig,
+    config::{
+        Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, LogConfig,
+        NodeConfig,
+    },
+    group::{self, GroupConfig},
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
-    runner::{self, Budget, KV_BLOCK_LEN, StepExecutor, available_bytes, load_cpu, plan_cpu},
+    runner::{
+        self, Budget, KV_BLOCK_LEN, MemoryPlan, RankPlan, available_bytes, kv_bytes_per_token,
+        plan_cpu,
+    },
     runtime::clock,
     text::TextModel,
     weights::{Checkpoint, KeeperConfig, PackKeeper},
@@ -28,31 +33,41 @@ const KV_SHARE_OF_AVAILABLE: u64 = 4;
 const AVAILABLE_BYTES_UNKNOWN: u64 = 4 << 30;
 
 /// The catalog's loader for this node's settings.
-pub(super) fn new(keys: &EngineKeys, node: &NodeConfig) -> Box<Loader> {
-    let keys = keys.clone();
+pub(super) fn new(keys: &EngineKeys, node: &NodeConfig, log: &LogConfig) -> Box<Loader> {
+    let (keys, log) = (keys.clone(), log.clone());
     let drain_limit = Duration::from_secs(node.drain_timeout_s);
-    Box::new(move |name, path, on_progress| load(&keys, drain_limit, name, path, on_progress))
+    Box::new(move |name, path, on_progress| load(&keys, &log, drain_limit, name, path, on_progress))
 }
 
 /// The compute settings of the configuration.
 pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
     let n_threads = match keys.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        0 => {
+            let n_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            (n_cores / keys.tp.max(1)).max(1)
+        }
         n => n,
     };
     let activations = match keys.activations {
         ActivationsKey::F32 => Activations::F32,
         ActivationsKey::Int8 => Activations::Int8,
     };
+    let kv_type = match keys.kv_type {
+        KvTypeKey::F32 => KvType::F32,
+        KvTypeKey::Bf16 => KvType::Bf16,
+        KvTypeKey::Int8 => KvType::Int8,
+    };
     CpuConfig {
         n_threads,
         isa: Isa::available()[0],
         activations,
+        kv_type,
     }
 }
 
 fn load(
     keys: &EngineKeys,
+    log: &LogConfig,
     drain_limit: Duration,
     name: &str,
     path: &Path,
@@ -102,24 +117,45 @@ fn load(
             source: e.into(),
         },
     };
-    let plan = plan_cpu(&checkpoint, cpu, 1, budget(keys, &spec)).map_err(failed)?;
-    let rank = &plan.ranks[0];
-    let executor = load_cpu(&checkpoint, cpu, rank, Collective::Solo).map_err(failed)?;
-    for line in rank.memory.to_string().lines() {
-        info!(model = name, "{line}");
+    let bytes_per_token = kv_bytes_per_token(&checkpoint, cpu, keys.tp).map_err(failed)?;
+    let budget = budget(keys, &spec, bytes_per_token);
+    let plan = plan_cpu(&checkpoint, cpu, keys.tp, budget, available_bytes()).map_err(failed)?;
+    for (rank, RankPlan { memory, .. }) in plan.ranks.iter().enumerate() {
+        for line in memory.to_string().lines() {
+            info!(model = name, rank, "{line}");
+        }
     }
     stage(3);
+    // Before ranks map the pack: reading ahead of them is what its first start on cold disks needs.
+    let keeper = checkpoint
+        .pack()
+        .map(|pack| PackKeeper::start(name, Arc::clone(pack), keeper_config(keys)))
+        .transpose()
+        .map_err(|e| LoadError::Engine {
+            name: name.to_owned(),
+            source: e.into(),
+        })?;
+    let sum = |bytes: fn(&MemoryPlan) -> u64| plan.ranks.iter().map(|r| bytes(&r.memory)).sum();
     let memory = MemoryFigures {
-        weight_bytes: rank.memory.mapped_bytes + rank.memory.panels_bytes,
-        kv_bytes: rank.memory.kv_bytes,
-        workspace_bytes: rank.memory.workspace_bytes,
+        weight_bytes: sum(|plan| plan.mapped_bytes + plan.panels_bytes),
+        kv_bytes: sum(|plan| plan.kv_bytes),
+        workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
-    let mut engine = EngineConfig::for_executor(name, &executor.limits());
-    engine.waiting_max = keys.waiting_max;
-    engine.prefix_cache = keys.prefix_cache;
-    engine.sampleable_len = text.vocab_len().min(spec.vocab_len);
-    engine.drain_limit = drain_limit;
-    let replica = Replica::start(Box::new(executor), engine).map_err(|e| LoadError::Engine {
+    let replica = Replica::start_group(GroupConfig {
+        program: group::this_program(),
+        log: log.clone(),
+        model: name.to_owned(),
+        path: path.to_owned(),
+        n_ranks: keys.tp,
+        cpu,
+        budget,
+        step_timeout: Duration::from_secs(keys.step_timeout_s),
+        waiting_max: keys.waiting_max,
+        prefix_cache: keys.prefix_cache,
+        sampleable_len: text.vocab_len().min(spec.vocab_len),
+        drain_limit,
+    })
+    .map_err(|e| LoadError::Engine {
         name: name.to_owned(),
         source: e.into(),
     })?;
@@ -127,21 +163,11 @@ fn load(
         model = name,
         architecture = spec.architecture,
         isa = cpu.isa.name(),
+        ranks = keys.tp,
         threads = cpu.n_threads,
-        took_ms = started.elapsed().as_millis(),
+        took_ms = started.elapsed().as_millis() as u64,
         "model ready"
     );
-    let keeper = match checkpoint.pack() {
-        None => None,
-        Some(pack) => Some(
-            PackKeeper::start(name, Arc::clone(pack), keeper_config(keys)).map_err(|e| {
-                LoadError::Engine {
-                    name: name.to_owned(),
-                    source: e.into(),
-                }
-            })?,
-        ),
-    };
     Ok(ServedModel {
         name: name.to_owned(),
         created: clock::unix_seconds(),
@@ -164,8 +190,7 @@ fn keeper_config(keys: &EngineKeys) -> KeeperConfig {
 }
 
 /// What the configuration allows a replica of this model.
-fn budget(keys: &EngineKeys, spec: &DecoderSpec) -> Budget {
-    let bytes_per_token = spec.cache_elements_per_token() as u64 * 4;
+fn budget(keys: &EngineKeys, spec: &DecoderSpec, bytes_per_token: u64) -> Budget {
     // One block more than asked for: the canary keeps it to itself.
     let bytes_of = |n_tokens: usize| {
         let with_canary = n_tokens.next_multiple_of(KV_BLOCK_LEN) + KV_BLOCK_LEN;

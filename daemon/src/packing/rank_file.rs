@@ -108,6 +108,8 @@ impl RankWriter {
         };
         let tile_scales = match matrix.tile_scales() {
             None => None,
+            // Panels hold the factors of their rows.
+            Some(_) if panels.is_some() => None,
             Some(scales) => Some(ScalesJson {
                 tile_rows: scales.tile_rows,
                 tile_cols: scales.tile_cols,

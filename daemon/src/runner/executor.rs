@@ -17,7 +17,7 @@ pub struct ModelExecutor<B: Backend> {
     decoder: Decoder<B>,
     cache_shape: CacheShape,
     /// One per layer.
-    caches: Vec<B::Buffer>,
+    caches: Vec<B::Cache>,
     workspace: Workspace<B>,
     limits: ExecutorLimits,
     rows: StepRows,
@@ -72,12 +72,12 @@ impl StepRows {
 
 impl<B: Backend> ModelExecutor<B> {
     /// Takes all memory of the plan.
-    pub fn new(backend: B, decoder: Decoder<B>, plan: &RankPlan, group: Collective) -> Self {
+    pub fn new(backend: B, decoder: Decoder<B>, plan: &RankPlan) -> Self {
         let (spec, split) = (decoder.spec(), &plan.split);
         let plan = &plan.memory;
         let cache_shape = plan.cache_shape(spec);
         let caches = (0..spec.n_layers())
-            .map(|_| backend.buffer(cache_shape.size()))
+            .map(|_| backend.cache(cache_shape))
             .collect();
         let workspace = Workspace::new(&backend, spec, plan.step_tokens_max, plan.step_logits_max);
         let limits = ExecutorLimits {
@@ -97,17 +97,35 @@ impl<B: Backend> ModelExecutor<B> {
             workspace,
             limits,
             rows: StepRows::default(),
-            gathered: match (&group, split.is_first()) {
-                (Collective::Shm(_), true) => vec![0.0; plan.step_logits_max * limits.vocab_len],
-                (Collective::Solo, _) | (_, false) => Vec::new(),
+            gathered: match split.of.n_ranks {
+                2.. if split.is_first() => vec![0.0; plan.step_logits_max * limits.vocab_len],
+                _ => Vec::new(),
             },
-            words: match &group {
-                Collective::Solo => Vec::new(),
-                Collective::Shm(_) => Vec::with_capacity(n_words_max(&limits)),
-            },
+            words: Vec::new(),
             columns: split.vocab_of_ranks.clone(),
-            group,
+            group: Collective::Solo,
         }
+    }
+
+    /// The same in its group, whose ranks have met.
+    ///
+    /// # Panics
+    /// When the group is not the one this part of the model was made for.
+    pub fn in_group(mut self, group: Collective) -> Self {
+        let n_ranks = match &group {
+            Collective::Solo => 1,
+            Collective::Shm(member) => member.n_ranks(),
+        };
+        assert_eq!(
+            n_ranks,
+            self.columns.len(),
+            "ranks of the model and of the group"
+        );
+        if n_ranks > 1 {
+            self.words.reserve_exact(n_words_max(&self.limits));
+        }
+        self.group = group;
+        self
     }
 
     /// Runs what the first rank says until it says that nothing follows.

@@ -3,9 +3,8 @@
 
 use dsd_kernels::cpu::{CpuBackend, CpuConfig, CpuError};
 
-use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes, available_bytes};
+use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes};
 use crate::{
-    collective::Collective,
     model::{self, DecoderSpec, ModelError, RankOf, Split},
     weights::{Checkpoint, RankTensors},
 };
@@ -42,7 +41,37 @@ pub struct RankPlan {
     pub memory: MemoryPlan,
 }
 
-/// Deals the model to `n_ranks` ranks of this machine and plans their memory within `budget`.
+/// Bytes of KV cache that one position takes on all ranks together: they deal key-value heads among
+/// them, and each holds MLA's latent.
+///
+/// # Errors
+/// [`LoadError`].
+pub fn kv_bytes_per_token(
+    checkpoint: &Checkpoint,
+    cpu: CpuConfig,
+    n_ranks: usize,
+) -> Result<u64, LoadError> {
+    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
+    let bytes = splits(checkpoint, &spec, n_ranks)?
+        .iter()
+        .map(|split| split.local.cache_bytes_per_token(cpu.kv_type))
+        .sum::<usize>();
+    Ok(bytes as u64)
+}
+
+fn splits(
+    checkpoint: &Checkpoint,
+    spec: &DecoderSpec,
+    n_ranks: usize,
+) -> Result<Vec<Split>, ModelError> {
+    let format_of = |name: &str| checkpoint.format(name);
+    (0..n_ranks.max(1))
+        .map(|rank| Ok(Split::new(spec, RankOf { rank, n_ranks }, &format_of)?))
+        .collect()
+}
+
+/// Deals the model to `n_ranks` ranks of this machine and plans their memory within `budget` and, when
+/// known, what is available.
 ///
 /// # Errors
 /// [`LoadError`]; nothing was taken.
@@ -51,13 +80,12 @@ pub fn plan_cpu(
     cpu: CpuConfig,
     n_ranks: usize,
     budget: Budget,
+    available: Option<u64>,
 ) -> Result<ReplicaPlan, LoadError> {
     let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
     let format_of = |name: &str| checkpoint.format(name);
-    let part = |rank| {
-        let of = RankOf { rank, n_ranks };
-        let split = Split::new(&spec, of, &format_of).map_err(ModelError::from)?;
-        let weights = match of_rank(checkpoint, of)? {
+    let part = |split: Split| {
+        let weights = match of_rank(checkpoint, split.of)? {
             RankTensors::Pack(rank) => WeightBytes {
                 mapped: rank.tensor_bytes(),
                 panels: 0,
@@ -69,11 +97,12 @@ pub fn plan_cpu(
         };
         Ok::<_, LoadError>((split, weights))
     };
-    let parts = (0..n_ranks.max(1))
+    let parts = splits(checkpoint, &spec, n_ranks)?
+        .into_iter()
         .map(part)
         .collect::<Result<Vec<_>, _>>()?;
     let backend = CpuBackend::new(cpu)?;
-    let plans = MemoryPlan::new(&backend, &parts, budget, available_bytes())?;
+    let plans = MemoryPlan::new(&backend, &parts, budget, available)?;
     let ranks = parts
         .into_iter()
         .zip(plans)
@@ -82,7 +111,8 @@ pub fn plan_cpu(
     Ok(ReplicaPlan { spec, ranks })
 }
 
-/// Builds one rank's part of the model on the CPU backend; takes the memory of its plan.
+/// Builds one rank's part of the model on the CPU backend; takes the memory of its plan. A part of
+/// several runs once it is [`ModelExecutor::in_group`].
 ///
 /// # Errors
 /// [`LoadError`]; nothing is left allocated.
@@ -90,14 +120,13 @@ pub fn load_cpu(
     checkpoint: &Checkpoint,
     cpu: CpuConfig,
     plan: &RankPlan,
-    group: Collective,
 ) -> Result<ModelExecutor<CpuBackend>, LoadError> {
     let backend = CpuBackend::new(cpu)?;
     let source = of_rank(checkpoint, plan.split.of)?;
     let decoder = model::build(&source, &plan.split, &backend)?;
     model::refuse_extra_tensors(&source, &plan.split.full)?;
     checkpoint.release_blocks();
-    Ok(ModelExecutor::new(backend, decoder, plan, group))
+    Ok(ModelExecutor::new(backend, decoder, plan))
 }
 
 fn of_rank(checkpoint: &Checkpoint, of: RankOf) -> Result<RankTensors<'_>, ModelError> {

@@ -12,7 +12,7 @@ mod executor;
 mod load;
 
 pub use executor::ModelExecutor;
-pub use load::{LoadError, RankPlan, ReplicaPlan, load_cpu, plan_cpu};
+pub use load::{LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu};
 pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes, available_bytes};
 pub use plan::{LogitRows, Span, StepPlan};
 

@@ -14,6 +14,7 @@ mod memory;
 mod openai;
 mod packs;
 mod quic;
+mod ranks;
 mod same_tokens;
 mod start_up;
 mod tidy;

@@ -59,9 +59,6 @@ impl Pack {
     /// [`WeightsError`].
     pub(super) fn open(folder: &Path) -> Result<Self, WeightsError> {
         let manifest = Manifest::read(folder)?;
-        for source in &manifest.sources {
-            source.check(folder, PROVE_AT_START_BYTES_MAX)?;
-        }
         for file in &manifest.side_files {
             check_side_file(folder, file)?;
         }
@@ -87,9 +84,10 @@ impl Pack {
         })
     }
 
-    /// Ranks it was made for.
-    pub fn n_ranks(&self) -> usize {
-        self.ranks.len()
+    /// Refuses a pack whose checkpoint is there and has changed.
+    pub(super) fn refuse_stale(&self) -> Result<(), WeightsError> {
+        let mut sources = self.manifest.sources.iter();
+        sources.try_for_each(|source| source.check(&self.folder, PROVE_AT_START_BYTES_MAX))
     }
 
     /// Rank `rank`'s part.
