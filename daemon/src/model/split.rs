@@ -116,7 +116,7 @@ impl Split {
             heads: 0..n_heads,
             kv_heads: 0..n_kv_heads,
             vocab: 0..spec.vocab_len,
-            vocab_of_ranks: vec![0..spec.vocab_len],
+            vocab_of_ranks: std::iter::once(0..spec.vocab_len).collect(),
             ffns: spec.ffns.iter().map(whole).collect(),
             full: spec.clone(),
         }

@@ -12,6 +12,7 @@ mod dsctl;
 mod lifecycle;
 mod memory;
 mod openai;
+mod packs;
 mod quic;
 mod ranks;
 mod same_tokens;
