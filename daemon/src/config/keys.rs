@@ -219,7 +219,7 @@ sections! {
         prefix_cache: bool = true, "true";
         /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
         activations: Activations = Activations::F32, "`f32`";
-        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head). Since 0.2.
+        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head)..
         kv_type: KvType = KvType::F32, "`f32`";
     }
 
