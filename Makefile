@@ -1,5 +1,5 @@
 # The two commands of the README, and their parts.
-.PHONY: demo test test-setup lint build release
+.PHONY: demo test test-setup lint build release quant-table
 
 STATE ?= $(CURDIR)/target/demo
 DEMO_ARGS ?=
@@ -22,3 +22,9 @@ lint:
 
 test: test-setup lint build
 	cargo test --locked --workspace
+
+# Formats of weights and KV cache on one real model, into docs/QUANTIZATION.md. QUANT_ARGS: --rounds N, --llama-quantize PROGRAM.
+QUANT_ARGS ?=
+
+quant-table: release test-setup
+	python3 tests/python/quantization_table.py $(QUANT_ARGS)
