@@ -1,5 +1,5 @@
 # The two commands of the README, and their parts.
-.PHONY: demo test test-setup lint build release
+.PHONY: demo test test-setup lint build release bench
 
 STATE ?= $(CURDIR)/target/demo
 DEMO_ARGS ?=
@@ -22,3 +22,9 @@ lint:
 
 test: test-setup lint build
 	cargo test --locked --workspace
+
+# Kernels beside the ceilings of this machine. BENCH_ARGS: words of cases, --threads N, --json.
+BENCH_ARGS ?=
+
+bench:
+	cargo bench --locked -p dsd-kernels --bench kernels -- $(BENCH_ARGS)
