@@ -311,6 +311,7 @@ def main():
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--no-report", action="store_true", help="measure only")
     arguments = parser.parse_args()
+    serving.end_in_order()
     if not arguments.report:
         peers.install()
         peers.make_models()

@@ -64,13 +64,17 @@ def run(command, timeout_s, env=None):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         others, start = Others(), time.monotonic()
         child = subprocess.Popen([str(c) for c in command], stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=env)
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                break
-            if start + timeout_s < time.monotonic():
-                child.kill()
-            time.sleep(0.01)
+        try:
+            while True:
+                pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+                if pid:
+                    break
+                if start + timeout_s < time.monotonic():
+                    child.kill()
+                time.sleep(0.01)
+        except BaseException:
+            child.kill()
+            raise
         child.returncode = os.waitstatus_to_exitcode(status)
         wall = time.monotonic() - start
         own = usage.ru_utime + usage.ru_stime
