@@ -2,7 +2,11 @@
 //!
 //! Named by every module, names none.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    fmt,
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use tokio::sync::mpsc;
 
@@ -13,7 +17,10 @@ pub struct Request {
     pub id: RequestId,
     /// Prompt tokens, at least one.
     pub prompt: Vec<u32>,
-    /// Tokens to generate at most, at least one.
+    /// Tokens that were generated before, by an engine that was lost; the next one follows them, the
+    /// same as it would have been there.
+    pub output: Vec<u32>,
+    /// Tokens to generate at most, those generated before included; more than those.
     pub max_tokens: usize,
     /// The generation ends after one of these came out; it is the last token emitted.
     pub stop_tokens: Arc<[u32]>,
@@ -129,24 +136,48 @@ pub enum FinishReason {
     Failed(String),
 }
 
+/// What takes a request's events.
+pub trait EventSink: Send + Sync {
+    /// Takes an event; false when nobody reads any more.
+    fn send(&self, item: StreamItem) -> bool;
+    /// True when nobody reads any more.
+    fn is_cancelled(&self) -> bool;
+}
+
 /// The engine's end of a request's stream. Holds room for every event the request can produce, so
 /// that the engine never waits for a slow reader.
-#[derive(Debug, Clone)]
-pub struct TokenSink(mpsc::Sender<StreamItem>);
+#[derive(Clone)]
+pub struct TokenSink {
+    target: Arc<dyn EventSink>,
+    on_close: Arc<OnClose>,
+}
 
 /// The reader's end. Dropping it cancels the request within one step.
 #[derive(Debug)]
-pub struct TokenStream(mpsc::Receiver<StreamItem>);
+pub struct TokenStream {
+    items: mpsc::Receiver<StreamItem>,
+    on_close: Arc<OnClose>,
+}
+
+/// What to do when the reader goes away.
+#[derive(Default)]
+struct OnClose(OnceLock<Box<dyn Fn() + Send + Sync>>);
 
 /// A sink and its stream for a request of at most `max_tokens` tokens.
 pub fn token_stream(max_tokens: usize) -> (TokenSink, TokenStream) {
-    let (tx, rx) = mpsc::channel(max_tokens + 2);
-    (TokenSink(tx), TokenStream(rx))
+    let (tx, items) = mpsc::channel(max_tokens + 2);
+    let on_close = Arc::<OnClose>::default();
+    let sink = TokenSink {
+        target: Arc::new(ChannelSink(tx)),
+        on_close: Arc::clone(&on_close),
+    };
+    (sink, TokenStream { items, on_close })
 }
 
-impl TokenSink {
-    /// Sends an event; false when the reader is gone.
-    pub fn send(&self, item: StreamItem) -> bool {
+struct ChannelSink(mpsc::Sender<StreamItem>);
+
+impl EventSink for ChannelSink {
+    fn send(&self, item: StreamItem) -> bool {
         match self.0.try_send(item) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Closed(_)) => false,
@@ -158,20 +189,66 @@ impl TokenSink {
         }
     }
 
+    fn is_cancelled(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+impl TokenSink {
+    /// A sink whose events go elsewhere.
+    pub fn to(target: Arc<dyn EventSink>) -> Self {
+        Self {
+            target,
+            on_close: Arc::default(),
+        }
+    }
+
+    /// Sends an event; false when the reader is gone.
+    pub fn send(&self, item: StreamItem) -> bool {
+        self.target.send(item)
+    }
+
     /// True when nobody reads any more.
     pub fn is_cancelled(&self) -> bool {
-        self.0.is_closed()
+        self.target.is_cancelled()
+    }
+
+    /// Calls `hook` once when the reader goes away from now on. Only the first hook counts.
+    pub fn on_close(&self, hook: impl Fn() + Send + Sync + 'static) {
+        // A second one would be a second owner of the request, which there is not.
+        let _ = self.on_close.0.set(Box::new(hook));
+    }
+}
+
+impl fmt::Debug for TokenSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TokenSink").finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for OnClose {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("OnClose").finish_non_exhaustive()
     }
 }
 
 impl TokenStream {
     /// The next event; `None` when the engine is gone without an end.
     pub async fn next(&mut self) -> Option<StreamItem> {
-        self.0.recv().await
+        self.items.recv().await
     }
 
     /// The next event for callers without an async runtime.
     pub fn blocking_next(&mut self) -> Option<StreamItem> {
-        self.0.blocking_recv()
+        self.items.blocking_recv()
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        self.items.close();
+        if let Some(hook) = self.on_close.0.get() {
+            hook();
+        }
     }
 }

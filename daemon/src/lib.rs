@@ -11,11 +11,13 @@ pub mod gateway;
 pub mod catalog;
 pub mod text;
 pub mod replica;
+pub mod group;
 pub mod engine;
 pub mod scheduler;
 pub mod kv_cache;
 pub mod runner;
 pub mod model;
+pub mod collective;
 pub mod sampler;
 pub mod weights;
 

@@ -25,6 +25,9 @@ enum Command {
     Serve(commands::serve::Serve),
     /// Check the configuration file and print nothing if it is good.
     CheckConfig(commands::serve::CheckConfig),
+    /// Run as one rank of a group; an agent starts it.
+    #[command(hide = true)]
+    Rank(commands::rank::Rank),
     /// Evaluate a checkpoint offline.
     #[command(subcommand)]
     Eval(commands::eval::Eval),
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Command::Dev(dev) => dev.run(),
         Command::Serve(serve) => serve.run(),
         Command::CheckConfig(check) => check.run(),
+        Command::Rank(rank) => rank.run(),
         Command::Eval(eval) => eval.run(),
     };
     match outcome {

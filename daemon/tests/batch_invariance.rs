@@ -5,7 +5,7 @@
 use std::{cell::RefCell, path::PathBuf};
 
 use dsd::{
-    runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu},
+    runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu, plan_cpu},
     weights::Checkpoint,
 };
 use dsd_kernels::{
@@ -36,7 +36,8 @@ fn executor(model: &str, n_threads: usize, activations: Activations) -> Box<dyn 
         step_tokens_max: 96,
         step_spans_max: 8,
     };
-    load_cpu(&checkpoint, cpu, budget).unwrap().executor
+    let plan = plan_cpu(&checkpoint, cpu, 1, budget, None).unwrap();
+    Box::new(load_cpu(&checkpoint, cpu, &plan.ranks[0]).unwrap())
 }
 
 /// A sequence with its own blocks, fed to an executor piece by piece.

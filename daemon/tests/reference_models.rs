@@ -3,7 +3,10 @@
 
 use std::{fs, path::PathBuf};
 
-use dsd::{eval::Session, weights::Checkpoint};
+use dsd::{
+    eval::{Ranks, Session},
+    weights::Checkpoint,
+};
 use dsd_kernels::{
     backend::Activations,
     cpu::{CpuConfig, Isa},
@@ -50,7 +53,7 @@ fn check(model: &str) {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     for isa in Isa::available() {
         let checkpoint = Checkpoint::open(&folder).unwrap();
-        let mut session = Session::open(&checkpoint, cpu(isa), 512).unwrap();
+        let mut session = Session::open(&checkpoint, Ranks::solo(cpu(isa)), 512).unwrap();
         for (index, prompt) in golden["prompts"].as_array().unwrap().iter().enumerate() {
             let tokens = ids(&prompt["ids"]);
             let expected = tensors.tensor(&format!("p{index}.logits")).unwrap();
@@ -132,7 +135,8 @@ fn smollm2_continues_as_the_reference_does() {
     let golden: Value = serde_json::from_slice(&fs::read(golden).unwrap()).unwrap();
     let file = test_data().join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     let checkpoint = Checkpoint::open(&file).unwrap();
-    let mut session = Session::open(&checkpoint, cpu(Isa::available()[0]), 256).unwrap();
+    let mut session =
+        Session::open(&checkpoint, Ranks::solo(cpu(Isa::available()[0])), 256).unwrap();
     for prompt in golden["prompts"].as_array().unwrap() {
         let (tokens, greedy) = (ids(&prompt["ids"]), ids(&prompt["greedy"]));
         let found = session.greedy(&tokens, greedy.len()).unwrap();

@@ -266,26 +266,31 @@ impl ExpertShape {
     }
 }
 
-/// Device arithmetic. Rows beyond those of the call are left as they are.
-pub trait Backend: Send + 'static {
-    /// f32 elements in the backend's memory.
+/// Takes a model's weights over: all that building a model needs of a backend.
+pub trait WeightStore {
+    /// f32 elements in the store's memory.
     type Buffer: Send;
     /// A weight matrix ready for [`Backend::linear`].
     type Weight: Send;
-    /// Chosen experts and their weights per row, and the scratch to run them.
-    type Routes: Send;
 
-    /// Zeroed, resident memory for `len` elements.
-    fn buffer(&self, len: usize) -> Self::Buffer;
     /// A buffer with these values.
     fn upload(&self, values: &[f32]) -> Self::Buffer;
-    /// The first `len` elements, in host memory.
-    fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
     /// Takes matrices of equal width over as one weight, whose outputs are theirs side by side.
     /// Shares their bytes where the backend can read them as they are.
     fn weight(&self, parts: Vec<Matrix>) -> Self::Weight;
     /// Takes `kv_b_proj` over, for [`Backend::absorb_keys`] and [`Backend::expand_values`].
     fn latent_weight(&self, matrix: Matrix) -> Self::Weight;
+}
+
+/// Device arithmetic. Rows beyond those of the call are left as they are.
+pub trait Backend: WeightStore + Send + 'static {
+    /// Chosen experts and their weights per row, and the scratch to run them.
+    type Routes: Send;
+
+    /// Zeroed, resident memory for `len` elements.
+    fn buffer(&self, len: usize) -> Self::Buffer;
+    /// The first `len` elements, in host memory.
+    fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
     /// Bytes of scratch that steps of this shape take besides buffers and routes.
     fn scratch_bytes(&self, shape: &StepShape) -> usize;
     /// Takes that scratch; steps beyond the shape may not be run.
@@ -293,8 +298,9 @@ pub trait Backend: Send + 'static {
     /// Room for the routing of one expert layer at a time.
     fn routes(&self, shape: ExpertShape) -> Self::Routes;
 
-    /// `out[m] = table[tokens[m]]`.
-    fn embed(&self, table: &Self::Weight, tokens: &[u32], out: &mut Self::Buffer);
+    /// `out[m] = table[tokens[m] - first]`, or zeros where the table does not hold the token: a
+    /// rank's table begins at token `first` of the vocabulary.
+    fn embed(&self, table: &Self::Weight, first: usize, tokens: &[u32], out: &mut Self::Buffer);
     /// `out[m] = W x[m] + bias`; `x` and `out` dense.
     fn linear(
         &self,

@@ -3,6 +3,8 @@
 //! Does not know where the bytes come from; a mapped file, a heap buffer and a test vector look
 //! alike through [`Bytes`].
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use crate::{
@@ -41,6 +43,35 @@ pub struct TileScales {
     pub tile_cols: usize,
     /// `[ceil(n_rows / tile_rows), ceil(n_cols / tile_cols)]`, row-major.
     pub values: Vec<f32>,
+}
+
+impl TileScales {
+    /// The scales of a piece of a matrix with `n_cols` columns. Where the piece begins inside a
+    /// tile, its tiles are as large as still fit the old ones, and the values repeat.
+    fn cut(&self, rows: Range<usize>, cols: Range<usize>, n_cols: usize) -> Self {
+        let side = |tile: usize, first: usize| match first % tile {
+            0 => tile,
+            inside => gcd(tile, inside),
+        };
+        let tile_rows = side(self.tile_rows, rows.start);
+        let tile_cols = side(self.tile_cols, cols.start);
+        let grid_cols = n_cols.div_ceil(self.tile_cols);
+        let mut values = Vec::new();
+        for row in rows.step_by(tile_rows) {
+            let of_row = &self.values[row / self.tile_rows * grid_cols..][..grid_cols];
+            let cols = cols.clone().step_by(tile_cols);
+            values.extend(cols.map(|col| of_row[col / self.tile_cols]));
+        }
+        Self {
+            tile_rows,
+            tile_cols,
+            values,
+        }
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Why bytes and shape do not make a matrix.
@@ -208,38 +239,45 @@ impl Matrix {
         }
     }
 
-    /// Rows `first..first + count` as a matrix that shares the bytes; `None` when out of range,
-    /// stored in panels or, for FP8, when the cut does not fall on a tile border.
+    /// Rows `first..first + count` as a matrix that shares the bytes; `None` when out of range or
+    /// stored in panels.
     pub fn rows(&self, first: usize, count: usize) -> Option<Self> {
         if self.layout != Layout::Rows || first.checked_add(count)? > self.n_rows {
             return None;
         }
-        let tile_scales = match &self.tile_scales {
-            None => None,
-            Some(s) if first.is_multiple_of(s.tile_rows) => {
-                let grid_cols = self.n_cols.div_ceil(s.tile_cols);
-                let from = first / s.tile_rows * grid_cols;
-                let to = (first + count).div_ceil(s.tile_rows) * grid_cols;
-                let values = s.values.get(from..to)?.to_vec();
-                Some(TileScales {
-                    tile_rows: s.tile_rows,
-                    tile_cols: s.tile_cols,
-                    values,
-                })
-            }
-            Some(_) => return None,
-        };
         let row_bytes = self.row_bytes();
         let data = self
             .data
             .slice(first * row_bytes..(first + count) * row_bytes);
+        let cut = |s: &TileScales| s.cut(first..first + count, 0..self.n_cols, self.n_cols);
         Some(Self {
-            format: self.format,
-            layout: self.layout,
             n_rows: count,
-            n_cols: self.n_cols,
             data,
-            tile_scales,
+            tile_scales: self.tile_scales.as_ref().map(cut),
+            ..*self
+        })
+    }
+
+    /// Columns `first..first + count` as a matrix with bytes of its own; `None` when out of range,
+    /// stored in panels, or cut inside a block.
+    pub fn cols(&self, first: usize, count: usize) -> Option<Self> {
+        let block_len = self.format.block_len();
+        let end = first.checked_add(count)?;
+        let whole = first.is_multiple_of(block_len) && count.is_multiple_of(block_len);
+        if self.layout != Layout::Rows || end > self.n_cols || !whole {
+            return None;
+        }
+        let bytes_of = |n_cols: usize| n_cols / block_len * self.format.block_bytes();
+        let mut data = Vec::with_capacity(self.n_rows * bytes_of(count));
+        for row in 0..self.n_rows {
+            data.extend_from_slice(&self.row(row)[bytes_of(first)..bytes_of(end)]);
+        }
+        let cut = |s: &TileScales| s.cut(0..self.n_rows, first..end, self.n_cols);
+        Some(Self {
+            n_cols: count,
+            data: data.into(),
+            tile_scales: self.tile_scales.as_ref().map(cut),
+            ..*self
         })
     }
 

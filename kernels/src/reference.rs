@@ -6,7 +6,7 @@
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
+        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads, WeightStore,
     },
     matrix::Matrix,
     quant,
@@ -23,21 +23,12 @@ pub struct Routes {
     pub chosen: Vec<Vec<(usize, f32)>>,
 }
 
-impl Backend for Reference {
+impl WeightStore for Reference {
     type Buffer = Vec<f32>;
     type Weight = Vec<Matrix>;
-    type Routes = Routes;
-
-    fn buffer(&self, len: usize) -> Vec<f32> {
-        vec![0.0; len]
-    }
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
         values.to_vec()
-    }
-
-    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
-        &mut buffer[..len]
     }
 
     fn weight(&self, parts: Vec<Matrix>) -> Vec<Matrix> {
@@ -46,6 +37,18 @@ impl Backend for Reference {
 
     fn latent_weight(&self, matrix: Matrix) -> Vec<Matrix> {
         vec![matrix]
+    }
+}
+
+impl Backend for Reference {
+    type Routes = Routes;
+
+    fn buffer(&self, len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
+
+    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
+        &mut buffer[..len]
     }
 
     fn scratch_bytes(&self, _shape: &StepShape) -> usize {
@@ -58,10 +61,13 @@ impl Backend for Reference {
         Routes::default()
     }
 
-    fn embed(&self, table: &Vec<Matrix>, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &Vec<Matrix>, first: usize, tokens: &[u32], out: &mut Vec<f32>) {
         let table = &table[0];
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
-            quant::decode_row(table, *token as usize, row);
+            match (*token as usize).checked_sub(first) {
+                Some(index) if index < table.n_rows() => quant::decode_row(table, index, row),
+                _ => row.fill(0.0),
+            }
         }
     }
 

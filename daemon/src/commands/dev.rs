@@ -32,6 +32,9 @@ pub(crate) struct Dev {
     /// Folder for certificates and models [default: $XDG_STATE_HOME/dsd, or ~/.local/state/dsd].
     #[arg(long, env = "DSD_STATE", value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Ranks that share the model (tensor parallelism), each a process.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    tp: usize,
     /// Arithmetic of block-quantized layers.
     #[arg(long, value_enum, default_value = "f32")]
     activations: ActivationsArg,
@@ -50,6 +53,7 @@ impl Dev {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
         };
+        config.engine.tp = self.tp;
         config.apply_env(env::vars())?;
         telemetry::install_logs(&config.log)?;
         let path = match self.model {

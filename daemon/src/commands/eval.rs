@@ -126,7 +126,7 @@ impl Eval {
                 let tokens = TextModel::from_checkpoint(&checkpoint)?
                     .encode_prompt(&read(&text)?, usize::MAX)?;
                 let window = window.min(tokens.len());
-                let mut session = Session::open(&checkpoint, model.compute.cpu(), window)?;
+                let mut session = Session::open(&checkpoint, model.compute.ranks(), window)?;
                 let (nll, n_scored) = session.mean_nll(&tokens, window)?;
                 print_line(&json!({
                     "perplexity": nll.exp(),
@@ -149,7 +149,7 @@ impl Eval {
                     n_sequences: usize::from(sequences),
                 };
                 let checkpoint = checkpoint(&model.model)?;
-                let mut test = SpeedTest::open(&checkpoint, model.compute.cpu(), case)?;
+                let mut test = SpeedTest::open(&checkpoint, model.compute.ranks(), case)?;
                 test.run()?;
                 let runs = (0..runs)
                     .map(|_| test.run())
@@ -169,7 +169,7 @@ impl Eval {
 }
 
 fn open(model: &ModelArgs, n_tokens: usize) -> Result<Session> {
-    Session::open(&checkpoint(&model.model)?, model.compute.cpu(), n_tokens)
+    Session::open(&checkpoint(&model.model)?, model.compute.ranks(), n_tokens)
         .with_context(|| format!("cannot evaluate `{}`", model.model.display()))
 }
 

@@ -2,9 +2,11 @@
 
 pub(crate) mod dev;
 pub(crate) mod eval;
+pub(crate) mod rank;
 pub(crate) mod serve;
 
 use clap::ValueEnum;
+use dsd::eval::Ranks;
 use dsd_kernels::{
     backend::Activations,
     cpu::{CpuConfig, Isa},
@@ -35,13 +37,24 @@ pub(crate) struct ComputeArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
-    /// Threads that compute at once [default: the cores this process may use].
+    /// Threads that compute at once, in each rank [default: the cores this process may use, dealt to
+    /// the ranks].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Ranks that share the model (tensor parallelism), each a process.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    tp: usize,
 }
 
 impl ComputeArgs {
-    pub(crate) fn cpu(&self) -> CpuConfig {
+    pub(crate) fn ranks(&self) -> Ranks {
+        Ranks {
+            cpu: self.cpu(),
+            n_ranks: self.tp,
+        }
+    }
+
+    fn cpu(&self) -> CpuConfig {
         match self.device {
             DeviceArg::Cpu => {}
         }
@@ -49,7 +62,8 @@ impl ComputeArgs {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
         };
-        let n_threads = self.threads.map_or_else(available_threads, usize::from);
+        let dealt = || (available_threads() / self.tp.max(1)).max(1);
+        let n_threads = self.threads.map_or_else(dealt, usize::from);
         CpuConfig {
             n_threads,
             isa: Isa::available()[0],

@@ -199,8 +199,12 @@ sections! {
 
     /// Limits of each model's engine.
     engine: EngineConfig / RawEngine {
-        /// Compute threads; 0 takes one per core.
+        /// Ranks that share each model (tensor parallelism), every one a process.
+        tp: usize = 1, "1", 1..=64;
+        /// Compute threads of each rank; 0 deals the cores to the ranks.
         threads: usize = 0, "0", 0..=4096;
+        /// Seconds that a rank may be late in a step before its group is lost and formed again.
+        step_timeout_s: u64 = 30, "30", 1..=3600;
         /// Positions in the KV cache of each model.
         kv_tokens: Option<usize> = None, "one full context, at most a quarter of the free memory";
         /// Bytes of the KV cache of each model; with `kv_tokens`, the smaller of both counts.

@@ -55,6 +55,11 @@ impl Canary {
         }
     }
 
+    /// What the first run gave.
+    pub(super) fn expected(&self) -> Option<u32> {
+        self.expected
+    }
+
     /// When it has to run, if no token comes out after `last_token_at`; `None` when that is beyond
     /// time.
     pub(super) fn due_at(&self, last_token_at: Option<Instant>) -> Option<Instant> {

@@ -14,6 +14,7 @@
 
 mod canary;
 mod config;
+mod departures;
 #[cfg(test)]
 pub(crate) mod fake;
 mod meter;
@@ -39,6 +40,7 @@ use crate::{
 /// What a caller brings to an engine, so that it needs no arrow of its own to the runner.
 pub use crate::runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan};
 pub use config::{ConfigError, EngineConfig, EngineLimits};
+pub use departures::Departures;
 pub use shared::EngineLoad;
 use shared::Shared;
 use step_loop::StepLoop;
@@ -90,6 +92,7 @@ pub struct EngineHandle {
     mailbox: RwLock<Option<SyncSender<Arrival>>>,
     shared: Arc<Shared>,
     limits: EngineLimits,
+    canary_token: u32,
     drain_limit: Duration,
     /// Held while joining, so that every caller of `stop` returns after the thread has ended.
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -102,6 +105,9 @@ struct Arrival {
     submitted_at: Instant,
 }
 
+/// Called on the engine's thread after every turn of its loop, behind the events of the turn.
+pub type Outlet = Box<dyn FnMut(&EngineLoad) + Send>;
+
 /// Starts an engine and waits for its first canary token.
 ///
 /// # Errors
@@ -109,6 +115,20 @@ struct Arrival {
 pub fn start(
     executor: Box<dyn StepExecutor>,
     cfg: EngineConfig,
+) -> Result<EngineHandle, StartError> {
+    start_reporting(executor, cfg, Box::new(|_| {}), |_| {})
+}
+
+/// [`start`], with somebody who is told what comes of every turn, and of an executor that is of no
+/// use any more: then the requests taken get no end.
+///
+/// # Errors
+/// [`StartError`]; no thread is left behind.
+pub fn start_reporting(
+    executor: Box<dyn StepExecutor>,
+    cfg: EngineConfig,
+    outlet: Outlet,
+    on_fatal: impl FnOnce(StepError) + Send + 'static,
 ) -> Result<EngineHandle, StartError> {
     let limits = cfg.limits(&executor.limits())?;
     let shared = Arc::new(Shared::new(clock::now(), &limits));
@@ -120,24 +140,28 @@ pub fn start(
         model: cfg.model.clone(),
         shared: Arc::clone(&shared),
     };
-    let mut step_loop = StepLoop::new(executor, cfg, limits, Arc::clone(&shared), rx);
+    let mut step_loop = StepLoop::new(executor, cfg, limits, Arc::clone(&shared), rx, outlet);
+    let is_dead = Arc::clone(&shared);
     let body = move || {
         // Dropped before the loop and its sinks: who misses an end finds the reason.
         let _obituary = obituary;
         let first = step_loop.run_canary();
         let is_ready = first.is_ok();
+        let token = step_loop.canary_token().unwrap_or_default();
         // The starter waits for this, so the send cannot block or fail.
-        let _ = ready_tx.send(first);
-        if is_ready {
-            step_loop.run();
+        let _ = ready_tx.send(first.map(|()| token));
+        if is_ready && let Err(fatal) = step_loop.run() {
+            is_dead.is_dead.store(true, Ordering::Release);
+            on_fatal(fatal);
         }
     };
     let handle = thread::spawn("dsd-engine", body).map_err(StartError::Thread)?;
     match ready_rx.recv() {
-        Ok(Ok(())) => Ok(EngineHandle {
+        Ok(Ok(canary_token)) => Ok(EngineHandle {
             mailbox: RwLock::new(Some(tx)),
             shared,
             limits,
+            canary_token,
             drain_limit,
             thread: Mutex::new(Some(handle)),
         }),
@@ -170,7 +194,7 @@ impl EngineHandle {
         let full = |waiting| PostError::QueueFull {
             waiting,
             max,
-            retry_after: self.shared.retry_after(),
+            retry_after: self.shared.departures.retry_after(),
         };
         self.shared.reserve_place(max).map_err(full)?;
         let submitted_at = clock::now();
@@ -207,6 +231,11 @@ impl EngineHandle {
     /// Counters as of the last step.
     pub fn load(&self) -> EngineLoad {
         self.shared.load(clock::now())
+    }
+
+    /// The token that the canary gave first.
+    pub fn canary_token(&self) -> u32 {
+        self.canary_token
     }
 
     /// What the engine takes.

@@ -5,13 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::EngineLimits;
+use super::{Departures, EngineLimits};
 
-/// Bounds of what a refused client is told.
-const RETRY_AFTER_MIN: Duration = Duration::from_secs(1);
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(60);
-/// Departures over which the measured rate forgets.
-const DEPARTURES_REMEMBERED: u64 = 8;
 /// Stands for "never" in the time fields.
 const NEVER: u64 = u64::MAX;
 
@@ -62,8 +57,8 @@ pub(super) struct Shared {
     last_token_at: AtomicU64,
     /// Nanoseconds since `started_at`, or [`NEVER`].
     drain_until: AtomicU64,
-    /// Mean nanoseconds between two departures from the waiting line; 0 before the first.
-    departure_interval: AtomicU64,
+    /// How fast the waiting line drains.
+    pub(super) departures: Departures,
 }
 
 impl Shared {
@@ -83,7 +78,7 @@ impl Shared {
             is_dead: AtomicBool::new(false),
             last_token_at: AtomicU64::new(NEVER),
             drain_until: AtomicU64::new(NEVER),
-            departure_interval: AtomicU64::new(0),
+            departures: Departures::default(),
         }
     }
 
@@ -98,32 +93,6 @@ impl Shared {
     pub(super) fn release_place(&self) {
         let n_before = self.n_queued.fetch_sub(1, Ordering::AcqRel);
         assert!(0 < n_before, "a place is released once");
-    }
-
-    /// `n` left the waiting line within `elapsed`.
-    pub(super) fn note_departures(&self, n: u64, elapsed: Duration) {
-        if n == 0 {
-            return;
-        }
-        let measured = nanos(elapsed) / n;
-        let mean = self.departure_interval.load(Ordering::Relaxed);
-        let weight = n.min(DEPARTURES_REMEMBERED);
-        let next = match mean {
-            0 => measured,
-            _ => {
-                let kept = u128::from(mean) * u128::from(DEPARTURES_REMEMBERED - weight);
-                let added = u128::from(measured) * u128::from(weight);
-                ((kept + added) / u128::from(DEPARTURES_REMEMBERED)) as u64
-            }
-        };
-        self.departure_interval
-            .store(next.max(1), Ordering::Relaxed);
-    }
-
-    /// When a place in the waiting line is expected to be free.
-    pub(super) fn retry_after(&self) -> Duration {
-        let interval = Duration::from_nanos(self.departure_interval.load(Ordering::Relaxed));
-        interval.clamp(RETRY_AFTER_MIN, RETRY_AFTER_MAX)
     }
 
     pub(super) fn note_token(&self, now: Instant) {
@@ -166,7 +135,7 @@ impl Shared {
 }
 
 /// Saturating below [`NEVER`]; 584 years are enough.
-fn nanos(duration: Duration) -> u64 {
+pub(super) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos())
         .unwrap_or(NEVER)
         .min(NEVER - 1)
@@ -187,30 +156,6 @@ mod tests {
             block_len: 1,
         };
         Shared::new(crate::runtime::clock::now(), &limits)
-    }
-
-    #[test]
-    fn retry_after_follows_the_measured_drain_rate_within_its_bounds() {
-        let shared = shared();
-        assert_eq!(
-            shared.retry_after(),
-            RETRY_AFTER_MIN,
-            "nothing measured yet"
-        );
-        shared.note_departures(1, Duration::from_secs(4));
-        assert_eq!(shared.retry_after(), Duration::from_secs(4));
-        shared.note_departures(1, Duration::from_secs(12));
-        assert_eq!(shared.retry_after(), Duration::from_secs(5));
-        shared.note_departures(100, Duration::from_secs(200));
-        assert_eq!(shared.retry_after(), Duration::from_secs(2));
-        shared.note_departures(0, Duration::from_secs(9));
-        assert_eq!(shared.retry_after(), Duration::from_secs(2));
-        shared.note_departures(8, Duration::from_millis(8));
-        assert_eq!(shared.retry_after(), RETRY_AFTER_MIN);
-        shared.note_departures(8, Duration::from_secs(8000));
-        assert_eq!(shared.retry_after(), RETRY_AFTER_MAX);
-        shared.note_departures(1, Duration::MAX);
-        assert_eq!(shared.retry_after(), RETRY_AFTER_MAX);
     }
 
     #[test]

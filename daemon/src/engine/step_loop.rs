@@ -19,7 +19,7 @@ use crate::{
 };
 
 use super::{
-    Arrival, EngineConfig, EngineLimits,
+    Arrival, EngineConfig, EngineLimits, Outlet,
     canary::{Canary, Verdict},
     meter::{End, Meter},
     shared::Shared,
@@ -45,8 +45,13 @@ pub(super) struct StepLoop {
     ended: Vec<Ended>,
     scratch: Scratch,
     is_stopping: bool,
+    /// Set when the executor is of no use any more.
+    fatal: Option<StepError>,
+    /// Told what came of every turn of the loop.
+    outlet: Outlet,
     last_token_at: Option<Instant>,
     last_departure_at: Option<Instant>,
+    n_preemptions_counted: u64,
 }
 
 /// What the scheduler does not need to know of a request.
@@ -70,6 +75,7 @@ impl StepLoop {
         limits: EngineLimits,
         shared: Arc<Shared>,
         mailbox: Receiver<Arrival>,
+        outlet: Outlet,
     ) -> Self {
         let executor_limits = executor.limits();
         let scheduler = Scheduler::new(cfg.scheduler(&executor_limits));
@@ -88,8 +94,11 @@ impl StepLoop {
             scratch: Scratch::new(limits.vocab_len),
             model: cfg.model,
             is_stopping: false,
+            fatal: None,
+            outlet,
             last_token_at: None,
             last_departure_at: None,
+            n_preemptions_counted: 0,
             executor,
             scheduler,
             limits,
@@ -99,8 +108,9 @@ impl StepLoop {
         }
     }
 
-    /// Steps until the mailbox is closed and everything taken has ended.
-    pub(super) fn run(&mut self) {
+    /// Steps until the mailbox is closed and everything taken has ended, or until the executor is of
+    /// no use any more: then nothing taken gets an end, and the reason is returned.
+    pub(super) fn run(&mut self) -> Result<(), StepError> {
         loop {
             self.gather();
             let now = clock::now();
@@ -110,20 +120,37 @@ impl StepLoop {
             }
             if self.scheduler.is_idle() {
                 self.publish();
+                self.report();
                 if self.is_stopping {
-                    return;
+                    return Ok(());
                 }
                 self.sleep(now);
             } else {
                 self.step(now);
                 self.publish();
+                self.report();
             }
             let is_due = |due| due <= clock::now();
             if !self.is_stopping && self.canary.due_at(self.last_token_at).is_some_and(is_due) {
                 // The failure is logged and counted; the next silence brings the next try.
-                let _ = self.run_canary();
+                if let Err(e @ StepError::Missing(_)) = self.run_canary() {
+                    self.fatal = Some(e);
+                }
+                self.report();
+            }
+            if let Some(fatal) = self.fatal.take() {
+                return Err(fatal);
             }
         }
+    }
+
+    fn report(&mut self) {
+        (self.outlet)(&self.shared.load(clock::now()));
+    }
+
+    /// The token that the canary has to give.
+    pub(super) fn canary_token(&self) -> Option<u32> {
+        self.canary.expected()
     }
 
     /// Runs the canary and notes what it showed.
@@ -179,8 +206,10 @@ impl StepLoop {
             request,
             submitted_at,
         } = arrival;
+        let n_emitted = request.output.len();
         let spec = SequenceSpec {
             prompt: request.prompt,
+            output: request.output,
             n_output_max: request.max_tokens,
             stop_tokens: request.stop_tokens,
             deadline: request.deadline,
@@ -196,7 +225,7 @@ impl StepLoop {
                     sink: request.sink,
                     submitted_at,
                     last_token_at: None,
-                    n_emitted: 0,
+                    n_emitted,
                     is_queued: true,
                 };
                 let former = self.clients[slot.idx()].replace(client);
@@ -269,6 +298,12 @@ impl StepLoop {
                 self.scheduler.apply(&self.sampled, &mut self.ended);
                 self.settle(None);
             }
+            Err(e @ StepError::Missing(_)) => {
+                self.meter.steps_failed.increment(1);
+                // Whoever supervises the ranks goes on with these sequences on the next group.
+                tracing::error!(model = %self.model, error = %e, "a step failed with its group");
+                self.fatal = Some(e);
+            }
             Err(e) => {
                 self.meter.steps_failed.increment(1);
                 let n_sequences = self.plan.spans.len();
@@ -301,7 +336,7 @@ impl StepLoop {
         }
     }
 
-    fn finish(&self, client: &Client, reason: FinishReason) {
+    fn finish(&mut self, client: &Client, reason: FinishReason) {
         let end = End::from(&reason);
         // Books first: whoever read the end finds the request gone from them.
         self.close(client, end);
@@ -344,7 +379,8 @@ impl StepLoop {
                 .last_departure_at
                 .map_or(oldest, |last| last.max(oldest));
             self.shared
-                .note_departures(n, now.saturating_duration_since(since));
+                .departures
+                .note(n, now.saturating_duration_since(since));
             self.last_departure_at = Some(now);
         }
     }
@@ -398,7 +434,7 @@ impl StepLoop {
     }
 
     /// Writes the gauges and the load report.
-    fn publish(&self) {
+    fn publish(&mut self) {
         let scheduler = &self.scheduler;
         let n_preemptions = scheduler.n_preemptions();
         self.shared
@@ -413,7 +449,9 @@ impl StepLoop {
         self.shared
             .n_preemptions
             .store(n_preemptions, Ordering::Release);
-        self.meter.preemptions.absolute(n_preemptions);
+        let before = self.n_preemptions_counted;
+        self.meter.preemptions.increment(n_preemptions - before);
+        self.n_preemptions_counted = n_preemptions;
         self.meter
             .sequences_running
             .set(scheduler.n_running() as f64);

@@ -9,11 +9,13 @@ mod tests;
 
 pub use speed::{Speed, SpeedCase, SpeedTest};
 
-use std::{fs, io, ops::Range, path::Path};
+use std::{fs, io, ops::Range, path::Path, time::Duration};
 
 use crate::{
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LoadedModel, LogitRows, StepError, StepPlan},
-    runner::{StepExecutor, load_cpu},
+    config::LogConfig,
+    group::{self, Followers, GroupConfig, GroupError},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
+    runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu},
     weights::{Checkpoint, WeightsError},
 };
 use dsd_kernels::cpu::CpuConfig;
@@ -32,6 +34,9 @@ pub enum EvalError {
     /// The checkpoint cannot run.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// The other ranks cannot be started.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// A step failed.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -68,9 +73,64 @@ pub enum EvalError {
     },
 }
 
+/// Who computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Ranks {
+    /// How each rank computes.
+    pub cpu: CpuConfig,
+    /// Ranks; this process is the first, and starts the others.
+    pub n_ranks: usize,
+}
+
+impl Ranks {
+    /// This process alone.
+    pub const fn solo(cpu: CpuConfig) -> Self {
+        Self { cpu, n_ranks: 1 }
+    }
+}
+
+/// A model that computes, with the other ranks of its group.
+struct Model {
+    executor: Box<dyn StepExecutor>,
+    /// Dropped after the executor has let them go.
+    _followers: Followers,
+}
+
+/// How long a rank may be late in a step.
+const STEP_TIMEOUT: Duration = Duration::from_secs(60);
+
+impl Model {
+    /// A model within `budget`.
+    fn open(checkpoint: &Checkpoint, ranks: Ranks, budget: Budget) -> Result<Self, EvalError> {
+        let Ranks { cpu, n_ranks } = ranks;
+        let plan = plan_cpu(checkpoint, cpu, n_ranks, budget, available_bytes())?;
+        let group = GroupConfig {
+            program: group::this_program(),
+            log: LogConfig::default(),
+            model: "eval".to_owned(),
+            path: checkpoint.path().to_owned(),
+            n_ranks,
+            cpu,
+            budget,
+            step_timeout: STEP_TIMEOUT,
+            waiting_max: 1,
+            prefix_cache: false,
+            sampleable_len: plan.spec.vocab_len,
+            drain_limit: Duration::ZERO,
+        };
+        let (mut collective, followers) = Followers::start(&group)?;
+        let executor = load_cpu(checkpoint, cpu, &plan.ranks[0])?;
+        Followers::meet(&mut collective)?;
+        Ok(Self {
+            executor: Box::new(executor.in_group(collective)),
+            _followers: followers,
+        })
+    }
+}
+
 /// One checkpoint with room for one sequence.
 pub struct Session {
-    executor: Box<dyn StepExecutor>,
+    model: Model,
     vocab_len: usize,
     context_len: usize,
     plan: StepPlan,
@@ -82,11 +142,7 @@ impl Session {
     ///
     /// # Errors
     /// [`EvalError`].
-    pub fn open(
-        checkpoint: &Checkpoint,
-        cpu: CpuConfig,
-        n_tokens: usize,
-    ) -> Result<Self, EvalError> {
+    pub fn open(checkpoint: &Checkpoint, ranks: Ranks, n_tokens: usize) -> Result<Self, EvalError> {
         let spec = crate::model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
         let context_len = spec.context_len;
         if n_tokens > context_len {
@@ -96,20 +152,21 @@ impl Session {
             });
         }
         let n_blocks = n_tokens.div_ceil(KV_BLOCK_LEN).max(1);
-        let block_bytes = spec.cache_elements_per_token() * KV_BLOCK_LEN * 4;
+        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.n_ranks)?;
         let budget = Budget {
-            kv_bytes_max: (n_blocks * block_bytes) as u64,
+            kv_bytes_max: (n_blocks * KV_BLOCK_LEN) as u64 * bytes_per_token,
             step_tokens_max: STEP_TOKENS,
             step_spans_max: STEP_LOGITS,
         };
-        let LoadedModel { executor, plan, .. } = load_cpu(checkpoint, cpu, budget)?;
-        let blocks = (0..plan.n_blocks)
+        let model = Model::open(checkpoint, ranks, budget)?;
+        let limits = model.executor.limits();
+        let blocks = (0..limits.n_blocks)
             .filter_map(|b| u32::try_from(b).ok())
             .collect();
         Ok(Self {
-            executor,
+            model,
             vocab_len: spec.vocab_len,
-            context_len: plan.context_len,
+            context_len: limits.context_len_max,
             plan: StepPlan::default(),
             blocks,
         })
@@ -218,7 +275,7 @@ impl Session {
     ) -> Result<&[f32], StepError> {
         self.plan.clear();
         self.plan.push(0, first_pos, tokens, &self.blocks, logits);
-        Ok(self.executor.execute(&self.plan)?)
+        Ok(self.model.executor.execute(&self.plan)?)
     }
 }
 

@@ -1,12 +1,11 @@
 //! Tokens per second of a checkpoint, without queue or network.
 
-use super::{EvalError, STEP_TOKENS, likeliest};
+use super::{EvalError, Model, Ranks, STEP_TOKENS, likeliest};
 use crate::{
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepExecutor, StepPlan, load_cpu},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepPlan, kv_bytes_per_token},
     runtime::clock,
     weights::Checkpoint,
 };
-use dsd_kernels::cpu::CpuConfig;
 
 /// What is timed: `n_sequences` prompts of `n_prompt` tokens at once, each continued by `n_output`.
 #[derive(Debug, Clone, Copy)]
@@ -32,7 +31,7 @@ pub struct Speed {
 
 /// A checkpoint with room for a case.
 pub struct SpeedTest {
-    executor: Box<dyn StepExecutor>,
+    model: Model,
     case: SpeedCase,
     step_tokens_max: usize,
     plan: StepPlan,
@@ -47,11 +46,7 @@ impl SpeedTest {
     ///
     /// # Errors
     /// [`EvalError`].
-    pub fn open(
-        checkpoint: &Checkpoint,
-        cpu: CpuConfig,
-        case: SpeedCase,
-    ) -> Result<Self, EvalError> {
+    pub fn open(checkpoint: &Checkpoint, ranks: Ranks, case: SpeedCase) -> Result<Self, EvalError> {
         let spec = crate::model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
         let n_tokens = case.n_prompt + case.n_output;
         if case.n_prompt == 0 {
@@ -64,14 +59,15 @@ impl SpeedTest {
             });
         }
         let blocks_each = n_tokens.div_ceil(KV_BLOCK_LEN);
-        let block_bytes = spec.cache_elements_per_token() * KV_BLOCK_LEN * 4;
+        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.n_ranks)?;
+        let n_positions = blocks_each * case.n_sequences * KV_BLOCK_LEN;
         let step_tokens_max = (4 * STEP_TOKENS).max(case.n_sequences);
         let budget = Budget {
-            kv_bytes_max: (blocks_each * case.n_sequences * block_bytes) as u64,
+            kv_bytes_max: n_positions as u64 * bytes_per_token,
             step_tokens_max,
             step_spans_max: case.n_sequences,
         };
-        let executor = load_cpu(checkpoint, cpu, budget)?.executor;
+        let model = Model::open(checkpoint, ranks, budget)?;
         let tables = (0..case.n_sequences)
             .map(|s| {
                 (s * blocks_each..(s + 1) * blocks_each)
@@ -80,7 +76,7 @@ impl SpeedTest {
             })
             .collect();
         Ok(Self {
-            executor,
+            model,
             case,
             step_tokens_max,
             plan: StepPlan::default(),
@@ -94,7 +90,7 @@ impl SpeedTest {
     /// # Errors
     /// [`EvalError`].
     pub fn run(&mut self) -> Result<Speed, EvalError> {
-        let vocab_len = self.executor.limits().vocab_len;
+        let vocab_len = self.model.executor.limits().vocab_len;
         for (s, tokens) in self.tokens.iter_mut().enumerate() {
             tokens.clear();
             // Spread over the vocabulary by a multiplicative hash.
@@ -155,7 +151,7 @@ impl SpeedTest {
 
     /// Runs the step and continues the sequences whose logits it has.
     fn step(&mut self, vocab_len: usize) -> Result<(), EvalError> {
-        let logits = self.executor.execute(&self.plan)?;
+        let logits = self.model.executor.execute(&self.plan)?;
         let spans = self.plan.spans.iter();
         let continued = spans.filter(|span| span.logits == LogitRows::Last);
         for (span, row) in continued.zip(logits.chunks_exact(vocab_len)) {

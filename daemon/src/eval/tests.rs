@@ -9,7 +9,7 @@ use dsd_kernels::{
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use super::Session;
+use super::{Ranks, Session};
 use crate::weights::{
     Checkpoint,
     tests::writer::{GgufWriter, f32s, safetensors, write_folder},
@@ -277,7 +277,12 @@ fn open(path: &Path, isa: Isa) -> Session {
         isa,
         activations: Activations::F32,
     };
-    Session::open(&Checkpoint::open(path).unwrap(), cpu, 2 * TOKENS.len()).unwrap()
+    Session::open(
+        &Checkpoint::open(path).unwrap(),
+        Ranks::solo(cpu),
+        2 * TOKENS.len(),
+    )
+    .unwrap()
 }
 
 fn logits(path: &Path, isa: Isa) -> Vec<f32> {

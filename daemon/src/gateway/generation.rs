@@ -223,6 +223,7 @@ impl Generation {
         self.model.replica.submit(Request {
             id: next_request_id(),
             prompt: prompt.ids.clone(),
+            output: Vec::new(),
             max_tokens,
             stop_tokens: Arc::clone(stop_tokens),
             sampling: SamplingParams {

@@ -26,6 +26,12 @@ pub enum NotReady {
         /// Its name.
         model: String,
     },
+    /// A model's ranks are started again.
+    #[error("the ranks of the model `{model}` were lost and are started again; requests wait")]
+    Forming {
+        /// Its name.
+        model: String,
+    },
     /// A model has not produced its first token.
     #[error("the model `{model}` has produced no token yet")]
     NoToken {
@@ -87,6 +93,14 @@ pub fn readiness(catalog: &Catalog, token_age_max: Duration) -> Result<(), NotRe
 /// # Errors
 /// The reason against it.
 pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
+    if model.replica.load().is_forming {
+        let model = model.name.clone();
+        return Err(NotReady::Forming { model });
+    }
+    liveness(model, token_age_max)
+}
+
+fn liveness(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
     let load = model.replica.load();
     let name = || model.name.clone();
     if load.is_dead {
@@ -106,11 +120,12 @@ pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(
     }
 }
 
-/// Whether a request for the model may be taken: unlike one that is merely slow, a model that is
+/// Whether a request for the model may be taken, even while its ranks are started again: unlike one
+/// that is merely slow, a model that is
 /// broken, wrong or silent for long would only keep its clients waiting until their deadline.
 ///
 /// # Errors
 /// The reason against it.
 pub fn admission(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
-    model_readiness(model, token_age_max.saturating_mul(SILENCE_FACTOR))
+    liveness(model, token_age_max.saturating_mul(SILENCE_FACTOR))
 }

@@ -1,56 +1,61 @@
-//! A checkpoint's tensors into a decoder: every tensor is asked for with its shape, and none may
-//! be left over.
+//! Tensors into a decoder: every tensor is asked for with its shape and this rank's piece of it, and
+//! none may be left over.
 
-use dsd_kernels::backend::Backend;
+use dsd_kernels::backend::WeightStore;
 
 use super::{
     Decoder, ModelError,
     decoder::Layer,
-    layers::{Attention, Ffn, Gqa, Mla, Mlp, Moe},
-    spec::{AttentionSpec, DecoderSpec, FfnSpec, spec_of},
+    layers::{Attention, Ffn, Gqa, Loading, Mla, Mlp, Moe},
+    spec::{AttentionSpec, DecoderSpec, FfnSpec},
+    split::Split,
 };
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Cut, Role, TensorSource};
 
-/// Builds the decoder a checkpoint describes.
+/// Builds one rank's part of the decoder from the tensors of `source`.
 ///
 /// # Errors
-/// [`ModelError`]: an unknown or contradictory configuration, a missing or misshapen tensor, or
-/// tensors that do not belong to the model.
-pub fn build<B: Backend>(checkpoint: &Checkpoint, backend: &B) -> Result<Decoder<B>, ModelError> {
-    let mut spec = spec_of(checkpoint)?;
-    let (vocab_len, hidden) = (spec.vocab_len, spec.hidden);
-    let embedding = checkpoint.matrix("model.embed_tokens.weight", vocab_len, hidden)?;
-    if checkpoint.contains(ROPE_FACTORS) {
-        let n = spec.rope.inverse_frequencies.len();
-        spec.rope.divide(&checkpoint.vector(ROPE_FACTORS, n)?);
-    }
-    let gain = |name: &str| {
-        Ok::<_, ModelError>(backend.upload(&checkpoint.vector(&format!("{name}.weight"), hidden)?))
+/// [`ModelError`]: a missing or misshapen tensor, or a cut inside a block.
+pub fn build<B: WeightStore>(
+    source: &dyn TensorSource,
+    split: &Split,
+    store: &B,
+) -> Result<Decoder<B>, ModelError> {
+    let from = Loading {
+        source,
+        store,
+        split,
     };
+    let full = &split.full;
+    let table = [full.vocab_len, full.hidden];
+    let rows = Cut::rows(&split.vocab, full.vocab_len);
+    let matrix = |name: &str| source.matrix(name, table, &rows, Role::Linear);
+    let embedding = matrix("model.embed_tokens.weight")?;
+    let mut spec = split.local.clone();
+    if source.contains(ROPE_FACTORS) {
+        let n = spec.rope.inverse_frequencies.len();
+        spec.rope.divide(&source.vector(ROPE_FACTORS, n, 0..n)?);
+    }
     let layers = (0..spec.n_layers())
         .map(|index| {
             let prefix = format!("model.layers.{index}");
+            let gain = |name: &str| from.gain(&format!("{prefix}.{name}"), full.hidden);
             Ok(Layer {
-                attention_norm: gain(&format!("{prefix}.input_layernorm"))?,
-                attention: attention(checkpoint, backend, &spec, &prefix)?,
-                ffn_norm: gain(&format!("{prefix}.post_attention_layernorm"))?,
-                ffn: ffn(checkpoint, backend, &spec, index, &prefix)?,
+                attention_norm: gain("input_layernorm")?,
+                attention: attention(&from, &format!("{prefix}.self_attn"))?,
+                ffn_norm: gain("post_attention_layernorm")?,
+                ffn: ffn(&from, index, &format!("{prefix}.mlp"))?,
             })
         })
         .collect::<Result<Vec<_>, ModelError>>()?;
-    let norm = gain("model.norm")?;
-    let head = if spec.tied_head {
-        None
-    } else {
-        Some(backend.weight(vec![checkpoint.matrix(
-            "lm_head.weight",
-            vocab_len,
-            hidden,
-        )?]))
+    let norm = from.gain("model.norm", full.hidden)?;
+    let head = match full.tied_head {
+        true => None,
+        false => Some(store.weight(vec![matrix("lm_head.weight")?])),
     };
-    refuse_extra_tensors(checkpoint, &spec)?;
     Ok(Decoder {
-        embedding: backend.weight(vec![embedding]),
+        embedding: store.weight(vec![embedding]),
+        first_token: split.vocab.start,
         layers,
         norm,
         head,
@@ -61,48 +66,55 @@ pub fn build<B: Backend>(checkpoint: &Checkpoint, backend: &B) -> Result<Decoder
 /// Per-frequency divisors that some GGUF files carry instead of a scaling rule.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-fn attention<B: Backend>(
-    checkpoint: &Checkpoint,
-    backend: &B,
-    spec: &DecoderSpec,
+fn attention<B: WeightStore>(
+    from: &Loading<'_, B>,
     prefix: &str,
 ) -> Result<Attention<B>, ModelError> {
-    let prefix = format!("{prefix}.self_attn");
-    Ok(match &spec.attention {
-        AttentionSpec::Gqa(gqa) => {
-            Attention::Gqa(Gqa::load(checkpoint, backend, spec, gqa, &prefix)?)
-        }
-        AttentionSpec::Mla(mla) => {
-            Attention::Mla(Mla::load(checkpoint, backend, spec, mla, &prefix)?)
-        }
-    })
+    Ok(
+        match (&from.split.full.attention, &from.split.local.attention) {
+            (AttentionSpec::Gqa(full), AttentionSpec::Gqa(local)) => {
+                Attention::Gqa(Gqa::load(from, full, local, prefix)?)
+            }
+            (AttentionSpec::Mla(full), AttentionSpec::Mla(local)) => {
+                Attention::Mla(Mla::load(from, full, local, prefix)?)
+            }
+            (AttentionSpec::Gqa(_), AttentionSpec::Mla(_))
+            | (AttentionSpec::Mla(_), AttentionSpec::Gqa(_)) => {
+                unreachable!("a rank's part is of the same kind as the whole")
+            }
+        },
+    )
 }
 
-fn ffn<B: Backend>(
-    checkpoint: &Checkpoint,
-    backend: &B,
-    spec: &DecoderSpec,
+fn ffn<B: WeightStore>(
+    from: &Loading<'_, B>,
     index: usize,
     prefix: &str,
 ) -> Result<Ffn<B>, ModelError> {
-    let prefix = format!("{prefix}.mlp");
-    Ok(match &spec.ffns[index] {
-        FfnSpec::Mlp { inter, bias } => Ffn::Mlp(Mlp::load(
-            checkpoint,
-            backend,
-            spec.hidden,
-            *inter,
-            *bias,
-            &prefix,
-        )?),
-        FfnSpec::Moe(moe) => Ffn::Moe(Moe::load(checkpoint, backend, spec.hidden, moe, &prefix)?),
+    let Split {
+        full, local, ffns, ..
+    } = from.split;
+    let ranges = &ffns[index];
+    Ok(match (&full.ffns[index], &local.ffns[index]) {
+        (FfnSpec::Mlp { inter, bias }, FfnSpec::Mlp { .. }) => {
+            Ffn::Mlp(Mlp::load(from, *inter, &ranges.inter, *bias, prefix)?)
+        }
+        (FfnSpec::Moe(full), FfnSpec::Moe(local)) => {
+            Ffn::Moe(Moe::load(from, full, local, ranges, prefix)?)
+        }
+        (FfnSpec::Mlp { .. }, FfnSpec::Moe(_)) | (FfnSpec::Moe(_), FfnSpec::Mlp { .. }) => {
+            unreachable!("a rank's part is of the same kind as the whole")
+        }
     })
 }
 
 /// Everything in the checkpoint must have been asked for, except what is known to be unused: the
 /// layers of prediction heads, a copy of the tied output layer, and precomputed frequencies that
-/// old exports carry.
-fn refuse_extra_tensors(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<(), ModelError> {
+/// old exports carry. Call after [`build`].
+///
+/// # Errors
+/// [`ModelError::ExtraTensors`].
+pub fn refuse_extra_tensors(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<(), ModelError> {
     let n = spec.n_layers();
     let unused_layers = (n..n + spec.n_extra_layers)
         .map(|i| format!("model.layers.{i}."))

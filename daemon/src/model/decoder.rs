@@ -1,17 +1,22 @@
 //! The forward pass: embedding, layers, and logits of the rows that are wanted.
 
-use dsd_kernels::backend::{Backend, CacheShape, RowView, StepInputs};
+use dsd_kernels::backend::{Backend, CacheShape, RowView, StepInputs, WeightStore};
 
 use super::{
     layers::{Attention, Ffn, StepContext},
     spec::DecoderSpec,
     workspace::Workspace,
 };
+use crate::collective::{Collective, Missing, Op, Site};
 
-/// A model's weights in a backend's hands.
-pub struct Decoder<B: Backend> {
+/// One rank's part of a model's weights in a backend's hands.
+pub struct Decoder<B: WeightStore> {
+    /// This rank's sizes.
     pub(super) spec: DecoderSpec,
+    /// This rank's rows of the embedding.
     pub(super) embedding: B::Weight,
+    /// The token of its first row.
+    pub(super) first_token: usize,
     pub(super) layers: Vec<Layer<B>>,
     /// Gain of the last norm.
     pub(super) norm: B::Buffer,
@@ -20,21 +25,28 @@ pub struct Decoder<B: Backend> {
 }
 
 /// `x += attention(norm x); x += ffn(norm x)`.
-pub(super) struct Layer<B: Backend> {
+pub(super) struct Layer<B: WeightStore> {
     pub(super) attention_norm: B::Buffer,
     pub(super) attention: Attention<B>,
     pub(super) ffn_norm: B::Buffer,
     pub(super) ffn: Ffn<B>,
 }
 
-impl<B: Backend> Decoder<B> {
-    /// What it is made of.
+impl<B: WeightStore> Decoder<B> {
+    /// What this rank's part is made of.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec
     }
+}
 
+impl<B: Backend> Decoder<B> {
     /// Runs a step: stores keys and values of its rows in `caches` (one per layer) and leaves the
-    /// logits of `logit_rows` in the workspace, in that order.
+    /// logits of `logit_rows` in the workspace, in that order, this rank's columns of each. The
+    /// residual stream is the same on every rank; what the halves of a layer add to it is summed over
+    /// them.
+    ///
+    /// # Errors
+    /// [`Missing`] when another rank did not arrive.
     pub fn forward<'w>(
         &self,
         backend: &B,
@@ -43,7 +55,8 @@ impl<B: Backend> Decoder<B> {
         cache_shape: CacheShape,
         caches: &mut [B::Buffer],
         ws: &'w mut Workspace<B>,
-    ) -> &'w mut B::Buffer {
+        group: &mut Collective,
+    ) -> Result<&'w mut B::Buffer, Missing> {
         let (spec, n_rows) = (&self.spec, inputs.n_rows());
         let dense = RowView::dense(spec.hidden);
         let step = StepContext {
@@ -53,7 +66,10 @@ impl<B: Backend> Decoder<B> {
             rope_layout: spec.rope_layout,
             cache_shape,
         };
-        backend.embed(&self.embedding, inputs.tokens, &mut ws.x);
+        let n_elements = n_rows * spec.hidden;
+        backend.embed(&self.embedding, self.first_token, inputs.tokens, &mut ws.x);
+        let x = backend.download(&mut ws.x, n_elements);
+        group.all_reduce(Site::outside(Op::Embedding), x)?;
         let rope = &spec.rope;
         backend.rope_angles(
             &rope.inverse_frequencies,
@@ -61,7 +77,8 @@ impl<B: Backend> Decoder<B> {
             inputs,
             &mut ws.angles,
         );
-        for (layer, cache) in self.layers.iter().zip(caches) {
+        for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            let site = |op| Site { layer: index, op };
             let eps = spec.rms_norm_eps;
             backend.rms_norm(
                 &ws.x,
@@ -75,12 +92,16 @@ impl<B: Backend> Decoder<B> {
                 Attention::Gqa(attention) => attention.forward(&step, cache, ws),
                 Attention::Mla(attention) => attention.forward(&step, cache, ws),
             }
+            let y = backend.download(&mut ws.y, n_elements);
+            group.all_reduce(site(Op::Attention), y)?;
             backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
             backend.rms_norm(&ws.x, dense, n_rows, &layer.ffn_norm, eps, &mut ws.normed);
             match &layer.ffn {
                 Ffn::Mlp(ffn) => ffn.forward(&step, ws),
                 Ffn::Moe(ffn) => ffn.forward(&step, ws),
             }
+            let y = backend.download(&mut ws.y, n_elements);
+            group.all_reduce(site(Op::FeedForward), y)?;
             backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
         }
         let n = logit_rows.len();
@@ -89,6 +110,6 @@ impl<B: Backend> Decoder<B> {
         backend.rms_norm(raw, dense, n, &self.norm, spec.rms_norm_eps, normed);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         backend.linear(normed, n, head, None, &mut ws.logits);
-        &mut ws.logits
+        Ok(&mut ws.logits)
     }
 }

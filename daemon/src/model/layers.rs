@@ -2,17 +2,23 @@
 //!
 //! Each `forward` reads `ws.normed` and leaves the block's output in `ws.y`.
 
-use dsd_kernels::backend::{
-    AttentionShape, Backend, CacheShape, Expert, HeadView, RopeLayout, RowView, StepInputs,
-    ValueHeads,
+use std::ops::Range;
+
+use dsd_kernels::{
+    backend::{
+        AttentionShape, Backend, CacheShape, Expert, HeadView, RopeLayout, RowView, StepInputs,
+        ValueHeads, WeightStore,
+    },
+    matrix::Matrix,
 };
 
 use super::{
     ModelError,
-    spec::{DecoderSpec, GqaSpec, MlaSpec, MoeSpec},
+    spec::{GqaSpec, MlaSpec, MoeSpec},
+    split::{FfnSplit, Split},
     workspace::Workspace,
 };
-use crate::weights::{Checkpoint, WeightsError};
+use crate::weights::{Cut, Role, TensorSource, WeightsError};
 
 /// Epsilon of MLA's two inner norms: a constant in the published code, whatever `rms_norm_eps` is.
 const MLA_NORM_EPS: f32 = 1e-6;
@@ -26,36 +32,113 @@ pub(super) struct StepContext<'a, B> {
     pub(super) cache_shape: CacheShape,
 }
 
+/// Where a layer's tensors come from and go to, and which piece of them is this rank's.
+pub(super) struct Loading<'a, B> {
+    pub(super) source: &'a dyn TensorSource,
+    pub(super) store: &'a B,
+    pub(super) split: &'a Split,
+}
+
+impl<B: WeightStore> Loading<'_, B> {
+    fn matrix(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        cut: &Cut,
+        role: Role,
+    ) -> Result<Matrix, WeightsError> {
+        let name = format!("{name}.weight");
+        self.source.matrix(&name, shape, cut, role)
+    }
+
+    /// A vector that every rank has whole.
+    pub(super) fn gain(&self, name: &str, len: usize) -> Result<B::Buffer, WeightsError> {
+        let values = self.source.vector(&format!("{name}.weight"), len, 0..len)?;
+        Ok(self.store.upload(&values))
+    }
+
+    fn weight(&self, name: &str, shape: [usize; 2], cut: &Cut) -> Result<B::Weight, WeightsError> {
+        let matrix = self.matrix(name, shape, cut, Role::Linear)?;
+        Ok(self.store.weight(vec![matrix]))
+    }
+}
+
+/// One matrix among the parts of a [`Linear`] that is cut by rows.
+struct Part<'a> {
+    name: &'a str,
+    /// Rows of the whole matrix.
+    n_rows: usize,
+    /// This rank's.
+    rows: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    fn whole(name: &'a str, n_rows: usize) -> Self {
+        Self {
+            name,
+            n_rows,
+            rows: 0..n_rows,
+        }
+    }
+}
+
 /// A projection with its bias.
-pub(super) struct Linear<B: Backend> {
+pub(super) struct Linear<B: WeightStore> {
     weight: B::Weight,
     bias: Option<B::Buffer>,
 }
 
-impl<B: Backend> Linear<B> {
-    /// `{prefix}.{name}.weight` of every part, `[rows, n_cols]` each, as one layer.
-    pub(super) fn load(
-        checkpoint: &Checkpoint,
-        backend: &B,
+impl<B: WeightStore> Linear<B> {
+    /// This rank's rows of `{prefix}.{name}.weight`, `[n_rows, n_cols]`, of every part, as one layer.
+    fn by_rows(
+        from: &Loading<'_, B>,
         prefix: &str,
-        parts: &[(&str, usize)],
+        parts: &[Part<'_>],
         n_cols: usize,
         bias: bool,
     ) -> Result<Self, WeightsError> {
         let (mut weights, mut biases) = (Vec::new(), Vec::new());
-        for (name, n_rows) in parts {
+        for Part { name, n_rows, rows } in parts {
             let name = format!("{prefix}.{name}");
-            weights.push(checkpoint.matrix(&format!("{name}.weight"), *n_rows, n_cols)?);
+            let cut = Cut::rows(rows, *n_rows);
+            weights.push(from.matrix(&name, [*n_rows, n_cols], &cut, Role::Linear)?);
             if bias {
-                biases.extend(checkpoint.vector(&format!("{name}.bias"), *n_rows)?);
+                let name = format!("{name}.bias");
+                biases.extend(from.source.vector(&name, *n_rows, rows.clone())?);
             }
         }
         Ok(Self {
-            weight: backend.weight(weights),
-            bias: bias.then(|| backend.upload(&biases)),
+            weight: from.store.weight(weights),
+            bias: bias.then(|| from.store.upload(&biases)),
         })
     }
 
+    /// This rank's columns of `{name}.weight`, `[n_rows, n_cols]`. The ranks' outputs add up, so the
+    /// bias is the first one's.
+    fn by_cols(
+        from: &Loading<'_, B>,
+        name: &str,
+        [n_rows, n_cols]: [usize; 2],
+        cols: &Range<usize>,
+        bias: bool,
+    ) -> Result<Self, WeightsError> {
+        let weight = from.weight(name, [n_rows, n_cols], &Cut::cols(cols, n_cols))?;
+        let values = match bias {
+            true => Some(
+                from.source
+                    .vector(&format!("{name}.bias"), n_rows, 0..n_rows)?,
+            ),
+            false => None,
+        };
+        let bias = values.filter(|_| from.split.is_first());
+        Ok(Self {
+            weight,
+            bias: bias.map(|values| from.store.upload(&values)),
+        })
+    }
+}
+
+impl<B: Backend> Linear<B> {
     fn run(&self, backend: &B, x: &B::Buffer, n_rows: usize, out: &mut B::Buffer) {
         backend.linear(x, n_rows, &self.weight, self.bias.as_ref(), out);
     }
@@ -66,13 +149,13 @@ impl<B: Backend> Linear<B> {
 }
 
 /// A layer's attention.
-pub(super) enum Attention<B: Backend> {
+pub(super) enum Attention<B: WeightStore> {
     Gqa(Gqa<B>),
     Mla(Mla<B>),
 }
 
 /// Grouped-query attention.
-pub(super) struct Gqa<B: Backend> {
+pub(super) struct Gqa<B: WeightStore> {
     spec: GqaSpec,
     /// Queries, keys and values side by side.
     qkv: Linear<B>,
@@ -81,49 +164,54 @@ pub(super) struct Gqa<B: Backend> {
     qk_norm: Option<[B::Buffer; 2]>,
 }
 
-impl<B: Backend> Gqa<B> {
+impl<B: WeightStore> Gqa<B> {
+    /// This rank's heads; `full` and `local` are the layer's sizes and this rank's.
     pub(super) fn load(
-        checkpoint: &Checkpoint,
-        backend: &B,
-        decoder: &DecoderSpec,
-        spec: &GqaSpec,
+        from: &Loading<'_, B>,
+        full: &GqaSpec,
+        local: &GqaSpec,
         prefix: &str,
     ) -> Result<Self, ModelError> {
-        let hidden = decoder.hidden;
-        let (q_len, kv_len) = (
-            spec.n_heads * spec.head_dim,
-            spec.n_kv_heads * spec.head_dim,
-        );
-        let norm = |name: &str| {
-            let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), spec.head_dim)?;
-            Ok::<_, ModelError>(backend.upload(&gain))
+        let (hidden, head_dim) = (from.split.full.hidden, full.head_dim);
+        let of_heads = |heads: &Range<usize>| heads.start * head_dim..heads.end * head_dim;
+        let (q, kv) = (of_heads(&from.split.heads), of_heads(&from.split.kv_heads));
+        let (q_len, kv_len) = (full.n_heads * head_dim, full.n_kv_heads * head_dim);
+        let part = |name, n_rows, rows: &Range<usize>| Part {
+            name,
+            n_rows,
+            rows: rows.clone(),
         };
+        let norm = |name: &str| from.gain(&format!("{prefix}.{name}"), head_dim);
         Ok(Self {
-            spec: spec.clone(),
-            qkv: Linear::load(
-                checkpoint,
-                backend,
+            spec: local.clone(),
+            qkv: Linear::by_rows(
+                from,
                 prefix,
-                &[("q_proj", q_len), ("k_proj", kv_len), ("v_proj", kv_len)],
+                &[
+                    part("q_proj", q_len, &q),
+                    part("k_proj", kv_len, &kv),
+                    part("v_proj", kv_len, &kv),
+                ],
                 hidden,
-                spec.qkv_bias,
+                full.qkv_bias,
             )?,
-            o: Linear::load(
-                checkpoint,
-                backend,
-                prefix,
-                &[("o_proj", hidden)],
-                q_len,
-                spec.output_bias,
+            o: Linear::by_cols(
+                from,
+                &format!("{prefix}.o_proj"),
+                [hidden, q_len],
+                &q,
+                full.output_bias,
             )?,
-            qk_norm: if spec.qk_norm {
+            qk_norm: if full.qk_norm {
                 Some([norm("q_norm")?, norm("k_norm")?])
             } else {
                 None
             },
         })
     }
+}
 
+impl<B: Backend> Gqa<B> {
     pub(super) fn forward(
         &self,
         step: &StepContext<'_, B>,
@@ -187,7 +275,7 @@ impl<B: Backend> Gqa<B> {
 /// Multi-head latent attention in its absorbed form: the cache holds `kv_lora_rank + rope`
 /// elements per position, and `kv_b_proj` is applied to queries and results instead of keys and
 /// values (DeepSeek-V2, section 2.1.2). Prefill and decode are the same computation.
-pub(super) struct Mla<B: Backend> {
+pub(super) struct Mla<B: WeightStore> {
     spec: MlaSpec,
     /// The compressed query, where there is one, then `[c | rope key]`.
     a: Linear<B>,
@@ -198,14 +286,14 @@ pub(super) struct Mla<B: Backend> {
 }
 
 /// `kv_b_proj`: from the latent to every head's keys and values.
-enum KvExpansion<B: Backend> {
+enum KvExpansion<B: WeightStore> {
     /// As published: `[heads * (nope + v), rank]`.
     Joined(B::Weight),
     /// As GGUF files split it: keys transposed, `[heads * rank, nope]`, values `[heads * v, rank]`.
     Split { keys: B::Weight, values: B::Weight },
 }
 
-enum MlaQuery<B: Backend> {
+enum MlaQuery<B: WeightStore> {
     Direct(Linear<B>),
     Compressed {
         rank: usize,
@@ -214,7 +302,7 @@ enum MlaQuery<B: Backend> {
     },
 }
 
-impl<B: Backend> MlaQuery<B> {
+impl<B: WeightStore> MlaQuery<B> {
     fn rank(&self) -> usize {
         match self {
             Self::Direct(_) => 0,
@@ -223,69 +311,82 @@ impl<B: Backend> MlaQuery<B> {
     }
 }
 
-impl<B: Backend> Mla<B> {
+impl<B: WeightStore> Mla<B> {
+    /// This rank's heads; `full` and `local` are the layer's sizes and this rank's. What is before
+    /// the heads is the same on every rank.
     pub(super) fn load(
-        checkpoint: &Checkpoint,
-        backend: &B,
-        decoder: &DecoderSpec,
-        spec: &MlaSpec,
+        from: &Loading<'_, B>,
+        full: &MlaSpec,
+        local: &MlaSpec,
         prefix: &str,
     ) -> Result<Self, ModelError> {
-        let hidden = decoder.hidden;
-        let q_len = spec.n_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim);
-        let gain = |name: &str, len| {
-            let gain = checkpoint.vector(&format!("{prefix}.{name}.weight"), len)?;
-            Ok::<_, ModelError>(backend.upload(&gain))
+        let hidden = from.split.full.hidden;
+        let (n_heads, rank, nope) = (full.n_heads, full.kv_lora_rank, full.qk_nope_head_dim);
+        let per_head = |len: usize| {
+            let heads = &from.split.heads;
+            heads.start * len..heads.end * len
         };
-        let linear = |parts: &[(&str, usize)], cols, bias| {
-            Linear::load(checkpoint, backend, prefix, parts, cols, bias)
+        let gain = |name: &str, len| from.gain(&format!("{prefix}.{name}"), len);
+        let linear =
+            |parts: &[Part<'_>], n_cols, bias| Linear::by_rows(from, prefix, parts, n_cols, bias);
+        let q_head = nope + full.qk_rope_head_dim;
+        let q = |name| Part {
+            name,
+            n_rows: n_heads * q_head,
+            rows: per_head(q_head),
         };
-        let kv_a = (
-            "kv_a_proj_with_mqa",
-            spec.kv_lora_rank + spec.qk_rope_head_dim,
-        );
-        let (a, query) = match spec.q_lora_rank {
+        let kv_a = || Part::whole("kv_a_proj_with_mqa", rank + full.qk_rope_head_dim);
+        let (a, query) = match full.q_lora_rank {
             None => (
-                linear(&[kv_a], hidden, spec.bias)?,
-                MlaQuery::Direct(linear(&[("q_proj", q_len)], hidden, false)?),
+                linear(&[kv_a()], hidden, full.bias)?,
+                MlaQuery::Direct(linear(&[q("q_proj")], hidden, false)?),
             ),
-            Some(rank) => (
-                linear(&[("q_a_proj", rank), kv_a], hidden, spec.bias)?,
+            Some(q_rank) => (
+                linear(
+                    &[Part::whole("q_a_proj", q_rank), kv_a()],
+                    hidden,
+                    full.bias,
+                )?,
                 MlaQuery::Compressed {
-                    rank,
-                    gain: gain("q_a_layernorm", rank)?,
-                    b: linear(&[("q_b_proj", q_len)], rank, false)?,
+                    rank: q_rank,
+                    gain: gain("q_a_layernorm", q_rank)?,
+                    b: linear(&[q("q_b_proj")], q_rank, false)?,
                 },
             ),
         };
-        let matrix = |name: &str, rows, cols| {
-            let name = format!("{prefix}.{name}.weight");
-            Ok::<_, ModelError>(backend.latent_weight(checkpoint.matrix(&name, rows, cols)?))
+        let expansion = |name: &str, rows_per_head, n_cols| {
+            let n_rows = n_heads * rows_per_head;
+            let cut = Cut::rows(&per_head(rows_per_head), n_rows);
+            let name = format!("{prefix}.{name}");
+            let matrix = from.matrix(&name, [n_rows, n_cols], &cut, Role::Latent)?;
+            Ok::<_, ModelError>(from.store.latent_weight(matrix))
         };
-        let (n_heads, rank, nope) = (spec.n_heads, spec.kv_lora_rank, spec.qk_nope_head_dim);
-        let kv_b = if checkpoint.contains(&format!("{prefix}.k_b_proj.weight")) {
+        let kv_b = if from.source.contains(&format!("{prefix}.k_b_proj.weight")) {
             KvExpansion::Split {
-                keys: matrix("k_b_proj", n_heads * rank, nope)?,
-                values: matrix("v_b_proj", n_heads * spec.v_head_dim, rank)?,
+                keys: expansion("k_b_proj", rank, nope)?,
+                values: expansion("v_b_proj", full.v_head_dim, rank)?,
             }
         } else {
-            let n_rows = n_heads * (nope + spec.v_head_dim);
-            KvExpansion::Joined(matrix("kv_b_proj", n_rows, rank)?)
+            KvExpansion::Joined(expansion("kv_b_proj", nope + full.v_head_dim, rank)?)
         };
         Ok(Self {
-            spec: spec.clone(),
+            spec: local.clone(),
             a,
             query,
-            kv_a_gain: gain("kv_a_layernorm", spec.kv_lora_rank)?,
+            kv_a_gain: gain("kv_a_layernorm", rank)?,
             kv_b,
-            o: linear(
-                &[("o_proj", hidden)],
-                spec.n_heads * spec.v_head_dim,
-                spec.bias,
+            o: Linear::by_cols(
+                from,
+                &format!("{prefix}.o_proj"),
+                [hidden, n_heads * full.v_head_dim],
+                &per_head(full.v_head_dim),
+                full.bias,
             )?,
         })
     }
+}
 
+impl<B: Backend> Mla<B> {
     pub(super) fn forward(
         &self,
         step: &StepContext<'_, B>,
@@ -446,37 +547,46 @@ impl<B: Backend> Mla<B> {
 }
 
 /// A layer's feed-forward part.
-pub(super) enum Ffn<B: Backend> {
+pub(super) enum Ffn<B: WeightStore> {
     Mlp(Mlp<B>),
     Moe(Moe<B>),
 }
 
 /// `down(silu(gate x) * up x)`.
-pub(super) struct Mlp<B: Backend> {
+pub(super) struct Mlp<B: WeightStore> {
     gate: Linear<B>,
     up: Linear<B>,
     down: Linear<B>,
 }
 
-impl<B: Backend> Mlp<B> {
+impl<B: WeightStore> Mlp<B> {
+    /// Columns `range` of the `inter` inside.
     pub(super) fn load(
-        checkpoint: &Checkpoint,
-        backend: &B,
-        hidden: usize,
+        from: &Loading<'_, B>,
         inter: usize,
+        range: &Range<usize>,
         bias: bool,
         prefix: &str,
     ) -> Result<Self, ModelError> {
-        let linear = |name: &str, rows, cols| {
-            Linear::load(checkpoint, backend, prefix, &[(name, rows)], cols, bias)
+        let hidden = from.split.full.hidden;
+        let into = |name| {
+            let part = Part {
+                name,
+                n_rows: inter,
+                rows: range.clone(),
+            };
+            Linear::by_rows(from, prefix, &[part], hidden, bias)
         };
+        let down = format!("{prefix}.down_proj");
         Ok(Self {
-            gate: linear("gate_proj", inter, hidden)?,
-            up: linear("up_proj", inter, hidden)?,
-            down: linear("down_proj", hidden, inter)?,
+            gate: into("gate_proj")?,
+            up: into("up_proj")?,
+            down: Linear::by_cols(from, &down, [hidden, inter], range, bias)?,
         })
     }
+}
 
+impl<B: Backend> Mlp<B> {
     pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
         b.gated_linear(
@@ -492,7 +602,7 @@ impl<B: Backend> Mlp<B> {
 }
 
 /// Routed experts on top of the shared one.
-pub(super) struct Moe<B: Backend> {
+pub(super) struct Moe<B: WeightStore> {
     spec: MoeSpec,
     hidden: usize,
     gate: Linear<B>,
@@ -502,53 +612,50 @@ pub(super) struct Moe<B: Backend> {
     shared: Option<Mlp<B>>,
 }
 
-impl<B: Backend> Moe<B> {
+impl<B: WeightStore> Moe<B> {
+    /// This rank's part of every expert; `full` and `local` are the layer's sizes and this rank's.
     pub(super) fn load(
-        checkpoint: &Checkpoint,
-        backend: &B,
-        hidden: usize,
-        spec: &MoeSpec,
+        from: &Loading<'_, B>,
+        full: &MoeSpec,
+        local: &MoeSpec,
+        ranges: &FfnSplit,
         prefix: &str,
     ) -> Result<Self, ModelError> {
-        let n_experts = spec.gate.n_experts;
-        let gate_bias = if spec.gate_bias {
+        let (hidden, n_experts, inter) = (from.split.full.hidden, full.gate.n_experts, full.inter);
+        let gate_bias = if full.gate_bias {
             let name = format!("{prefix}.gate.e_score_correction_bias");
-            Some(backend.upload(&checkpoint.vector(&name, n_experts)?))
+            let values = from.source.vector(&name, n_experts, 0..n_experts)?;
+            Some(from.store.upload(&values))
         } else {
             None
         };
         let expert = |index: usize| {
-            let matrix = |name: &str, rows, cols| {
-                let name = format!("{prefix}.experts.{index}.{name}.weight");
-                Ok::<_, ModelError>(backend.weight(vec![checkpoint.matrix(&name, rows, cols)?]))
-            };
+            let name = |part: &str| format!("{prefix}.experts.{index}.{part}");
+            let rows = Cut::rows(&ranges.inter, inter);
+            let cols = Cut::cols(&ranges.inter, inter);
             Ok::<_, ModelError>(Expert {
-                gate: matrix("gate_proj", spec.inter, hidden)?,
-                up: matrix("up_proj", spec.inter, hidden)?,
-                down: matrix("down_proj", hidden, spec.inter)?,
+                gate: from.weight(&name("gate_proj"), [inter, hidden], &rows)?,
+                up: from.weight(&name("up_proj"), [inter, hidden], &rows)?,
+                down: from.weight(&name("down_proj"), [hidden, inter], &cols)?,
             })
         };
-        let shared = spec.shared_inter.map(|inter| {
+        let shared = full.shared_inter.map(|inter| {
             let prefix = format!("{prefix}.shared_experts");
-            Mlp::load(checkpoint, backend, hidden, inter, false, &prefix)
+            Mlp::load(from, inter, &ranges.shared, false, &prefix)
         });
+        let gate = Part::whole("gate", n_experts);
         Ok(Self {
-            spec: spec.clone(),
+            spec: local.clone(),
             hidden,
-            gate: Linear::load(
-                checkpoint,
-                backend,
-                prefix,
-                &[("gate", n_experts)],
-                hidden,
-                false,
-            )?,
+            gate: Linear::by_rows(from, prefix, &[gate], hidden, false)?,
             gate_bias,
             experts: (0..n_experts).map(expert).collect::<Result<_, _>>()?,
             shared: shared.transpose()?,
         })
     }
+}
 
+impl<B: Backend> Moe<B> {
     pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
         match &self.shared {

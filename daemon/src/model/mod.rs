@@ -11,18 +11,22 @@ mod rope;
 pub mod spec;
 /// One file per model line: configuration to [`DecoderSpec`].
 mod lines;
+pub mod split;
 mod build;
+mod tensors;
 mod layers;
 mod decoder;
 mod workspace;
 #[cfg(test)]
 mod tests;
 
-pub use build::build;
+pub use build::{build, refuse_extra_tensors};
 pub use decoder::Decoder;
 pub use fields::ConfigError;
 pub use rope::RopeSpec;
 pub use spec::{DecoderSpec, spec_of};
+pub use split::{RankOf, Split, SplitError};
+pub use tensors::{TensorRequest, tensors};
 pub use workspace::Workspace;
 
 use crate::weights::WeightsError;
@@ -36,6 +40,9 @@ pub enum ModelError {
     /// A tensor is missing or wrong.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// It cannot be dealt to so many ranks.
+    #[error(transparent)]
+    Split(#[from] SplitError),
     /// The checkpoint holds tensors the architecture does not have.
     #[error(
         "{n} tensors do not belong to {architecture}, the first is `{first}`; \

@@ -162,6 +162,11 @@ impl<B: Backend> Workspace<B> {
         }
     }
 
+    /// Where a step's logits are.
+    pub fn logits(&mut self) -> &mut B::Buffer {
+        &mut self.logits
+    }
+
     /// Bytes that [`Workspace::new`] takes with these arguments, and the backend beside it.
     pub fn bytes(backend: &B, spec: &DecoderSpec, n_rows_max: usize, n_logits_max: usize) -> usize {
         let sizes = Sizes::of(spec, n_rows_max);

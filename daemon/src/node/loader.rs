@@ -10,11 +10,14 @@ use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
-    config::{Activations as ActivationsKey, EngineConfig as EngineKeys, NodeConfig},
-    engine::EngineConfig,
+    config::{Activations as ActivationsKey, EngineConfig as EngineKeys, LogConfig, NodeConfig},
+    group::{self, GroupConfig},
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
-    runner::{self, Budget, KV_BLOCK_LEN, available_bytes, load_cpu},
+    runner::{
+        self, Budget, KV_BLOCK_LEN, MemoryPlan, RankPlan, available_bytes, kv_bytes_per_token,
+        plan_cpu,
+    },
     runtime::clock,
     text::TextModel,
     weights::Checkpoint,
@@ -27,16 +30,19 @@ const KV_SHARE_OF_AVAILABLE: u64 = 4;
 const AVAILABLE_BYTES_UNKNOWN: u64 = 4 << 30;
 
 /// The catalog's loader for this node's settings.
-pub(super) fn new(keys: &EngineKeys, node: &NodeConfig) -> Box<Loader> {
-    let keys = keys.clone();
+pub(super) fn new(keys: &EngineKeys, node: &NodeConfig, log: &LogConfig) -> Box<Loader> {
+    let (keys, log) = (keys.clone(), log.clone());
     let drain_limit = Duration::from_secs(node.drain_timeout_s);
-    Box::new(move |name, path, on_progress| load(&keys, drain_limit, name, path, on_progress))
+    Box::new(move |name, path, on_progress| load(&keys, &log, drain_limit, name, path, on_progress))
 }
 
 /// The compute settings of the configuration.
 pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
     let n_threads = match keys.threads {
-        0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+        0 => {
+            let n_cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            (n_cores / keys.tp.max(1)).max(1)
+        }
         n => n,
     };
     let activations = match keys.activations {
@@ -52,6 +58,7 @@ pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
 
 fn load(
     keys: &EngineKeys,
+    log: &LogConfig,
     drain_limit: Duration,
     name: &str,
     path: &Path,
@@ -86,7 +93,7 @@ fn load(
     let text = TextModel::from_checkpoint(&checkpoint).map_err(|e| bad_checkpoint(e.into()))?;
     stage(2);
     let cpu = cpu_config(keys);
-    let model = load_cpu(&checkpoint, cpu, budget(keys, &spec)).map_err(|e| match e {
+    let failed = |e| match e {
         runner::LoadError::Plan(_) => LoadError::Memory {
             path: path.to_owned(),
             source: e.into(),
@@ -100,22 +107,37 @@ fn load(
             name: name.to_owned(),
             source: e.into(),
         },
-    })?;
-    for line in model.plan.to_string().lines() {
-        info!(model = name, "{line}");
+    };
+    let bytes_per_token = kv_bytes_per_token(&checkpoint, keys.tp).map_err(failed)?;
+    let budget = budget(keys, &spec, bytes_per_token);
+    let plan = plan_cpu(&checkpoint, cpu, keys.tp, budget, available_bytes()).map_err(failed)?;
+    for (rank, RankPlan { memory, .. }) in plan.ranks.iter().enumerate() {
+        for line in memory.to_string().lines() {
+            info!(model = name, rank, "{line}");
+        }
     }
     stage(3);
+    let sum = |bytes: fn(&MemoryPlan) -> u64| plan.ranks.iter().map(|r| bytes(&r.memory)).sum();
     let memory = MemoryFigures {
-        weight_bytes: model.plan.mapped_bytes + model.plan.panels_bytes,
-        kv_bytes: model.plan.kv_bytes,
-        workspace_bytes: model.plan.workspace_bytes,
+        weight_bytes: sum(|plan| plan.mapped_bytes + plan.panels_bytes),
+        kv_bytes: sum(|plan| plan.kv_bytes),
+        workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
-    let mut engine = EngineConfig::for_executor(name, &model.executor.limits());
-    engine.waiting_max = keys.waiting_max;
-    engine.prefix_cache = keys.prefix_cache;
-    engine.sampleable_len = text.vocab_len().min(spec.vocab_len);
-    engine.drain_limit = drain_limit;
-    let replica = Replica::start(model.executor, engine).map_err(|e| LoadError::Engine {
+    let replica = Replica::start_group(GroupConfig {
+        program: group::this_program(),
+        log: log.clone(),
+        model: name.to_owned(),
+        path: path.to_owned(),
+        n_ranks: keys.tp,
+        cpu,
+        budget,
+        step_timeout: Duration::from_secs(keys.step_timeout_s),
+        waiting_max: keys.waiting_max,
+        prefix_cache: keys.prefix_cache,
+        sampleable_len: text.vocab_len().min(spec.vocab_len),
+        drain_limit,
+    })
+    .map_err(|e| LoadError::Engine {
         name: name.to_owned(),
         source: e.into(),
     })?;
@@ -123,6 +145,7 @@ fn load(
         model = name,
         architecture = spec.architecture,
         isa = cpu.isa.name(),
+        ranks = keys.tp,
         threads = cpu.n_threads,
         took_ms = started.elapsed().as_millis(),
         "model ready"
@@ -140,8 +163,7 @@ fn load(
 }
 
 /// What the configuration allows a replica of this model.
-fn budget(keys: &EngineKeys, spec: &DecoderSpec) -> Budget {
-    let bytes_per_token = spec.cache_elements_per_token() as u64 * 4;
+fn budget(keys: &EngineKeys, spec: &DecoderSpec, bytes_per_token: u64) -> Budget {
     // One block more than asked for: the canary keeps it to itself.
     let bytes_of = |n_tokens: usize| {
         let with_canary = n_tokens.next_multiple_of(KV_BLOCK_LEN) + KV_BLOCK_LEN;

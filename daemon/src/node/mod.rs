@@ -187,7 +187,11 @@ impl Node {
             .build()
             .map_err(NodeError::Runtime)?;
         let metrics = telemetry::install_metrics()?;
-        let catalog = Arc::new(Catalog::new(loader::new(&config.engine, &config.node)));
+        let catalog = Arc::new(Catalog::new(loader::new(
+            &config.engine,
+            &config.node,
+            &config.log,
+        )));
         Ok(Self {
             config,
             runtime,
@@ -401,7 +405,7 @@ mod tests {
             http: http.local_addr().unwrap(),
             quic: quic.local_addr().unwrap(),
         };
-        let catalog = Catalog::new(loader::new(&config.engine, &config.node));
+        let catalog = Catalog::new(loader::new(&config.engine, &config.node, &config.log));
         catalog.insert(kit::model("tiny", &QUICK));
         Node {
             config,
@@ -426,6 +430,7 @@ mod tests {
             let request = Request {
                 id: RequestId(1),
                 prompt: vec![BOMB],
+                output: Vec::new(),
                 max_tokens: 1,
                 stop_tokens: Arc::new([]),
                 sampling: SamplingParams::default(),

@@ -25,6 +25,8 @@ pub(super) async fn feed(catalog: Arc<Catalog>, token_age_max: Duration) {
         let stuck = catalog
             .served()
             .into_iter()
+            // Ranks that are started again are looked after already.
+            .filter(|model| !model.replica.load().is_forming)
             .find_map(|model| gateway::model_readiness(&model, token_age_max).err());
         match stuck {
             None => super::notify(&[NotifyState::Watchdog]),

@@ -1,7 +1,7 @@
 //! Handle to an engine that serves one full copy of a model.
 //!
-//! Today the engine is a thread of this process; a remote one will look the same from here. Refuses
-//! what can be refused by looking at it; knows no text, HTTP or catalog.
+//! The engine runs in a group's first rank; tests have it as a thread of this process, and it looks
+//! the same from here. Refuses what can be refused by looking at it; knows no text, HTTP or catalog.
 //!
 //! Invariant: a refused request has cost nothing; a taken one gets exactly one end, unless its
 //! reader left or the engine broke down.
@@ -16,6 +16,7 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     engine::{self, EngineConfig, EngineHandle, EngineLimits, PostError, StartError, StepExecutor},
     flow::{FinishReason, Request, StreamItem},
+    group::{self, GroupConfig, GroupError, GroupHandle},
 };
 
 /// Why a request was not taken. Nothing was spent on it.
@@ -83,6 +84,8 @@ pub struct LoadReport {
     pub canary_wrong: bool,
     /// True when the engine broke down: no token comes any more.
     pub is_dead: bool,
+    /// True while the group's ranks are started again: requests wait.
+    pub is_forming: bool,
 }
 
 /// A model that answers. Clones share the engine; when the last one goes, requests that were taken
@@ -90,7 +93,15 @@ pub struct LoadReport {
 /// [`Replica::stop`] to choose another limit and to wait where blocking is allowed.
 #[derive(Debug, Clone)]
 pub struct Replica {
-    engine: Arc<EngineHandle>,
+    engine: Engine,
+}
+
+#[derive(Debug, Clone)]
+enum Engine {
+    /// A thread of this process.
+    Thread(Arc<EngineHandle>),
+    /// In rank processes.
+    Group(Arc<GroupHandle>),
 }
 
 impl Replica {
@@ -99,7 +110,16 @@ impl Replica {
     /// # Errors
     /// [`StartError`] when configuration and executor do not fit or the executor does not work.
     pub fn start(executor: Box<dyn StepExecutor>, cfg: EngineConfig) -> Result<Self, StartError> {
-        let engine = Arc::new(engine::start(executor, cfg)?);
+        let engine = Engine::Thread(Arc::new(engine::start(executor, cfg)?));
+        Ok(Self { engine })
+    }
+
+    /// Starts a group of rank processes and returns after its first token.
+    ///
+    /// # Errors
+    /// [`GroupError`]; no process is left behind.
+    pub fn start_group(cfg: GroupConfig) -> Result<Self, GroupError> {
+        let engine = Engine::Group(Arc::new(GroupHandle::start(cfg)?));
         Ok(Self { engine })
     }
 
@@ -117,30 +137,50 @@ impl Replica {
                 .send(StreamItem::Finished(FinishReason::Length));
             return Ok(());
         }
-        self.engine.post(request).map_err(|e| match e {
-            PostError::QueueFull {
-                waiting,
-                max,
-                retry_after,
-            } => SubmitError::QueueFull {
-                waiting,
-                max,
-                retry_after,
-            },
-            PostError::Stopping => SubmitError::Stopping,
-            PostError::Dead => SubmitError::Dead,
-        })
+        match &self.engine {
+            Engine::Thread(engine) => engine.post(request).map_err(|e| match e {
+                PostError::QueueFull {
+                    waiting,
+                    max,
+                    retry_after,
+                } => SubmitError::QueueFull {
+                    waiting,
+                    max,
+                    retry_after,
+                },
+                PostError::Stopping => SubmitError::Stopping,
+                PostError::Dead => SubmitError::Dead,
+            }),
+            Engine::Group(group) => group.post(request).map_err(|e| match e {
+                group::PostError::QueueFull {
+                    waiting,
+                    max,
+                    retry_after,
+                } => SubmitError::QueueFull {
+                    waiting,
+                    max,
+                    retry_after,
+                },
+                group::PostError::Stopping => SubmitError::Stopping,
+            }),
+        }
     }
 
     /// Stops taking requests, waits for those taken for at most `drain`, ends the rest with
     /// [`FinishReason::Stopped`] and joins the engine. Blocks: call it where that is allowed.
     pub fn stop(&self, drain: Duration) {
-        self.engine.stop(drain);
+        match &self.engine {
+            Engine::Thread(engine) => engine.stop(drain),
+            Engine::Group(group) => group.stop(drain),
+        }
     }
 
-    /// A snapshot, without locks.
+    /// A snapshot.
     pub fn load(&self) -> LoadReport {
-        let load = self.engine.load();
+        let (load, is_forming) = match &self.engine {
+            Engine::Thread(engine) => (engine.load(), false),
+            Engine::Group(group) => group.load(),
+        };
         LoadReport {
             n_running: load.n_running,
             n_waiting: load.n_waiting,
@@ -153,16 +193,20 @@ impl Replica {
             last_token_age: load.last_token_age,
             canary_wrong: load.canary_wrong,
             is_dead: load.is_dead,
+            is_forming,
         }
     }
 
     /// What fits.
     pub fn limits(&self) -> EngineLimits {
-        self.engine.limits()
+        match &self.engine {
+            Engine::Thread(engine) => engine.limits(),
+            Engine::Group(group) => group.limits(),
+        }
     }
 
     fn check_prompt(&self, prompt: &[u32]) -> Result<(), SubmitError> {
-        let limits = self.engine.limits();
+        let limits = self.limits();
         let n_prompt = prompt.len();
         let max = limits.prompt_len_max();
         if n_prompt == 0 {

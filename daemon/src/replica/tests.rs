@@ -48,6 +48,7 @@ fn request(id: u64, n_prompt: usize, max_tokens: usize) -> (Request, TokenStream
         prompt: (0..n_prompt as u64)
             .map(|i| (mix(id << 32 ^ i) % 50) as u32)
             .collect(),
+        output: Vec::new(),
         max_tokens,
         stop_tokens: Arc::new([]),
         sampling: SamplingParams::default(),

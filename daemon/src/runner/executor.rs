@@ -1,11 +1,17 @@
-//! The executor that drives a model on a backend.
+//! The executor that drives one rank's part of a model on a backend: the first rank's runs what the
+//! engine plans and tells the others, which follow.
+
+use std::ops::Range;
 
 use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan};
 
-use super::{ExecutorLimits, LogitRows, MemoryPlan, StepError, StepExecutor, StepPlan};
-use crate::model::{Decoder, Workspace};
+use super::{ExecutorLimits, LogitRows, RankPlan, StepError, StepExecutor, StepPlan};
+use crate::{
+    collective::{Collective, Op, Site, Told},
+    model::{Decoder, Workspace},
+};
 
-/// A decoder with its caches and buffers.
+/// One rank's part of a decoder with its caches and buffers.
 pub struct ModelExecutor<B: Backend> {
     backend: B,
     decoder: Decoder<B>,
@@ -15,6 +21,13 @@ pub struct ModelExecutor<B: Backend> {
     workspace: Workspace<B>,
     limits: ExecutorLimits,
     rows: StepRows,
+    group: Collective,
+    /// The vocabulary's columns of every rank.
+    columns: Vec<Range<usize>>,
+    /// Whole rows of logits, on the first rank of several.
+    gathered: Vec<f32>,
+    /// The plan as it travels between ranks.
+    words: Vec<u32>,
 }
 
 /// A plan flattened into rows; refilled every step.
@@ -59,15 +72,16 @@ impl StepRows {
 
 impl<B: Backend> ModelExecutor<B> {
     /// Takes all memory of the plan.
-    pub fn new(backend: B, decoder: Decoder<B>, plan: &MemoryPlan) -> Self {
-        let spec = decoder.spec();
+    pub fn new(backend: B, decoder: Decoder<B>, plan: &RankPlan) -> Self {
+        let (spec, split) = (decoder.spec(), &plan.split);
+        let plan = &plan.memory;
         let cache_shape = plan.cache_shape(spec);
         let caches = (0..spec.n_layers())
             .map(|_| backend.buffer(cache_shape.size()))
             .collect();
         let workspace = Workspace::new(&backend, spec, plan.step_tokens_max, plan.step_logits_max);
         let limits = ExecutorLimits {
-            vocab_len: spec.vocab_len,
+            vocab_len: split.full.vocab_len,
             block_len: plan.block_len,
             n_blocks: plan.n_blocks,
             step_tokens_max: plan.step_tokens_max,
@@ -83,6 +97,58 @@ impl<B: Backend> ModelExecutor<B> {
             workspace,
             limits,
             rows: StepRows::default(),
+            gathered: match split.of.n_ranks {
+                2.. if split.is_first() => vec![0.0; plan.step_logits_max * limits.vocab_len],
+                _ => Vec::new(),
+            },
+            words: Vec::new(),
+            columns: split.vocab_of_ranks.clone(),
+            group: Collective::Solo,
+        }
+    }
+
+    /// The same in its group, whose ranks have met.
+    ///
+    /// # Panics
+    /// When the group is not the one this part of the model was made for.
+    pub fn in_group(mut self, group: Collective) -> Self {
+        let n_ranks = match &group {
+            Collective::Solo => 1,
+            Collective::Shm(member) => member.n_ranks(),
+        };
+        assert_eq!(
+            n_ranks,
+            self.columns.len(),
+            "ranks of the model and of the group"
+        );
+        if n_ranks > 1 {
+            self.words.reserve_exact(n_words_max(&self.limits));
+        }
+        self.group = group;
+        self
+    }
+
+    /// Runs what the first rank says until it says that nothing follows.
+    ///
+    /// # Errors
+    /// [`StepError`]; the group is of no use any more.
+    pub fn follow(&mut self) -> Result<(), StepError> {
+        let mut plan = StepPlan::default();
+        let n_words_max = n_words_max(&self.limits);
+        loop {
+            let Collective::Shm(member) = &mut self.group else {
+                return Ok(());
+            };
+            let site = Site::outside(Op::Plan);
+            match member.receive(0, site, &mut self.words, n_words_max)? {
+                Told::End => return Ok(()),
+                Told::Message => {}
+            }
+            let n_words = self.words.len();
+            plan.read_words(&self.words)
+                .ok_or(StepError::BadPlan { n_words })?;
+            self.check(&plan)?;
+            self.run(&plan)?;
         }
     }
 
@@ -125,15 +191,10 @@ impl<B: Backend> ModelExecutor<B> {
         limit("block id", largest(&plan.blocks), n_blocks - 1)?;
         limit("token id", largest(&plan.tokens), vocab_len - 1)
     }
-}
 
-impl<B: Backend> StepExecutor for ModelExecutor<B> {
-    fn limits(&self) -> ExecutorLimits {
-        self.limits
-    }
-
-    fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError> {
-        self.check(plan)?;
+    /// This rank's part of a step; the first one's leaves the rows of logits, their number is
+    /// returned.
+    fn run(&mut self, plan: &StepPlan) -> Result<usize, StepError> {
         self.rows.fill(plan);
         let inputs = StepInputs {
             tokens: &plan.tokens,
@@ -149,11 +210,61 @@ impl<B: Backend> StepExecutor for ModelExecutor<B> {
             self.cache_shape,
             &mut self.caches,
             &mut self.workspace,
-        );
-        let vocab_len = self.limits.vocab_len;
-        let logits = self
+            &mut self.group,
+        )?;
+        let n_rows = self.rows.logit_rows.len();
+        let local = self
             .backend
-            .download(logits, self.rows.logit_rows.len() * vocab_len);
+            .download(logits, n_rows * self.decoder.spec().vocab_len);
+        let whole = Some(self.gathered.as_mut_slice()).filter(|g| !g.is_empty());
+        let site = Site::outside(Op::Logits);
+        self.group
+            .gather_columns(site, local, &self.columns, n_rows, whole)?;
+        Ok(n_rows)
+    }
+}
+
+/// Words of the longest plan.
+fn n_words_max(limits: &ExecutorLimits) -> usize {
+    let blocks_per_span = limits.context_len_max.div_ceil(limits.block_len);
+    StepPlan::n_words_max(
+        limits.step_spans_max,
+        limits.step_tokens_max,
+        blocks_per_span,
+    )
+}
+
+impl<B: Backend> Drop for ModelExecutor<B> {
+    /// Lets the followers go.
+    fn drop(&mut self) {
+        if let Collective::Shm(member) = &mut self.group
+            && member.rank() == 0
+        {
+            // Whoever is missing needs no goodbye.
+            let _ = member.broadcast_end(Site::outside(Op::Plan));
+        }
+    }
+}
+
+impl<B: Backend> StepExecutor for ModelExecutor<B> {
+    fn limits(&self) -> ExecutorLimits {
+        self.limits
+    }
+
+    fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError> {
+        self.check(plan)?;
+        if let Collective::Shm(member) = &mut self.group {
+            plan.to_words(&mut self.words);
+            member.broadcast(Site::outside(Op::Plan), &self.words)?;
+        }
+        let n_rows = self.run(plan)?;
+        let vocab_len = self.limits.vocab_len;
+        let logits = match self.group {
+            Collective::Solo => self
+                .backend
+                .download(self.workspace.logits(), n_rows * vocab_len),
+            Collective::Shm(_) => &mut self.gathered[..n_rows * vocab_len],
+        };
         match logits
             .chunks_exact(vocab_len)
             .position(|row| !row.iter().all(|v| v.is_finite()))

@@ -3,23 +3,11 @@
 
 use dsd_kernels::cpu::{CpuBackend, CpuConfig, CpuError};
 
-use super::{
-    Budget, MemoryPlan, ModelExecutor, PlanError, StepExecutor, WeightBytes, available_bytes,
-};
+use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes};
 use crate::{
-    model::{self, DecoderSpec, ModelError},
+    model::{self, DecoderSpec, ModelError, RankOf, Split},
     weights::Checkpoint,
 };
-
-/// A model ready to run steps.
-pub struct LoadedModel {
-    /// Runs the steps.
-    pub executor: Box<dyn StepExecutor>,
-    /// The memory taken.
-    pub plan: MemoryPlan,
-    /// What the model is made of.
-    pub spec: DecoderSpec,
-}
 
 /// Why a checkpoint cannot run here.
 #[derive(Debug, thiserror::Error)]
@@ -35,29 +23,95 @@ pub enum LoadError {
     Cpu(#[from] CpuError),
 }
 
-/// Builds the model on the CPU backend within `budget`.
+/// A replica on paper: who holds what, and how much memory that takes.
+#[derive(Debug, Clone)]
+pub struct ReplicaPlan {
+    /// The whole model.
+    pub spec: DecoderSpec,
+    /// One entry per rank.
+    pub ranks: Vec<RankPlan>,
+}
+
+/// One rank of a [`ReplicaPlan`].
+#[derive(Debug, Clone)]
+pub struct RankPlan {
+    /// Its part of the model.
+    pub split: Split,
+    /// Its memory.
+    pub memory: MemoryPlan,
+}
+
+/// Bytes of KV cache that one position takes on all ranks together: they deal key-value heads among
+/// them, and each holds MLA's latent.
+///
+/// # Errors
+/// [`LoadError`].
+pub fn kv_bytes_per_token(checkpoint: &Checkpoint, n_ranks: usize) -> Result<u64, LoadError> {
+    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
+    let elements = splits(checkpoint, &spec, n_ranks)?
+        .iter()
+        .map(|split| split.local.cache_elements_per_token())
+        .sum::<usize>();
+    Ok((elements * size_of::<f32>()) as u64)
+}
+
+fn splits(
+    checkpoint: &Checkpoint,
+    spec: &DecoderSpec,
+    n_ranks: usize,
+) -> Result<Vec<Split>, ModelError> {
+    let format_of = |name: &str| checkpoint.format(name);
+    (0..n_ranks.max(1))
+        .map(|rank| Ok(Split::new(spec, RankOf { rank, n_ranks }, &format_of)?))
+        .collect()
+}
+
+/// Deals the model to `n_ranks` ranks of this machine and plans their memory within `budget` and, when
+/// known, what is available.
+///
+/// # Errors
+/// [`LoadError`]; nothing was taken.
+pub fn plan_cpu(
+    checkpoint: &Checkpoint,
+    cpu: CpuConfig,
+    n_ranks: usize,
+    budget: Budget,
+    available: Option<u64>,
+) -> Result<ReplicaPlan, LoadError> {
+    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
+    let format_of = |name: &str| checkpoint.format(name);
+    let part = |split| {
+        let tensors = model::tensors(checkpoint, &split)?;
+        let weights = WeightBytes::of_checkpoint(&tensors, &format_of);
+        Ok::<_, LoadError>((split, weights))
+    };
+    let parts = splits(checkpoint, &spec, n_ranks)?
+        .into_iter()
+        .map(part)
+        .collect::<Result<Vec<_>, _>>()?;
+    let backend = CpuBackend::new(cpu)?;
+    let plans = MemoryPlan::new(&backend, &parts, budget, available)?;
+    let ranks = parts
+        .into_iter()
+        .zip(plans)
+        .map(|((split, _), memory)| RankPlan { split, memory })
+        .collect();
+    Ok(ReplicaPlan { spec, ranks })
+}
+
+/// Builds one rank's part of the model on the CPU backend; takes the memory of its plan. A part of
+/// several runs once it is [`ModelExecutor::in_group`].
 ///
 /// # Errors
 /// [`LoadError`]; nothing is left allocated.
 pub fn load_cpu(
     checkpoint: &Checkpoint,
     cpu: CpuConfig,
-    budget: Budget,
-) -> Result<LoadedModel, LoadError> {
+    plan: &RankPlan,
+) -> Result<ModelExecutor<CpuBackend>, LoadError> {
     let backend = CpuBackend::new(cpu)?;
-    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
-    let weights = checkpoint.block_tensors().map(|t| t.bytes).sum::<u64>();
-    let weights = WeightBytes {
-        mapped: checkpoint.bytes_mapped() - weights,
-        panels: checkpoint.block_tensors().map(|t| t.panel_bytes).sum(),
-    };
-    let plan = MemoryPlan::new(&backend, &spec, weights, budget, available_bytes())?;
-    let decoder = model::build(checkpoint, &backend)?;
+    let decoder = model::build(checkpoint, &plan.split, &backend)?;
+    model::refuse_extra_tensors(checkpoint, &plan.split.full)?;
     checkpoint.release_blocks();
-    let executor = Box::new(ModelExecutor::new(backend, decoder, &plan));
-    Ok(LoadedModel {
-        executor,
-        plan,
-        spec,
-    })
+    Ok(ModelExecutor::new(backend, decoder, plan))
 }

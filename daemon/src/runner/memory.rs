@@ -2,9 +2,16 @@
 
 use std::fmt;
 
-use dsd_kernels::backend::{Backend, CacheShape};
+use dsd_kernels::{
+    backend::{Backend, CacheShape},
+    dtype::Format,
+    panel,
+};
 
-use crate::model::{DecoderSpec, Workspace};
+use crate::{
+    model::{DecoderSpec, Split, TensorRequest, Workspace},
+    weights::{Cut, Role},
+};
 
 /// Positions in one KV block; attention is split at multiples of it.
 pub const KV_BLOCK_LEN: usize = 32;
@@ -20,16 +27,56 @@ pub struct Budget {
     pub step_spans_max: usize,
 }
 
-/// Where a replica's weights are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where a rank's weights are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WeightBytes {
     /// Read where they are mapped.
     pub mapped: u64,
-    /// In panels, in memory of their own.
+    /// In memory of their own: panels, and columns cut out of rows.
     pub panels: u64,
 }
 
-/// Byte-exact plan of a replica's memory, fixed before anything is allocated.
+impl WeightBytes {
+    /// What a rank takes when it loads these tensors of a checkpoint, stored as `format_of` says.
+    pub fn of_checkpoint(
+        requests: &[TensorRequest],
+        format_of: &dyn Fn(&str) -> Option<Format>,
+    ) -> Self {
+        let mut bytes = Self::default();
+        for request in requests {
+            let TensorRequest::Matrix {
+                name,
+                shape: [n_rows, n_cols],
+                cut,
+                role,
+            } = request
+            else {
+                continue;
+            };
+            let Some(format) = format_of(name) else {
+                continue;
+            };
+            let (rows, cols) = match cut {
+                Cut::Whole => (*n_rows, *n_cols),
+                Cut::Rows(range) => (range.len(), *n_cols),
+                Cut::Cols(range) => (*n_rows, range.len()),
+            };
+            let panels = match role {
+                Role::Linear => panel::bytes(format, rows, cols),
+                Role::Latent => None,
+            };
+            let in_rows = || (format.row_bytes(cols).unwrap_or(0) * rows) as u64;
+            match (panels, cut) {
+                (Some(panels), _) => bytes.panels += panels as u64,
+                (None, Cut::Cols(_)) => bytes.panels += in_rows(),
+                (None, Cut::Whole | Cut::Rows(_)) => bytes.mapped += in_rows(),
+            }
+        }
+        bytes
+    }
+}
+
+/// Byte-exact plan of one rank's memory, fixed before anything is allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// Weight files, mapped; they live in the page cache.
@@ -87,22 +134,25 @@ pub enum PlanError {
 }
 
 impl MemoryPlan {
-    /// Plans a replica of `spec` within `budget`; `available` is the memory free now, when known.
+    /// Plans the ranks of a replica within `budget`, which they share; `available` is the memory
+    /// free now, when known. All ranks have the same KV blocks.
     ///
     /// # Errors
     /// [`PlanError`], with the numbers.
     pub fn new<B: Backend>(
         backend: &B,
-        spec: &DecoderSpec,
-        weights: WeightBytes,
+        ranks: &[(Split, WeightBytes)],
         budget: Budget,
         available: Option<u64>,
-    ) -> Result<Self, PlanError> {
-        let kv_bytes_per_token = bytes_of(spec.cache_elements_per_token());
-        let block_bytes = kv_bytes_per_token * KV_BLOCK_LEN as u64;
+    ) -> Result<Vec<Self>, PlanError> {
+        let bytes_per_token = |split: &Split| bytes_of(split.local.cache_elements_per_token());
+        let block_bytes =
+            ranks.iter().map(|(s, _)| bytes_per_token(s)).sum::<u64>() * KV_BLOCK_LEN as u64;
+        let context_len = ranks.first().map_or(0, |(split, _)| split.full.context_len);
         // More blocks than all sequences and the engine's canary can fill would be waste.
-        let useful = spec.context_len.div_ceil(KV_BLOCK_LEN) * budget.step_spans_max + 1;
-        let affordable = usize::try_from(budget.kv_bytes_max / block_bytes).unwrap_or(usize::MAX);
+        let useful = context_len.div_ceil(KV_BLOCK_LEN) * budget.step_spans_max + 1;
+        let affordable =
+            usize::try_from(budget.kv_bytes_max / block_bytes.max(1)).unwrap_or(usize::MAX);
         let n_blocks = useful.min(affordable);
         if n_blocks == 0 {
             return Err(PlanError::KvBudgetTooSmall {
@@ -112,31 +162,46 @@ impl MemoryPlan {
             });
         }
         let step_logits_max = budget.step_spans_max;
-        let workspace = Workspace::bytes(backend, spec, budget.step_tokens_max, step_logits_max);
-        let plan = Self {
-            mapped_bytes: weights.mapped,
-            panels_bytes: weights.panels,
-            kv_bytes: block_bytes * n_blocks as u64,
-            workspace_bytes: workspace as u64,
-            n_blocks,
-            block_len: KV_BLOCK_LEN,
-            kv_bytes_per_token,
-            context_len: spec.context_len.min(n_blocks * KV_BLOCK_LEN),
-            step_tokens_max: budget.step_tokens_max,
-            step_logits_max,
+        let plan = |(split, weights): &(Split, WeightBytes)| {
+            let spec = &split.local;
+            let workspace =
+                Workspace::bytes(backend, spec, budget.step_tokens_max, step_logits_max);
+            // The first rank of several has room for whole rows of logits besides its own columns.
+            let gathered = match split.of.n_ranks {
+                1 => 0,
+                _ if !split.is_first() => 0,
+                _ => step_logits_max * split.full.vocab_len,
+            };
+            Self {
+                mapped_bytes: weights.mapped,
+                panels_bytes: weights.panels,
+                kv_bytes: bytes_per_token(split) * (KV_BLOCK_LEN * n_blocks) as u64,
+                workspace_bytes: workspace as u64 + bytes_of(gathered),
+                n_blocks,
+                block_len: KV_BLOCK_LEN,
+                kv_bytes_per_token: bytes_per_token(split),
+                context_len: context_len.min(n_blocks * KV_BLOCK_LEN),
+                step_tokens_max: budget.step_tokens_max,
+                step_logits_max,
+            }
         };
-        let needed = plan.panels_bytes + plan.kv_bytes + plan.workspace_bytes;
+        let plans = ranks.iter().map(plan).collect::<Vec<_>>();
+        let panels = plans.iter().map(|p| p.panels_bytes).sum();
+        let needed = plans
+            .iter()
+            .map(|p| p.panels_bytes + p.kv_bytes + p.workspace_bytes)
+            .sum();
         match available {
             Some(available) if available < needed => Err(PlanError::TooLarge {
                 needed,
-                panels: plan.panels_bytes,
+                panels,
                 available,
             }),
-            _ => Ok(plan),
+            _ => Ok(plans),
         }
     }
 
-    /// The cache of one layer.
+    /// The cache of one layer of a rank's part.
     pub fn cache_shape(&self, spec: &DecoderSpec) -> CacheShape {
         CacheShape {
             rows: spec.cache_rows(),

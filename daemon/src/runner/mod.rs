@@ -4,13 +4,15 @@
 //!
 //! Invariant: nothing is allocated after construction; every plan within [`ExecutorLimits`] fits.
 
+use crate::collective::Missing;
+
 pub mod plan;
 mod memory;
 mod executor;
 mod load;
 
 pub use executor::ModelExecutor;
-pub use load::{LoadError, LoadedModel, load_cpu};
+pub use load::{LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu};
 pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes, available_bytes};
 pub use plan::{LogitRows, Span, StepPlan};
 
@@ -45,6 +47,15 @@ pub enum StepError {
         found: usize,
         /// Amount allowed.
         max: usize,
+    },
+    /// Another rank of the group did not arrive: the group is of no use any more.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// A plan from the first rank that is none.
+    #[error("the first rank's plan of {n_words} words is not one")]
+    BadPlan {
+        /// Its length.
+        n_words: usize,
     },
     /// A logits row holds NaN or infinity: damaged weights or a kernel bug.
     #[error("logits row {row} is not finite")]

@@ -198,15 +198,18 @@ impl Scheduler {
     pub fn enqueue(&mut self, spec: SequenceSpec) -> Result<Slot, EnqueueError> {
         let n_prompt = spec.prompt.len();
         let len_max = self.cfg.sequence_len_max();
-        if n_prompt == 0 || spec.n_output_max == 0 {
+        if n_prompt == 0 || spec.n_output_max <= spec.output.len() {
             return Err(EnqueueError::Empty);
         }
-        if len_max <= n_prompt {
+        let n_known = n_prompt + spec.output.len();
+        if len_max <= n_known {
             return Err(EnqueueError::TooLong {
-                n_prompt,
+                n_prompt: n_known,
                 max: len_max - 1,
             });
         }
+        let mut tokens = spec.prompt;
+        tokens.extend(spec.output);
         if self.cfg.waiting_max <= self.n_waiting_new {
             return Err(EnqueueError::QueueFull {
                 max: self.cfg.waiting_max,
@@ -221,7 +224,7 @@ impl Scheduler {
             serial: self.serial_next,
             n_prompt,
             len_max: n_prompt.saturating_add(spec.n_output_max).min(len_max),
-            tokens: spec.prompt,
+            tokens,
             stop_tokens: spec.stop_tokens,
             deadline: spec.deadline,
             n_computed: 0,

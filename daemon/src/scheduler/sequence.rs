@@ -9,7 +9,9 @@ use crate::kv_cache::{BlockKey, BlockTable};
 pub struct SequenceSpec {
     /// Prompt tokens.
     pub prompt: Vec<u32>,
-    /// Tokens to generate at most.
+    /// Tokens that were generated before, elsewhere.
+    pub output: Vec<u32>,
+    /// Tokens to generate at most, those generated before included.
     pub n_output_max: usize,
     /// The generation ends after one of these.
     pub stop_tokens: Arc<[u32]>,

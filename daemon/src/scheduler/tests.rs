@@ -33,6 +33,7 @@ fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
 fn spec(n_prompt: usize, n_output_max: usize) -> SequenceSpec {
     SequenceSpec {
         prompt: vec![1; n_prompt],
+        output: Vec::new(),
         n_output_max,
         stop_tokens: Arc::new([0]),
         deadline: None,
@@ -278,6 +279,7 @@ impl Simulation {
             .collect();
         let result = self.scheduler.enqueue(SequenceSpec {
             prompt: prompt.clone(),
+            output: Vec::new(),
             n_output_max,
             stop_tokens: Arc::new([7]),
             deadline,

@@ -3,6 +3,8 @@
 //! Knows the name and meaning of every metric; knows not who counts. Called by `main`, and by the
 //! gateway to render.
 
+pub mod forward;
+
 use std::{
     error::Error,
     io::{self, IsTerminal},
@@ -113,6 +115,11 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
         "dsd_inter_token_seconds",
         MetricKind::Seconds,
         "Between two tokens of a sequence.",
+    ),
+    (
+        "dsd_group_losses_total",
+        MetricKind::Counter,
+        "Groups of ranks that were lost and formed again, by model.",
     ),
     (
         "dsd_sequences_running",

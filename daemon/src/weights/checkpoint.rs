@@ -263,6 +263,15 @@ impl Checkpoint {
         self.tensors.get(name).map(|e| e.tensor.shape.as_slice())
     }
 
+    /// How a matrix is stored; `None` when there is none of this name, or of a type kernels do not
+    /// know. Does not claim it.
+    pub fn format(&self, name: &str) -> Option<Format> {
+        match self.tensors.get(name)?.tensor.stored_type {
+            StoredType::Weights(format) => Some(format),
+            _ => None,
+        }
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -3,9 +3,9 @@
 
 use std::{fmt, io, path::PathBuf};
 
-use dsd_kernels::matrix::MatrixError;
+use dsd_kernels::{dtype::Format, matrix::MatrixError};
 
-use super::tensor::StoredType;
+use super::{source::Cut, tensor::StoredType};
 
 /// Why a checkpoint, or one tensor of it, cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -241,6 +241,23 @@ pub enum WeightsError {
         index: PathBuf,
         /// Where the index places it: a shard's name or "no shard".
         expected: String,
+    },
+    /// A rank's piece would begin or end inside a block.
+    #[error(
+        "`{}`: tensor `{tensor}` of {format} cannot be cut at {cut:?}: its blocks have {block_len} \
+         columns", file.display()
+    )]
+    Cut {
+        /// The file or folder.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The piece asked for.
+        cut: Cut,
+        /// How it is stored.
+        format: Format,
+        /// Columns of a block.
+        block_len: usize,
     },
     /// Shape, type and bytes were checked and still make no matrix.
     #[error("`{}`: tensor `{tensor}` does not make a matrix", file.display())]

@@ -10,6 +10,7 @@
 //! `model` reads tensors, `text` reads the tokenizer's side of a checkpoint, `admin` verifies.
 
 pub mod checkpoint;
+pub mod source;
 pub mod verify;
 mod error;
 mod folder;
@@ -31,5 +32,6 @@ pub(crate) mod tests;
 pub use checkpoint::Checkpoint;
 pub use error::WeightsError;
 pub use gguf::{GgufMetadata, GgufValue};
+pub use source::{Cut, Role, TensorSource};
 pub use tensor::StoredType;
 pub use verify::{Digests, Finding, TensorDigest, VerifyProgress, VerifyReport, verify};

@@ -27,7 +27,7 @@ use self::{
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        RopeLayout, RowView, StepInputs, StepShape, ValueHeads,
+        RopeLayout, RowView, StepInputs, StepShape, ValueHeads, WeightStore,
     },
     matrix::{Layout, Matrix},
     panel::{self, PANEL_ROWS},
@@ -239,21 +239,12 @@ impl CpuBackend {
     }
 }
 
-impl Backend for CpuBackend {
+impl WeightStore for CpuBackend {
     type Buffer = Vec<f32>;
     type Weight = CpuWeight;
-    type Routes = CpuRoutes;
-
-    fn buffer(&self, len: usize) -> Vec<f32> {
-        memory::resident(len)
-    }
 
     fn upload(&self, values: &[f32]) -> Vec<f32> {
         values.to_vec()
-    }
-
-    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
-        &mut buffer[..len]
     }
 
     fn weight(&self, parts: Vec<Matrix>) -> CpuWeight {
@@ -273,6 +264,18 @@ impl Backend for CpuBackend {
         CpuWeight {
             parts: vec![matrix],
         }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Routes = CpuRoutes;
+
+    fn buffer(&self, len: usize) -> Vec<f32> {
+        memory::resident(len)
+    }
+
+    fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
+        &mut buffer[..len]
     }
 
     fn scratch_bytes(&self, shape: &StepShape) -> usize {
@@ -311,10 +314,13 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn embed(&self, table: &CpuWeight, tokens: &[u32], out: &mut Vec<f32>) {
+    fn embed(&self, table: &CpuWeight, first: usize, tokens: &[u32], out: &mut Vec<f32>) {
         let table = table.single();
         for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
-            quant::decode_row(table, *token as usize, row);
+            match (*token as usize).checked_sub(first) {
+                Some(index) if index < table.n_rows() => quant::decode_row(table, index, row),
+                _ => row.fill(0.0),
+            }
         }
     }
 

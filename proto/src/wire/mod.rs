@@ -17,6 +17,7 @@ pub mod schema;
 // Messages.
 pub mod admin;
 pub mod generate;
+pub mod group;
 
 pub use frame::{FrameError, Header};
 pub use schema::{Class, Kind, Message};
@@ -38,6 +39,14 @@ pub const KINDS: &[Kind] = &[
     Kind::of::<generate::GenerateRequest>(),
     Kind::of::<generate::GenerateDelta>(),
     Kind::of::<generate::GenerateDone>(),
+    Kind::of::<group::RankStart>(),
+    Kind::of::<group::RankReady>(),
+    Kind::of::<group::RankFailed>(),
+    Kind::of::<group::RankFault>(),
+    Kind::of::<group::GroupSubmit>(),
+    Kind::of::<group::GroupCancel>(),
+    Kind::of::<group::GroupStop>(),
+    Kind::of::<group::GroupEvents>(),
 ];
 
 #[cfg(test)]

@@ -12,6 +12,11 @@ use crate::{
             ChatMessage, Finish, GenerateDelta, GenerateDone, GenerateRequest, Input, Role,
             Sampling,
         },
+        group::{
+            EngineLimits, GroupCancel, GroupEvent, GroupEventKind, GroupEvents, GroupLoad,
+            GroupStop, GroupSubmit, GroupToken, MetricKind, MetricSeries, MetricUpdate, RankFailed,
+            RankFault, RankReady, RankStart, TokenSampling, TokenValue,
+        },
     },
 };
 
@@ -188,5 +193,135 @@ pub(crate) fn generate_done() -> GenerateDone {
         n_completion_tokens: 5,
         queue_ms: 1,
         ttft_ms: 30,
+    }
+}
+
+pub(crate) fn rank_start() -> RankStart {
+    RankStart {
+        rank: 1,
+        n_ranks: 2,
+        model: "tiny".into(),
+        path: "/models/tiny".into(),
+        segment: "/proc/1/fd/9".into(),
+        step_timeout_ms: 10_000,
+        n_threads: 1,
+        isa: "avx512".into(),
+        int8_activations: true,
+        kv_type: "f32".into(),
+        kv_bytes_max: 1 << 28,
+        step_tokens_max: 512,
+        step_spans_max: 32,
+        waiting_max: 128,
+        prefix_cache: true,
+        sampleable_len: 1000,
+        drain_limit_ms: 30_000,
+        cpus: vec![1],
+    }
+}
+
+pub(crate) fn rank_ready() -> RankReady {
+    RankReady {
+        took_ms: 230,
+        disk_bytes_read: 4096,
+        limits: Some(EngineLimits {
+            context_len_max: 4096,
+            vocab_len: 1024,
+            sampleable_len: 1000,
+            waiting_max: 128,
+            running_max: 32,
+            n_blocks: 127,
+            block_len: 32,
+            canary_token: 17,
+        }),
+    }
+}
+
+pub(crate) fn rank_failed() -> RankFailed {
+    RankFailed {
+        message: "cannot read `model.safetensors`".into(),
+    }
+}
+
+pub(crate) fn rank_fault() -> RankFault {
+    RankFault {
+        blamed: Some(1),
+        message: "rank 1 died at layer 3, attention output".into(),
+    }
+}
+
+pub(crate) fn group_submit() -> GroupSubmit {
+    GroupSubmit {
+        id: 9,
+        prompt: vec![1, 2, 3],
+        output: vec![4],
+        n_output_max: 16,
+        stop_tokens: vec![2],
+        sampling: TokenSampling {
+            temperature: 0.5,
+            top_p: 0.9,
+            top_k: 40,
+            min_p: 0.1,
+            repetition_penalty: 1.1,
+            frequency_penalty: 0.2,
+            presence_penalty: 0.3,
+            logit_bias: vec![TokenValue {
+                token: 5,
+                value: -1.0,
+            }],
+            seed: 1 << 40,
+        },
+        top_logprobs: Some(2),
+        deadline_ms: Some(60_000),
+        cache_owner: vec![7; 32],
+    }
+}
+
+pub(crate) fn group_cancel() -> GroupCancel {
+    GroupCancel { id: 9 }
+}
+
+pub(crate) fn group_stop() -> GroupStop {
+    GroupStop { drain_ms: 500 }
+}
+
+pub(crate) fn group_events() -> GroupEvents {
+    let event = |what| GroupEvent { id: 9, what };
+    GroupEvents {
+        events: vec![
+            event(GroupEventKind::Started(32)),
+            event(GroupEventKind::Token(GroupToken {
+                index: 1,
+                token: 77,
+                logprob: Some(-0.5),
+                top: vec![TokenValue {
+                    token: 77,
+                    value: -0.5,
+                }],
+            })),
+            event(GroupEventKind::Stop),
+            event(GroupEventKind::Length),
+            event(GroupEventKind::DeadlinePassed),
+            event(GroupEventKind::Stopped),
+            event(GroupEventKind::Failed("logits row 0 is not finite".into())),
+        ],
+        load: GroupLoad {
+            n_running: 1,
+            n_waiting: 2,
+            n_blocks_used: 3,
+            n_blocks: 127,
+            n_steps: 4,
+            n_prompt_tokens: 5,
+            n_output_tokens: 6,
+            n_preemptions: 7,
+            last_token_age_us: Some(8),
+            canary_wrong: false,
+        },
+        series: vec![MetricSeries {
+            id: 0,
+            kind: MetricKind::Histogram,
+            name: "dsd_engine_step_seconds".into(),
+            labels: vec!["model".into(), "tiny".into()],
+        }],
+        metrics: vec![MetricUpdate { id: 0, value: 0.01 }],
     }
 }

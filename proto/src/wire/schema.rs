@@ -54,6 +54,7 @@ leaf!(
     u32 = "u32",
     u64 = "u64",
     f32 = "f32",
+    f64 = "f64",
     String = "string"
 );
 

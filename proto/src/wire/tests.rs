@@ -35,6 +35,14 @@ macro_rules! for_each_sample {
         $check(&samples::generate_request() $(, $arg)*);
         $check(&samples::generate_delta() $(, $arg)*);
         $check(&samples::generate_done() $(, $arg)*);
+        $check(&samples::rank_start() $(, $arg)*);
+        $check(&samples::rank_ready() $(, $arg)*);
+        $check(&samples::rank_failed() $(, $arg)*);
+        $check(&samples::rank_fault() $(, $arg)*);
+        $check(&samples::group_submit() $(, $arg)*);
+        $check(&samples::group_cancel() $(, $arg)*);
+        $check(&samples::group_stop() $(, $arg)*);
+        $check(&samples::group_events() $(, $arg)*);
     };
 }
 

@@ -1,0 +1,444 @@
+//! The life of a rank process: told what to be, it loads its part and then follows the first rank,
+//! or, being the first, runs the engine for its agent.
+//!
+//! Invariant: the process does not outlive its agent: the end of the socket is its end.
+
+use std::{
+    io::{self, Write},
+    net::Shutdown,
+    os::{fd::AsFd, unix::net::UnixStream},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use dsd_kernels::{
+    backend::Activations,
+    cpu::{CpuBackend, CpuConfig, Isa},
+};
+use dsd_proto::wire::group::{
+    GroupCancel, GroupEvent, GroupEvents, GroupStop, GroupSubmit, RankFailed, RankFault, RankReady,
+    RankStart,
+};
+use rustix::{
+    process::{Signal, getpid, kill_process},
+    thread::{CpuSet, sched_setaffinity},
+};
+use tracing::{info, warn};
+
+use super::{
+    frames::{self, Frame, SocketError},
+    messages,
+};
+use crate::{
+    collective::{Collective, Op, Segment, SegmentError, Site},
+    engine::{self, EngineConfig, EngineHandle, StartError, StepError},
+    flow::{EventSink, StreamItem, TokenSink},
+    runner::{self, Budget, ModelExecutor, StepExecutor, load_cpu, plan_cpu},
+    runtime::{clock, thread},
+    telemetry::{chain, forward::Collector},
+    weights::{Checkpoint, WeightsError},
+};
+
+/// How long ranks wait for each other's loading.
+const LOAD_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Why a rank process ends before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// The agent's socket is of no use.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Standard input is not a socket of an agent.
+    #[error("`dsd rank` is started by a node's agent, with a socket for standard input")]
+    NoAgent,
+    /// It could not become what it was told to be.
+    #[error("rank {rank} cannot be formed")]
+    Form {
+        /// The rank.
+        rank: u32,
+        /// Why.
+        #[source]
+        source: FormError,
+    },
+    /// The group is lost.
+    #[error("the group is lost")]
+    Lost(#[source] StepError),
+}
+
+/// Why a rank cannot be formed.
+#[derive(Debug, thiserror::Error)]
+pub enum FormError {
+    /// Instruction set or type that this build does not know.
+    #[error("this processor or build does not have `{0}`")]
+    Unknown(String),
+    /// The checkpoint cannot be opened.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// It cannot run here.
+    #[error(transparent)]
+    Load(#[from] runner::LoadError),
+    /// The memory shared with other ranks cannot be used.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// Another rank did not arrive.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// The engine did not start.
+    #[error(transparent)]
+    Engine(#[from] StartError),
+}
+
+/// The rank's end of its socket, shared by the threads that write.
+#[derive(Debug, Clone)]
+struct Agent {
+    socket: Arc<Mutex<UnixStream>>,
+    epoch: u64,
+}
+
+impl Agent {
+    fn send<M: dsd_proto::wire::Message>(&self, message: &M) {
+        match frames::encode(message, self.epoch) {
+            Ok(frame) => {
+                let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+                // An agent that is gone is noticed by the thread that reads.
+                let _ = socket.write_all(&frame);
+            }
+            Err(e) => warn!(error = %e, "a message to the agent is too long"),
+        }
+    }
+
+    /// Wakes the thread that reads: nothing follows.
+    fn close(&self) {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = socket.shutdown(Shutdown::Read);
+    }
+}
+
+/// Runs this process as the rank that the agent at standard input says.
+///
+/// # Errors
+/// [`RankError`]; the agent was told.
+pub fn run() -> Result<(), RankError> {
+    let started = clock::now();
+    let stdin = io::stdin();
+    let socket = stdin
+        .as_fd()
+        .try_clone_to_owned()
+        .map(UnixStream::from)
+        .map_err(SocketError::from)?;
+    if socket.peer_addr().is_err() {
+        return Err(RankError::NoAgent);
+    }
+    let mut reader = socket.try_clone().map_err(SocketError::from)?;
+    let Some(frame) = frames::read(&mut reader)? else {
+        return Ok(());
+    };
+    let start = frame.decode::<RankStart>().map_err(SocketError::from)?;
+    let agent = Agent {
+        socket: Arc::new(Mutex::new(socket)),
+        epoch: frame.header.epoch.0,
+    };
+    let rank = start.rank;
+    let failed = |source: FormError| {
+        agent.send(&RankFailed {
+            message: chain(&source),
+        });
+        RankError::Form { rank, source }
+    };
+    let is_first = rank == 0;
+    if !is_first {
+        // The first rank's main thread reads the socket itself.
+        let reader = reader.try_clone().map_err(SocketError::from)?;
+        let watch = move || watch_agent(reader);
+        thread::spawn("dsd-agent", watch).map_err(SocketError::from)?;
+    }
+    let executor = form(&start).map_err(failed)?;
+    let ready = |limits| RankReady {
+        took_ms: started.elapsed().as_millis() as u64,
+        disk_bytes_read: disk_bytes_read(),
+        limits,
+    };
+    if is_first {
+        let engine = Engine::start(&start, executor, &agent).map_err(failed)?;
+        let limits =
+            messages::limits_message(&engine.handle.limits(), engine.handle.canary_token());
+        agent.send(&ready(Some(limits)));
+        return engine.serve(&mut reader, &agent);
+    }
+    agent.send(&ready(None));
+    follow(executor, &agent)
+}
+
+/// Ends the process with its agent.
+fn watch_agent(mut socket: UnixStream) {
+    while let Ok(Some(_)) = frames::read(&mut socket) {}
+    die();
+}
+
+/// There is nobody to answer to and nothing to save.
+fn die() {
+    let _ = kill_process(getpid(), Signal::KILL);
+}
+
+/// Loads this rank's part and meets the others.
+fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
+    pin(&start.cpus);
+    let isa = Isa::available()
+        .into_iter()
+        .find(|isa| isa.name() == start.isa)
+        .ok_or_else(|| FormError::Unknown(start.isa.clone()))?;
+    let cpu = CpuConfig {
+        n_threads: start.n_threads as usize,
+        isa,
+        activations: match start.int8_activations {
+            true => Activations::Int8,
+            false => Activations::F32,
+        },
+    };
+    let budget = Budget {
+        kv_bytes_max: start.kv_bytes_max,
+        step_tokens_max: start.step_tokens_max as usize,
+        step_spans_max: start.step_spans_max as usize,
+    };
+    let (rank, n_ranks) = (start.rank as usize, start.n_ranks as usize);
+    let checkpoint = Checkpoint::open(Path::new(&start.path))?;
+    // The agent has planned the same and found that it fits.
+    let plan = plan_cpu(&checkpoint, cpu, n_ranks, budget, None)?;
+    let mut group = match n_ranks {
+        0 | 1 => Collective::Solo,
+        _ => {
+            let segment = Segment::open(Path::new(&start.segment), n_ranks)?;
+            let timeout = Duration::from_millis(start.step_timeout_ms);
+            Collective::Shm(segment.join(rank, timeout))
+        }
+    };
+    let executor = load_cpu(&checkpoint, cpu, &plan.ranks[rank])?;
+    if let Collective::Shm(member) = &mut group {
+        let site = Site::outside(Op::Plan);
+        member.meet(site, LOAD_LIMIT).map_err(StepError::from)?;
+    }
+    Ok(executor.in_group(group))
+}
+
+/// Keeps the process, and all threads it will start, on these cores.
+fn pin(cpus: &[u32]) {
+    if cpus.is_empty() {
+        return;
+    }
+    let mut set = CpuSet::new();
+    for cpu in cpus.iter().filter(|cpu| (**cpu as usize) < CpuSet::MAX_CPU) {
+        set.set(*cpu as usize);
+    }
+    if let Err(e) = sched_setaffinity(None, &set) {
+        warn!(?cpus, error = %e, "cannot pin the rank to its cores");
+    }
+}
+
+fn follow(mut executor: ModelExecutor<CpuBackend>, agent: &Agent) -> Result<(), RankError> {
+    executor.follow().map_err(|e| {
+        agent.send(&fault(&e));
+        RankError::Lost(e)
+    })
+}
+
+fn fault(error: &StepError) -> RankFault {
+    RankFault {
+        blamed: match error {
+            StepError::Missing(missing) => Some(missing.rank as u32),
+            StepError::PlanTooLarge { .. }
+            | StepError::BadPlan { .. }
+            | StepError::NotFinite { .. } => None,
+        },
+        message: error.to_string(),
+    }
+}
+
+/// Events that the next report carries.
+#[derive(Debug, Clone, Default)]
+struct Outbox(Arc<Mutex<Vec<GroupEvent>>>);
+
+impl Outbox {
+    fn push(&self, event: GroupEvent) {
+        self.lock().push(event);
+    }
+
+    fn take(&self) -> Vec<GroupEvent> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<GroupEvent>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request's events on their way to the agent.
+struct RemoteSink {
+    id: u64,
+    outbox: Outbox,
+    is_cancelled: Arc<AtomicBool>,
+}
+
+impl EventSink for RemoteSink {
+    fn send(&self, item: StreamItem) -> bool {
+        let what = messages::event_of(item);
+        self.outbox.push(GroupEvent { id: self.id, what });
+        !self.is_cancelled()
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.is_cancelled.load(Ordering::Acquire)
+    }
+}
+
+/// The first rank's engine.
+struct Engine {
+    handle: Arc<EngineHandle>,
+    outbox: Outbox,
+    /// Set when the engine has told its agent why it ends.
+    lost: Arc<Mutex<Option<StepError>>>,
+}
+
+impl Engine {
+    fn start(
+        start: &RankStart,
+        executor: ModelExecutor<CpuBackend>,
+        agent: &Agent,
+    ) -> Result<Self, FormError> {
+        let metrics = Collector::default();
+        if let Err(e) = metrics.install() {
+            warn!(error = %e, "the rank's metrics go nowhere");
+        }
+        let mut cfg = EngineConfig::for_executor(&start.model, &executor.limits());
+        cfg.waiting_max = start.waiting_max as usize;
+        cfg.prefix_cache = start.prefix_cache;
+        cfg.sampleable_len = start.sampleable_len as usize;
+        cfg.drain_limit = Duration::from_millis(start.drain_limit_ms);
+        let outbox = Outbox::default();
+        let lost = Arc::<Mutex<Option<StepError>>>::default();
+        let outlet = {
+            let (agent, outbox) = (agent.clone(), outbox.clone());
+            Box::new(move |load: &engine::EngineLoad| {
+                let (series, metrics) = metrics.take();
+                agent.send(&GroupEvents {
+                    events: outbox.take(),
+                    load: messages::load_message(load),
+                    series,
+                    metrics,
+                });
+            })
+        };
+        let on_fatal = {
+            let (agent, lost) = (agent.clone(), Arc::clone(&lost));
+            move |e: StepError| {
+                agent.send(&fault(&e));
+                *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                agent.close();
+            }
+        };
+        let handle = engine::start_reporting(Box::new(executor), cfg, outlet, on_fatal)?;
+        Ok(Self {
+            handle: Arc::new(handle),
+            outbox,
+            lost,
+        })
+    }
+
+    /// Does what the agent says until it says stop, or until the group is lost.
+    fn serve(self, reader: &mut UnixStream, agent: &Agent) -> Result<(), RankError> {
+        let mut running = Running::default();
+        let is_stopped = Arc::new(AtomicBool::new(false));
+        while let Some(frame) = frames::read(reader)? {
+            self.obey(&frame, &mut running, agent, &is_stopped)?;
+        }
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        match lost.clone() {
+            Some(e) => Err(RankError::Lost(e)),
+            None => {
+                if !is_stopped.load(Ordering::Acquire) {
+                    die();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn obey(
+        &self,
+        frame: &Frame,
+        running: &mut Running,
+        agent: &Agent,
+        is_stopped: &Arc<AtomicBool>,
+    ) -> Result<(), SocketError> {
+        if frame.is::<GroupSubmit>() {
+            let message = frame.decode::<GroupSubmit>()?;
+            self.submit(message, running, clock::now());
+        } else if frame.is::<GroupCancel>() {
+            running.cancel(frame.decode::<GroupCancel>()?.id);
+        } else if frame.is::<GroupStop>() {
+            let drain = Duration::from_millis(frame.decode::<GroupStop>()?.drain_ms);
+            let (handle, agent) = (Arc::clone(&self.handle), agent.clone());
+            let is_stopped = Arc::clone(is_stopped);
+            // A second stop can shorten the first, so this thread goes on reading.
+            thread::spawn("dsd-stop", move || {
+                handle.stop(drain);
+                is_stopped.store(true, Ordering::Release);
+                agent.close();
+            })?;
+        } else {
+            warn!(kind = frame.header.type_id, "a message no rank takes");
+        }
+        Ok(())
+    }
+
+    fn submit(&self, message: GroupSubmit, running: &mut Running, now: Instant) {
+        let id = message.id;
+        let is_cancelled = running.add(id);
+        let sink = TokenSink::to(Arc::new(RemoteSink {
+            id,
+            outbox: self.outbox.clone(),
+            is_cancelled,
+        }));
+        if let Err(e) = self.handle.post(messages::request(message, now, sink)) {
+            // The agent counts what waits and asks for no more than fits; a stopping engine ends
+            // what it took, and this was not.
+            info!(request = id, error = %e, "not taken");
+            let what = dsd_proto::wire::group::GroupEventKind::Stopped;
+            self.outbox.push(GroupEvent { id, what });
+        }
+    }
+}
+
+/// The cancel flags of requests that may still run.
+#[derive(Debug, Default)]
+struct Running(std::collections::HashMap<u64, std::sync::Weak<AtomicBool>>);
+
+/// Entries from which ended requests are swept out.
+const SWEEP_AT: usize = 1024;
+
+impl Running {
+    fn add(&mut self, id: u64) -> Arc<AtomicBool> {
+        if self.0.len() >= SWEEP_AT {
+            self.0.retain(|_, flag| flag.strong_count() > 0);
+        }
+        let flag = Arc::new(AtomicBool::new(false));
+        self.0.insert(id, Arc::downgrade(&flag));
+        flag
+    }
+
+    fn cancel(&mut self, id: u64) {
+        if let Some(flag) = self.0.remove(&id).and_then(|flag| flag.upgrade()) {
+            flag.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// Bytes this process read from storage so far (`/proc/self/io`).
+fn disk_bytes_read() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("read_bytes:"));
+    line.and_then(|l| l.trim().parse().ok()).unwrap_or(0)
+}

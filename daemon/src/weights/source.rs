@@ -1,0 +1,117 @@
+//! What a model's weights are asked of: a checkpoint, or one rank's pieces of it in a pack.
+//!
+//! A rank asks for the piece it computes with, by the tensor's name, its whole shape and a cut; who
+//! answers has checked that the tensor has that shape.
+
+use std::ops::Range;
+
+use dsd_kernels::{dtype::Format, matrix::Matrix};
+
+use super::{checkpoint::Checkpoint, error::WeightsError};
+
+/// Which piece of a matrix a rank holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cut {
+    /// All of it.
+    Whole,
+    /// These rows: some outputs of a linear layer.
+    Rows(Range<usize>),
+    /// These columns: some inputs of a linear layer, in whole blocks of its format.
+    Cols(Range<usize>),
+}
+
+impl Cut {
+    /// Rows `range` of `n`.
+    pub fn rows(range: &Range<usize>, n: usize) -> Self {
+        match *range == (0..n) {
+            true => Self::Whole,
+            false => Self::Rows(range.clone()),
+        }
+    }
+
+    /// Columns `range` of `n`.
+    pub fn cols(range: &Range<usize>, n: usize) -> Self {
+        match *range == (0..n) {
+            true => Self::Whole,
+            false => Self::Cols(range.clone()),
+        }
+    }
+}
+
+/// What a matrix is for, which decides how its bytes are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A linear layer or an embedding: panels, where its format has them.
+    Linear,
+    /// `kv_b_proj`, which is walked across its rows: rows.
+    Latent,
+}
+
+/// Tensors by name, cut for one rank.
+pub trait TensorSource {
+    /// The piece `cut` of a matrix of exactly this whole shape, FP8 with its scales.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it is missing, has another shape or a type kernels do not know, when
+    /// FP8 and scales do not belong together, or when the cut falls inside a block.
+    fn matrix(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        cut: &Cut,
+        role: Role,
+    ) -> Result<Matrix, WeightsError>;
+
+    /// Elements `part` of a vector of exactly this whole length, as f32.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it is missing, has another shape, is not F32, F16 or BF16, or holds
+    /// NaN or infinity.
+    fn vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<Vec<f32>, WeightsError>;
+
+    /// True when there is a tensor of this name.
+    fn contains(&self, name: &str) -> bool;
+
+    /// How a matrix is stored; `None` when there is none of this name, or of a type kernels do not
+    /// know.
+    fn format(&self, name: &str) -> Option<Format>;
+}
+
+impl TensorSource for Checkpoint {
+    fn matrix(
+        &self,
+        name: &str,
+        [n_rows, n_cols]: [usize; 2],
+        cut: &Cut,
+        _role: Role,
+    ) -> Result<Matrix, WeightsError> {
+        let matrix = Self::matrix(self, name, n_rows, n_cols)?;
+        let piece = match cut {
+            Cut::Whole => return Ok(matrix),
+            Cut::Rows(range) => matrix.rows(range.start, range.len()),
+            Cut::Cols(range) => matrix.cols(range.start, range.len()),
+        };
+        piece.ok_or_else(|| WeightsError::Cut {
+            file: self.path().to_owned(),
+            tensor: name.to_owned(),
+            cut: cut.clone(),
+            format: matrix.format(),
+            block_len: matrix.format().block_len(),
+        })
+    }
+
+    fn vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<Vec<f32>, WeightsError> {
+        let mut values = Self::vector(self, name, len)?;
+        values.truncate(part.end);
+        values.drain(..part.start.min(part.end));
+        Ok(values)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        Self::contains(self, name)
+    }
+
+    fn format(&self, name: &str) -> Option<Format> {
+        Self::format(self, name)
+    }
+}
