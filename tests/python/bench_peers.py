@@ -11,6 +11,7 @@ name. Writes docs/performance/peers.json, the pictures beside it and the table i
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ RESULTS = ROOT / "docs/performance/peers.json"
 # Cores that others may take in a run that counts.
 OTHERS_MAX = 0.15
 PROGRAM_S_MAX = 300
+# With a build from nothing.
+KERNELS_S_MAX = 1200
 # Clients of the loads over HTTP, and requests of each load.
 CLIENTS = {1: 6, 2: 8, 4: 12, 8: 24, 16: 48, 32: 64}
 # Rounds that load servers with all numbers of clients; later ones only with the one that has a bar.
@@ -209,12 +212,12 @@ def pack():
 
 
 def kv_plan_mib(running):
-    """The KV cache of the memory plan, as the log has it."""
-    for line in running.last_words().splitlines():
-        words = line.split()
-        if words[:2] == ["kv", "cache"]:
-            return float(words[2]) * {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[words[3]]
-    raise Failed(f"no memory plan in the log: {running.last_words()}")
+    """The KV cache of the memory plans of all ranks, as the log has it."""
+    units = {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}
+    found = re.findall(r"kv cache +([0-9.]+) (KiB|MiB|GiB)", running.whole_log())
+    if not found:
+        raise Failed(f"no memory plan in the log: {running.last_words()}")
+    return sum(float(size) * units[unit] for size, unit in found)
 
 
 def killed_rank():
@@ -259,18 +262,17 @@ def measurements():
     return found
 
 
-def ceilings():
-    """What `make bench` says that this machine can do."""
-    command = ["cargo", "bench", "--locked", "-q", "-p", "dsd-kernels", "--bench", "kernels", "--", "--threads", "2", "--json", "no-case"]
-    ran = checked(machine.run(command, 900), "cargo bench")
-    return json.loads(ran.out.strip().splitlines()[-1])["ceilings"]
+def kernels():
+    """What `make bench` says of this machine: ceilings and kernels."""
+    command = ["cargo", "bench", "--locked", "-q", "-p", "dsd-kernels", "--bench", "kernels", "--", "--threads", "2", "--json"]
+    return json.loads(checked(machine.run(command, KERNELS_S_MAX), "cargo bench").out.strip().splitlines()[-1])
 
 
 def measure(chosen, arguments):
     results = {"commit": machine.commit(), "machine": machine.describe(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
                "others_max": OTHERS_MAX, "sizes": {m: peers.sizes(MODELS[m]["file"]) for m in MODELS}, "runs": {}}
     machine.wait_until_quiet(arguments.wait)
-    results["ceilings"] = ceilings()
+    results |= kernels()
     runs = results["runs"]
     end = time.monotonic() + 60 * arguments.minutes
     def n_clean(name):

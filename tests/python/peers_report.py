@@ -193,10 +193,22 @@ def pictures(r):
     return "\n".join(shown + [""])
 
 
+def kernels(r):
+    """Every case of `make bench` that was timed in this run."""
+    out = ["# Kernels", "", f"`make bench`: commit {r.all['commit']}, {r.all['date']}, {r.all['machine']}; {r.all['isa']}, {r.all['threads']} threads. "
+           "Fastest of several runs, and the share of what the binding ceiling, reading or arithmetic, allows. A case ends with the arithmetic of "
+           "its activations.", "", "| case | us | GB/s | Gop/s | % of ceiling | bound by |", "|---|---|---|---|---|---|"]
+    for case in r.all["cases"]:
+        out.append(f"| {case['case']} | {case['us']:,.1f} | {case['gb_s']:.1f} | {case['gop_s']:,.0f} | {case['percent_of_ceiling']:.0f} | "
+                   f"{case['bound_by']} |")
+    return "\n".join(out + [""])
+
+
 def write(results):
     """Replaces the part of docs/PERFORMANCE.md between the marks, and prints it."""
     r = Results(results)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "kernels.md").write_text(kernels(r))
     text = "\n".join((table(r), http_table(r), pictures(r)))
     document = DOCUMENT.read_text()
     before, _, rest = document.partition(BEGIN)

@@ -90,9 +90,12 @@ class Server:
         connection.close()
         return body
 
-    def last_words(self):
+    def whole_log(self):
         self.log.seek(0)
-        return self.log.read().decode(errors="replace")[-2000:]
+        return self.log.read().decode(errors="replace")
+
+    def last_words(self):
+        return self.whole_log()[-2000:]
 
     def stop(self):
         if self.process.poll() is None:
