@@ -38,7 +38,10 @@ fn main() -> ExitCode {
         Command::Dev(dev) => dev.run(),
         Command::Serve(serve) => serve.run(),
         Command::CheckConfig(check) => check.run(),
-        Command::Rank(rank) => rank.run(),
+        Command::Rank(rank) => match rank.run() {
+            Ok(code) => return code,
+            Err(e) => Err(e),
+        },
         Command::Eval(eval) => eval.run(),
     };
     match outcome {

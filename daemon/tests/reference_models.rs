@@ -8,7 +8,7 @@ use dsd::{
     weights::Checkpoint,
 };
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use safetensors::SafeTensors;
@@ -34,6 +34,7 @@ fn cpu(isa: Isa) -> CpuConfig {
         n_threads: 2,
         isa,
         activations: Activations::F32,
+        kv_type: KvType::F32,
     }
 }
 

@@ -19,6 +19,75 @@ pub enum Activations {
     Int8,
 }
 
+/// How keys and values are stored between steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvType {
+    /// As computed.
+    F32,
+    /// Rounded to bf16, ties to even.
+    Bf16,
+    /// Rounded to int8 with an f32 scale for every position's key head, value head or latent; the
+    /// rotary part of a latent row stays in bf16, since all heads' scores hang on it.
+    Int8,
+}
+
+impl KvType {
+    /// All types, in the order of the enum.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
+    /// The name used in settings and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Bytes of one element.
+    pub const fn element_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+
+    /// Bytes of one element of a latent row's rotary part.
+    pub const fn rope_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::Int8 => 2,
+        }
+    }
+
+    /// Bytes of one scale; 0 for types without.
+    pub const fn scale_bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 0,
+            Self::Int8 => 4,
+        }
+    }
+
+    /// Bytes of one position in one layer.
+    pub const fn position_bytes(self, rows: CacheRows) -> usize {
+        match rows {
+            CacheRows::Heads {
+                n_kv_heads,
+                head_dim,
+            } => 2 * n_kv_heads * (head_dim * self.element_bytes() + self.scale_bytes()),
+            CacheRows::Latent {
+                latent_len,
+                rope_len,
+            } => {
+                latent_len * self.element_bytes()
+                    + rope_len * self.rope_bytes()
+                    + self.scale_bytes()
+            }
+        }
+    }
+}
+
 /// Rows inside a buffer: row `m` is `width` elements from `offset + m * stride`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowView {
@@ -82,18 +151,17 @@ impl StepInputs<'_> {
     }
 }
 
-/// How a layer's cache is laid out inside a block of [`CacheShape::block_len`] positions.
+/// What a layer caches per position. Backends lay a block of positions out as suits them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CacheRows {
-    /// Keys `[n_kv_heads, head_dim, block_len]`, then values `[n_kv_heads, block_len, head_dim]`:
-    /// scores of a block's positions are sums over whole vectors of positions.
+    /// A key and a value for every KV head.
     Heads {
         /// KV heads.
         n_kv_heads: usize,
         /// Elements of a key, and of a value.
         head_dim: usize,
     },
-    /// One row per position: the latent `c` and the rotated shared key (MLA, DeepSeek-V2 2.1.2).
+    /// The latent `c` and the rotated shared key (MLA, DeepSeek-V2 2.1.2).
     Latent {
         /// Elements of the latent, `kv_lora_rank`.
         latent_len: usize,
@@ -139,6 +207,11 @@ impl CacheShape {
     /// Elements of the layer's cache.
     pub const fn size(&self) -> usize {
         self.block_size() * self.n_blocks
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(&self, kv_type: KvType) -> usize {
+        kv_type.position_bytes(self.rows) * self.block_len
     }
 }
 
@@ -286,9 +359,15 @@ pub trait WeightStore {
 pub trait Backend: WeightStore + Send + 'static {
     /// Chosen experts and their weights per row, and the scratch to run them.
     type Routes: Send;
+    /// Keys and values of one layer.
+    type Cache: Send;
 
     /// Zeroed, resident memory for `len` elements.
     fn buffer(&self, len: usize) -> Self::Buffer;
+    /// How keys and values are stored.
+    fn kv_type(&self) -> KvType;
+    /// Zeroed, resident memory for one layer's keys and values.
+    fn cache(&self, shape: CacheShape) -> Self::Cache;
     /// The first `len` elements, in host memory.
     fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
     /// Bytes of scratch that steps of this shape take besides buffers and routes.
@@ -380,7 +459,7 @@ pub trait Backend: WeightStore + Send + 'static {
         x: &Self::Buffer,
         keys: RowView,
         values: RowView,
-        cache: &mut Self::Buffer,
+        cache: &mut Self::Cache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     );
@@ -389,7 +468,7 @@ pub trait Backend: WeightStore + Send + 'static {
         &self,
         rows: &Self::Buffer,
         view: RowView,
-        cache: &mut Self::Buffer,
+        cache: &mut Self::Cache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     );
@@ -400,7 +479,7 @@ pub trait Backend: WeightStore + Send + 'static {
         &self,
         queries: &Self::Buffer,
         query_rows: RowView,
-        cache: &Self::Buffer,
+        cache: &Self::Cache,
         cache_shape: CacheShape,
         attention: AttentionShape,
         inputs: &StepInputs<'_>,

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// How the elements of a stored matrix are encoded. A row is a whole number of blocks.
 ///
-/// The `Q*` layouts are those of ggml (`ggml-common.h`); FP8 is e4m3fn (bias 7, largest 448, no
+/// The `Q*` layouts are those of ggml (`ggml-common.h`), `Int*` are this program's; FP8 is e4m3fn (bias 7, largest 448, no
 /// infinities) with one f32 scale per 128x128 tile held beside the data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Format {
@@ -26,11 +26,17 @@ pub enum Format {
     Q4K,
     /// 256 elements in 16 sub-blocks with 8-bit scales, 6-bit codes; 210 bytes.
     Q6K,
+    /// 32 signed bytes; one f32 scale per row, in [`crate::matrix::TileScales`] of one row.
+    Int8,
+    /// 32 elements: f16 scale `d`, u8 zero (0 to 15), 16 bytes of nibbles as in Q4_0; value
+    /// `d * (q - zero)`. AWQ and GPTQ checkpoints become this; their larger groups repeat `d` and
+    /// zero.
+    Int4,
 }
 
 impl Format {
     /// All formats, in the order of the enum.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -40,13 +46,15 @@ impl Format {
         Self::Q8_0,
         Self::Q4K,
         Self::Q6K,
+        Self::Int8,
+        Self::Int4,
     ];
 
     /// Elements in one block: 1 for the plain formats.
     pub const fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4m3 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 => 32,
+            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 | Self::Int8 | Self::Int4 => 32,
             Self::Q4K | Self::Q6K => 256,
         }
     }
@@ -62,6 +70,8 @@ impl Format {
             Self::Q8_0 => 34,
             Self::Q4K => 144,
             Self::Q6K => 210,
+            Self::Int8 => 32,
+            Self::Int4 => 19,
         }
     }
 
@@ -86,6 +96,8 @@ impl Format {
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_k",
             Self::Q6K => "q6_k",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
         }
     }
 }

@@ -33,7 +33,7 @@ pub struct Matrix {
     tile_scales: Option<TileScales>,
 }
 
-/// One f32 factor per tile of an FP8 matrix: `value = code * scale[row / tile_rows][col / tile_cols]`.
+/// One f32 factor per tile of an FP8 matrix, or per row of an Int8 one: `value = code * scale[row / tile_rows][col / tile_cols]`.
 /// The last tile of a row or column may be ragged.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TileScales {
@@ -47,14 +47,16 @@ pub struct TileScales {
 
 impl TileScales {
     /// The scales of a piece of a matrix with `n_cols` columns. Where the piece begins inside a
-    /// tile, its tiles are as large as still fit the old ones, and the values repeat.
+    /// tile and ends outside, its tiles are as large as still fit the old ones, and the values
+    /// repeat.
     fn cut(&self, rows: Range<usize>, cols: Range<usize>, n_cols: usize) -> Self {
-        let side = |tile: usize, first: usize| match first % tile {
+        let side = |tile: usize, piece: &Range<usize>| match piece.start % tile {
             0 => tile,
+            inside if inside + piece.len() <= tile => piece.len().max(1),
             inside => gcd(tile, inside),
         };
-        let tile_rows = side(self.tile_rows, rows.start);
-        let tile_cols = side(self.tile_cols, cols.start);
+        let tile_rows = side(self.tile_rows, &rows);
+        let tile_cols = side(self.tile_cols, &cols);
         let grid_cols = n_cols.div_ceil(self.tile_cols);
         let mut values = Vec::new();
         for row in rows.step_by(tile_rows) {
@@ -104,7 +106,7 @@ pub enum MatrixError {
     /// Panels of a format that has none.
     #[error("{0} is not stored in panels")]
     NoPanels(Format),
-    /// FP8 without scales, scales on another format, or a scale grid of the wrong size.
+    /// FP8 or Int8 without scales, scales on another format, or a scale grid of the wrong size.
     #[error("{format} [{n_rows}, {n_cols}] needs {expected} tile scales, found {found}")]
     WrongScales {
         /// Stored format.
@@ -151,6 +153,8 @@ impl Matrix {
             });
         }
         let n_scales_expected = match (&tile_scales, format) {
+            (Some(s), Format::Int8) if (s.tile_rows, s.tile_cols) != (1, n_cols) => 0,
+            (_, Format::Int8) => n_rows,
             (_, f) if f != Format::F8E4m3 => 0,
             (Some(s), _) if s.tile_rows > 0 && s.tile_cols > 0 => {
                 n_rows.div_ceil(s.tile_rows) * n_cols.div_ceil(s.tile_cols)
@@ -306,7 +310,8 @@ impl Matrix {
         &self.data
     }
 
-    /// The scale grid of an FP8 matrix; `Some` exactly for [`Format::F8E4m3`].
+    /// The scales of an FP8 or Int8 matrix; `None` for other formats, and in panels, which hold
+    /// them.
     pub fn tile_scales(&self) -> Option<&TileScales> {
         self.tile_scales.as_ref()
     }

@@ -13,6 +13,8 @@
 //! | Q8_0 | 8 x 64 bytes, each code + 128 | `d` f16 x 16 a group |
 //! | Q4_K | as Q4_0 | scale, minimum u8 x 16 a group; then `d`, `dmin` f16 x 16 per 8 groups |
 //! | Q6_K | low nibbles as Q4_0, then 2 x 64 bytes of bit pairs: quad `4 h + i` in bits `2 i` | two halves' scales i8 x 16 a group; then `d` f16 x 16 per 8 groups |
+//! | Int8 | as Q8_0 | f32 x 16 a panel |
+//! | Int4 | as Q4_0 | `d` f16, zero u8 x 16 a group |
 
 use crate::{
     dtype::Format,
@@ -42,11 +44,17 @@ pub struct PanelLayout {
     pub scale_bytes: usize,
     /// Bytes of what [`GROUPS_PER_BLOCK`] groups share.
     pub block_bytes: usize,
+    /// Bytes of what all groups share.
+    pub row_bytes: usize,
 }
 
 impl PanelLayout {
     /// `None` for formats that are not quantized in blocks.
     pub const fn of(format: Format) -> Option<Self> {
+        let row_bytes = match format {
+            Format::Int8 => 4 * PANEL_ROWS,
+            _ => 0,
+        };
         let (code_bytes, scale_bytes, block_bytes) = match format {
             Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => return None,
             Format::Q4_0 => (4 * QUAD_BYTES, HALF_BYTES, 0),
@@ -54,11 +62,14 @@ impl PanelLayout {
             Format::Q8_0 => (8 * QUAD_BYTES, HALF_BYTES, 0),
             Format::Q4K => (4 * QUAD_BYTES, 2 * PANEL_ROWS, 2 * HALF_BYTES),
             Format::Q6K => (6 * QUAD_BYTES, 2 * PANEL_ROWS, HALF_BYTES),
+            Format::Int8 => (8 * QUAD_BYTES, 0, 0),
+            Format::Int4 => (4 * QUAD_BYTES, HALF_BYTES + PANEL_ROWS, 0),
         };
         Some(Self {
             code_bytes,
             scale_bytes,
             block_bytes,
+            row_bytes,
         })
     }
 
@@ -72,6 +83,11 @@ impl PanelLayout {
         n_groups * (self.code_bytes + self.scale_bytes)
     }
 
+    /// Where the scales of whole rows start.
+    pub const fn rows_at(self, n_groups: usize) -> usize {
+        self.blocks_at(n_groups) + n_groups.div_ceil(GROUPS_PER_BLOCK) * self.block_bytes
+    }
+
     /// Bytes of a panel, `None` on overflow.
     pub fn panel_bytes(self, n_groups: usize) -> Option<usize> {
         let groups = n_groups.checked_mul(self.code_bytes + self.scale_bytes)?;
@@ -80,6 +96,7 @@ impl PanelLayout {
             .checked_mul(self.block_bytes)?;
         groups
             .checked_add(blocks)?
+            .checked_add(self.row_bytes)?
             .checked_next_multiple_of(PANEL_ALIGN)
     }
 }
@@ -114,6 +131,12 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
     let (scales, blocks) = rest.split_at_mut(n_groups * layout.scale_bytes);
     for r in 0..n_rows {
         let row = matrix.row(first + r);
+        if format == Format::Int8
+            && let Some(scales) = matrix.tile_scales()
+        {
+            let scale = scales.values[first + r].to_le_bytes();
+            blocks[4 * r..][..4].copy_from_slice(&scale);
+        }
         for group in 0..n_groups {
             let codes = &mut codes[group * layout.code_bytes..][..layout.code_bytes];
             let scales = &mut scales[group * layout.scale_bytes..][..layout.scale_bytes];
@@ -139,6 +162,17 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
                     for (k, byte) in block[2..].iter().enumerate() {
                         codes[place(k, r)] = byte ^ 0x80;
                     }
+                }
+                Format::Int8 => {
+                    for (k, byte) in row[group * 32..][..32].iter().enumerate() {
+                        codes[place(k, r)] = byte ^ 0x80;
+                    }
+                }
+                Format::Int4 => {
+                    let block = &row[group * 19..][..19];
+                    half(scales, 0, &block[..2]);
+                    scales[HALF_BYTES + r] = block[2];
+                    put_nibbles(codes, r, &block[3..]);
                 }
                 Format::Q4K => {
                     let (index, j) = (group / GROUPS_PER_BLOCK, group % GROUPS_PER_BLOCK);
@@ -221,6 +255,15 @@ pub(crate) fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
                     half_at(scales_at) * f32::from(nibble(k)) + half_at(scales_at + HALF_BYTES)
                 }
                 Format::Q8_0 => half_at(scales_at) * (f32::from(codes[place(k, r)]) - 128.0),
+                Format::Int8 => {
+                    let at = layout.rows_at(n_groups) + 4 * r;
+                    let scale = [panel[at], panel[at + 1], panel[at + 2], panel[at + 3]];
+                    f32::from_le_bytes(scale) * (f32::from(codes[place(k, r)]) - 128.0)
+                }
+                Format::Int4 => {
+                    let zero = f32::from(scales[HALF_BYTES + r]);
+                    half_at(scales_at) * (f32::from(nibble(k)) - zero)
+                }
                 Format::Q4K => {
                     let scale = half_at(block_at) * f32::from(scales[r]);
                     let min = half_at(block_at + HALF_BYTES) * f32::from(scales[PANEL_ROWS + r]);

@@ -6,7 +6,8 @@
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads, WeightStore,
+        HeadView, KvType, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
+        WeightStore,
     },
     matrix::Matrix,
     quant,
@@ -42,9 +43,20 @@ impl WeightStore for Reference {
 
 impl Backend for Reference {
     type Routes = Routes;
+    type Cache = Vec<f32>;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
         vec![0.0; len]
+    }
+
+    fn kv_type(&self) -> KvType {
+        KvType::F32
+    }
+
+    /// Keys `[n_kv_heads, head_dim, block_len]`, then values `[n_kv_heads, block_len, head_dim]`;
+    /// or rows of latent and rotary key.
+    fn cache(&self, shape: CacheShape) -> Vec<f32> {
+        vec![0.0; shape.size()]
     }
 
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
@@ -512,7 +524,7 @@ pub fn rope_angles(
 }
 
 /// Copies keys and values into their blocks.
-pub fn store_heads(
+fn store_heads(
     x: &[f32],
     keys: RowView,
     values: RowView,
@@ -550,7 +562,7 @@ pub fn store_heads(
 }
 
 /// Copies latent rows into their blocks.
-pub fn store_latent(
+fn store_latent(
     rows: &[f32],
     view: RowView,
     cache: &mut [f32],
@@ -568,17 +580,17 @@ pub fn store_latent(
 
 /// Where one position of one query head lies in the cache.
 #[derive(Debug, Clone, Copy)]
-pub struct CachedRow {
+struct CachedRow {
     /// First element of the key.
-    pub key: usize,
+    key: usize,
     /// Elements between the key's dimensions.
-    pub key_stride: usize,
+    key_stride: usize,
     /// First element of the value.
-    pub value: usize,
+    value: usize,
 }
 
 /// Position `t` of the block at `block_start` for query head `head` of `n_heads`.
-pub fn cached_row(
+fn cached_row(
     block_start: usize,
     t: usize,
     shape: CacheShape,

@@ -4,8 +4,8 @@
 use dsd_kernels::{
     backend::{
         Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape,
-        GateGroups, GateShape, GroupScore, HeadView, RopeLayout, RowView, Scoring, StepInputs,
-        StepSpan, ValueHeads,
+        GateGroups, GateShape, GroupScore, HeadView, KvType, RopeLayout, RowView, Scoring,
+        StepInputs, StepSpan, ValueHeads, WeightStore,
     },
     cases,
     cpu::{CpuBackend, CpuConfig, Isa},
@@ -57,12 +57,22 @@ impl Random {
                     scale(block, 2, self.unit() / 4.0);
                 }
                 Format::Q6K => scale(block, 208, value / 512.0),
+                Format::Int8 => {}
+                Format::Int4 => {
+                    scale(block, 0, value / 16.0);
+                    block[2] %= 16;
+                }
             }
         }
-        let tile_scales = (format == Format::F8E4m3).then(|| TileScales {
-            tile_rows: 128,
-            tile_cols: 128,
-            values: (0..n.div_ceil(128) * k.div_ceil(128))
+        let tile = match format {
+            Format::F8E4m3 => Some((128, 128)),
+            Format::Int8 => Some((1, k)),
+            _ => None,
+        };
+        let tile_scales = tile.map(|(tile_rows, tile_cols)| TileScales {
+            tile_rows,
+            tile_cols,
+            values: (0..n.div_ceil(tile_rows) * k.div_ceil(tile_cols))
                 .map(|_| self.unit() / 64.0)
                 .collect(),
         });
@@ -71,6 +81,10 @@ impl Random {
 }
 
 fn backends(activations: Activations) -> Vec<CpuBackend> {
+    backends_with(activations, KvType::F32)
+}
+
+fn backends_with(activations: Activations, kv_type: KvType) -> Vec<CpuBackend> {
     let mut all = Vec::new();
     for isa in Isa::available() {
         for n_threads in [1, 3] {
@@ -79,6 +93,7 @@ fn backends(activations: Activations) -> Vec<CpuBackend> {
                     n_threads,
                     isa,
                     activations,
+                    kv_type,
                 })
                 .unwrap(),
             );
@@ -239,45 +254,93 @@ impl Sequence {
     }
 }
 
+/// Key and value length of a cache's heads.
+fn head_lens(rows: CacheRows) -> (usize, usize) {
+    match rows {
+        CacheRows::Heads { head_dim, .. } => (head_dim, head_dim),
+        CacheRows::Latent {
+            latent_len,
+            rope_len,
+        } => (latent_len + rope_len, latent_len),
+    }
+}
+
+/// Dense rows of keys and values, or of latents, into a backend's cache.
+fn store<B: Backend>(
+    backend: &B,
+    rows: &B::Buffer,
+    cache: &mut B::Cache,
+    shape: CacheShape,
+    inputs: &StepInputs<'_>,
+) {
+    let row_len = shape.rows.row_len();
+    match shape.rows {
+        CacheRows::Heads { .. } => {
+            let keys = RowView {
+                offset: 0,
+                stride: row_len,
+                width: row_len / 2,
+            };
+            let values = RowView {
+                offset: row_len / 2,
+                ..keys
+            };
+            backend.store_heads(rows, keys, values, cache, shape, inputs);
+        }
+        CacheRows::Latent { .. } => {
+            backend.store_latent(rows, RowView::dense(row_len), cache, shape, inputs);
+        }
+    }
+}
+
+/// What a cache of this type keeps of a row: the definition, element by element.
+fn as_stored(kv_type: KvType, rows: CacheRows, row: &[f32]) -> Vec<f32> {
+    let bf16 = |part: &[f32]| {
+        let rounded = part.iter().map(|v| half::bf16::from_f32(*v).to_f32());
+        rounded.collect::<Vec<_>>()
+    };
+    let int8 = |part: &[f32]| {
+        let largest = part.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let code = |v: &f32| (v * (127.0 / largest)).round_ties_even() * (largest / 127.0);
+        part.iter().map(code).collect::<Vec<_>>()
+    };
+    match (kv_type, rows) {
+        (KvType::F32, _) => row.to_vec(),
+        (KvType::Bf16, _) => bf16(row),
+        (KvType::Int8, CacheRows::Heads { head_dim, .. }) => {
+            row.chunks_exact(head_dim).flat_map(int8).collect()
+        }
+        (KvType::Int8, CacheRows::Latent { latent_len, .. }) => {
+            [int8(&row[..latent_len]), bf16(&row[latent_len..])].concat()
+        }
+    }
+}
+
 #[test]
-fn attention_agrees_for_heads_and_latent_rows() {
+fn attention_agrees_for_heads_and_latent_rows_of_every_type() {
     let mut random = Random(4);
-    for case in cases::attention() {
+    for (case, kv_type) in cases::attention()
+        .into_iter()
+        .flat_map(|case| KvType::ALL.map(|kv_type| (case, kv_type)))
+    {
         let shape = CacheShape {
             rows: case.rows,
             n_blocks: 13,
             block_len: 32,
         };
-        let (key_len, value_len) = match case.rows {
-            CacheRows::Heads { head_dim, .. } => (head_dim, head_dim),
-            CacheRows::Latent {
-                latent_len,
-                rope_len,
-            } => (latent_len + rope_len, latent_len),
-        };
-        let mut cache = random.values(shape.size());
+        let (key_len, value_len) = head_lens(case.rows);
+        // All positions go in, those of the new rows among them.
+        let n_all = case.n_past + case.n_new;
+        let all = Sequence::new(0, n_all, 32, 13);
+        let stored = random.values(n_all * case.rows.row_len());
+        let rounded = stored
+            .chunks_exact(case.rows.row_len())
+            .flat_map(|row| as_stored(kv_type, case.rows, row))
+            .collect::<Vec<_>>();
+        let mut cache = Reference.cache(shape);
+        store(&Reference, &rounded, &mut cache, shape, &all.inputs());
         let sequence = Sequence::new(case.n_past, case.n_new, 32, 13);
         let inputs = sequence.inputs();
-        let stored = random.values(case.n_new * case.rows.row_len());
-        match case.rows {
-            CacheRows::Heads { .. } => {
-                let width = case.rows.row_len() / 2;
-                let keys = RowView {
-                    offset: 0,
-                    stride: 2 * width,
-                    width,
-                };
-                let values = RowView {
-                    offset: width,
-                    ..keys
-                };
-                Reference.store_heads(&stored, keys, values, &mut cache, shape, &inputs);
-            }
-            CacheRows::Latent { .. } => {
-                let view = RowView::dense(case.rows.row_len());
-                Reference.store_latent(&stored, view, &mut cache, shape, &inputs);
-            }
-        }
         let queries = random.values(case.n_new * case.n_heads * key_len);
         let attention = AttentionShape {
             n_heads: case.n_heads,
@@ -294,7 +357,9 @@ fn attention_agrees_for_heads_and_latent_rows() {
             &inputs,
             &mut expected,
         );
-        for backend in backends(Activations::F32) {
+        for backend in backends_with(Activations::F32, kv_type) {
+            let mut cache = backend.cache(shape);
+            store(&backend, &stored, &mut cache, shape, &all.inputs());
             let mut found = vec![0.0; expected.len()];
             backend.attention(
                 &queries, rows, &cache, shape, attention, &inputs, &mut found,
@@ -305,6 +370,84 @@ fn attention_agrees_for_heads_and_latent_rows() {
                 &expected,
                 1e-5,
             );
+        }
+    }
+}
+
+/// Rows stored and queried one by one give the bits of all at once: decode equals prefill, and a
+/// prefix found in the cache equals one just computed.
+#[test]
+fn attention_has_the_same_bits_in_any_split() {
+    let mut random = Random(12);
+    let shapes = [
+        (
+            6,
+            CacheRows::Heads {
+                n_kv_heads: 2,
+                head_dim: 40,
+            },
+        ),
+        (
+            7,
+            CacheRows::Latent {
+                latent_len: 72,
+                rope_len: 20,
+            },
+        ),
+    ];
+    for ((n_heads, rows), kv_type) in shapes
+        .into_iter()
+        .flat_map(|shape| KvType::ALL.map(|kv_type| (shape, kv_type)))
+    {
+        let shape = CacheShape {
+            rows,
+            n_blocks: 13,
+            block_len: 32,
+        };
+        let (key_len, value_len) = head_lens(rows);
+        let (n, row_len) = (70, rows.row_len());
+        let stored = random.values(n * row_len);
+        let queries = random.values(n * n_heads * key_len);
+        let view = RowView::dense(n_heads * key_len);
+        let attention = AttentionShape {
+            n_heads,
+            scale: 0.3,
+        };
+        for backend in backends_with(Activations::F32, kv_type) {
+            let all = Sequence::new(0, n, 32, 13);
+            let mut cache = backend.cache(shape);
+            store(&backend, &stored, &mut cache, shape, &all.inputs());
+            let mut together = vec![0.0; n * n_heads * value_len];
+            backend.attention(
+                &queries,
+                view,
+                &cache,
+                shape,
+                attention,
+                &all.inputs(),
+                &mut together,
+            );
+            let mut cache = backend.cache(shape);
+            for m in 0..n {
+                let one = Sequence::new(m, 1, 32, 13);
+                let row = stored[m * row_len..][..row_len].to_vec();
+                store(&backend, &row, &mut cache, shape, &one.inputs());
+                let query = queries[m * view.width..][..view.width].to_vec();
+                let mut alone = vec![0.0; n_heads * value_len];
+                backend.attention(
+                    &query,
+                    view,
+                    &cache,
+                    shape,
+                    attention,
+                    &one.inputs(),
+                    &mut alone,
+                );
+                let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
+                let of_all = &together[m * alone.len()..][..alone.len()];
+                let what = format!("{rows:?} {:?} row {m}", backend.config());
+                assert_eq!(bits(&alone), bits(of_all), "{what}");
+            }
         }
     }
 }
@@ -320,11 +463,12 @@ fn attention_takes_scores_far_apart() {
         block_len: 32,
     };
     let mut random = Random(5);
-    let cache = random
-        .values(shape.size())
+    let stored = random
+        .values(100 * shape.rows.row_len())
         .iter()
         .map(|v| v * 1e3)
         .collect::<Vec<_>>();
+    let all = Sequence::new(0, 100, 32, 4);
     let sequence = Sequence::new(99, 1, 32, 4);
     let queries = random
         .values(16)
@@ -335,6 +479,8 @@ fn attention_takes_scores_far_apart() {
         n_heads: 1,
         scale: 1.0,
     };
+    let mut cache = Reference.cache(shape);
+    store(&Reference, &stored, &mut cache, shape, &all.inputs());
     let mut expected = vec![0.0; 16];
     Reference.attention(
         &queries,
@@ -346,6 +492,8 @@ fn attention_takes_scores_far_apart() {
         &mut expected,
     );
     for backend in backends(Activations::F32) {
+        let mut cache = backend.cache(shape);
+        store(&backend, &stored, &mut cache, shape, &all.inputs());
         let mut found = vec![0.0; 16];
         backend.attention(
             &queries,
@@ -489,7 +637,7 @@ fn experts_agree_for_every_router() {
     let mut random = Random(8);
     for ((gate, has_bias), format) in cases::gates()
         .into_iter()
-        .flat_map(|gate| [Format::Bf16, Format::Q4_0, Format::Q8_0].map(|format| (gate, format)))
+        .flat_map(|gate| [Format::Bf16, Format::Q4_0, Format::Int8].map(|format| (gate, format)))
     {
         let (hidden, inter, n_rows) = (96, 64, 23);
         let logits = random.values(n_rows * gate.n_experts);
@@ -557,7 +705,13 @@ fn experts_agree_for_every_router() {
 #[test]
 fn gated_layers_agree_with_and_without_bias() {
     let mut random = Random(9);
-    for format in [Format::F32, Format::Q4_0, Format::Q4_1, Format::Q8_0] {
+    for format in [
+        Format::F32,
+        Format::Q4_0,
+        Format::Q4_1,
+        Format::Int8,
+        Format::Int4,
+    ] {
         let (n, k, m) = (70, 96, 21);
         let (gate, up) = (random.matrix(format, n, k), random.matrix(format, n, k));
         let x = random.values(m * k);
@@ -636,6 +790,36 @@ fn panels_hold_what_the_rows_held() {
             dsd_kernels::quant::decode_row(&matrix, row, &mut of_rows);
             dsd_kernels::quant::decode_row(&panels, row, &mut of_panels);
             assert_eq!(of_rows, of_panels, "{format} row {row}");
+        }
+    }
+}
+
+#[test]
+fn pieces_of_a_matrix_hold_what_the_whole_held() {
+    let mut random = Random(13);
+    for format in Format::ALL {
+        let (n, k) = (37, 768);
+        let matrix = random.matrix(format, n, k);
+        let unit = format.block_len().max(32);
+        for (first, count) in [(0, 2 * unit), (unit, 2 * unit), (2 * unit, unit)] {
+            let cols = matrix.cols(first, count).unwrap();
+            let rows = cols.rows(5, 30).unwrap();
+            let (mut whole, mut piece) = (vec![0.0; k], vec![0.0; count]);
+            let x = random.values(count);
+            let mut expected = vec![0.0; 30];
+            for (row, expected) in expected.iter_mut().enumerate() {
+                dsd_kernels::quant::decode_row(&matrix, 5 + row, &mut whole);
+                dsd_kernels::quant::decode_row(&rows, row, &mut piece);
+                assert_eq!(whole[first..first + count], piece, "{format} row {row}");
+                *expected = piece.iter().zip(&x).map(|(w, v)| w * v).sum();
+            }
+            for backend in backends(Activations::F32) {
+                let mut found = vec![0.0; 30];
+                let weight = backend.weight(vec![rows.clone()]);
+                backend.linear(&x, 1, &weight, None, &mut found);
+                let tolerance = 1e-6 * (magnitude(&rows, &x) + 1.0);
+                check_within(&format!("{format}"), &found, &expected, tolerance);
+            }
         }
     }
 }
@@ -726,9 +910,21 @@ fn sizes_beyond_all_buffers_are_refused() {
             n_heads: 1,
             scale: 1.0,
         };
+        let cache = backend.cache(CacheShape {
+            n_blocks: 1,
+            ..cache_shape
+        });
         refused("attention", &|| {
             let mut out = backend.buffer(4);
-            backend.attention(&x, repeated, &x, cache_shape, attention, &inputs, &mut out);
+            backend.attention(
+                &x,
+                repeated,
+                &cache,
+                cache_shape,
+                attention,
+                &inputs,
+                &mut out,
+            );
         });
     }
 }

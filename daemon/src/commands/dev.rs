@@ -11,12 +11,12 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use dsd::{
     catalog::{Catalog, store},
-    config::{Activations, Config, ModelConfig},
+    config::{Activations, Config, KvType, ModelConfig},
     node::{Node, NodeAddresses, models_dir},
     telemetry,
 };
 
-use super::ActivationsArg;
+use super::{ActivationsArg, KvTypeArg};
 
 #[derive(Debug, Args)]
 pub(crate) struct Dev {
@@ -38,6 +38,9 @@ pub(crate) struct Dev {
     /// Arithmetic of block-quantized layers.
     #[arg(long, value_enum, default_value = "f32")]
     activations: ActivationsArg,
+    /// How keys and values are stored.
+    #[arg(long, value_enum, default_value = "f32")]
+    kv_type: KvTypeArg,
 }
 
 impl Dev {
@@ -52,6 +55,11 @@ impl Dev {
         config.engine.activations = match self.activations {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
+        };
+        config.engine.kv_type = match self.kv_type {
+            KvTypeArg::F32 => KvType::F32,
+            KvTypeArg::Bf16 => KvType::Bf16,
+            KvTypeArg::Int8 => KvType::Int8,
         };
         config.engine.tp = self.tp;
         config.apply_env(env::vars())?;

@@ -6,16 +6,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use dsd::{
-    eval::{Session, Speed, SpeedCase, SpeedTest, write_logits},
+    eval::{Session, Speed, SpeedCase, SpeedTest, weight_bytes, write_logits},
     text::TextModel,
     weights::Checkpoint,
 };
 use serde_json::json;
 
-use super::ComputeArgs;
+use super::{ComputeArgs, WeightsArg};
 
 /// Tokens of a perplexity window unless the caller says otherwise.
 const WINDOW_DEFAULT: usize = 1024;
@@ -89,8 +89,26 @@ pub(crate) struct ModelArgs {
     /// Checkpoint folder or GGUF file.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// Round linear layers to the nearest numbers of this format while loading, to compare formats
+    /// on one model; embeddings, output layers and routers stay as stored [default: as stored].
+    #[arg(long, value_enum)]
+    weights: Option<WeightsArg>,
     #[command(flatten)]
     compute: ComputeArgs,
+}
+
+impl ModelArgs {
+    fn checkpoint(&self) -> Result<Checkpoint> {
+        let mut checkpoint = checkpoint(&self.model)?;
+        if let Some(weights) = self.weights {
+            // The other ranks open the checkpoint themselves.
+            if 1 < self.compute.tp {
+                bail!("--weights rounds for one rank, --tp is {}", self.compute.tp);
+            }
+            checkpoint.round_weights(weights.format());
+        }
+        Ok(checkpoint)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -122,7 +140,7 @@ impl Eval {
                 text,
                 window,
             } => {
-                let checkpoint = checkpoint(&model.model)?;
+                let checkpoint = model.checkpoint()?;
                 let tokens = TextModel::from_checkpoint(&checkpoint)?
                     .encode_prompt(&read(&text)?, usize::MAX)?;
                 let window = window.min(tokens.len());
@@ -134,6 +152,7 @@ impl Eval {
                     "tokens": tokens.len(),
                     "scored": n_scored,
                     "window": window,
+                    "weight_bytes": weight_bytes(&checkpoint)?,
                 }))
             }
             Self::Speed {
@@ -148,7 +167,7 @@ impl Eval {
                     n_output: output,
                     n_sequences: usize::from(sequences),
                 };
-                let checkpoint = checkpoint(&model.model)?;
+                let checkpoint = model.checkpoint()?;
                 let mut test = SpeedTest::open(&checkpoint, model.compute.ranks(), case)?;
                 test.run()?;
                 let runs = (0..runs)
@@ -169,7 +188,7 @@ impl Eval {
 }
 
 fn open(model: &ModelArgs, n_tokens: usize) -> Result<Session> {
-    Session::open(&checkpoint(&model.model)?, model.compute.ranks(), n_tokens)
+    Session::open(&model.checkpoint()?, model.compute.ranks(), n_tokens)
         .with_context(|| format!("cannot evaluate `{}`", model.model.display()))
 }
 

@@ -8,8 +8,9 @@ pub(crate) mod serve;
 use clap::ValueEnum;
 use dsd::eval::Ranks;
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
+    dtype::Format,
 };
 
 /// Arithmetic of block-quantized layers.
@@ -17,8 +18,46 @@ use dsd_kernels::{
 pub(crate) enum ActivationsArg {
     /// f32 products and sums.
     F32,
-    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K and Q6_K weights).
+    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, int8 and int4 weights).
     Int8,
+}
+
+/// How keys and values are stored.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum KvTypeArg {
+    /// As computed.
+    F32,
+    /// Half the bytes.
+    Bf16,
+    /// A quarter of the bytes, and a scale for every position and head.
+    Int8,
+}
+
+/// What linear layers are rounded to when they are loaded.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum WeightsArg {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// FP8 e4m3 with a scale for every 128x128 tile.
+    Fp8,
+    /// int8 with a scale for every output.
+    Int8,
+    /// Four bits, with a scale and a zero for every 32 inputs.
+    Int4,
+}
+
+impl WeightsArg {
+    pub(crate) fn format(self) -> Format {
+        match self {
+            Self::F32 => Format::F32,
+            Self::Bf16 => Format::Bf16,
+            Self::Fp8 => Format::F8E4m3,
+            Self::Int8 => Format::Int8,
+            Self::Int4 => Format::Int4,
+        }
+    }
 }
 
 /// Where tensors live.
@@ -34,6 +73,9 @@ pub(crate) struct ComputeArgs {
     /// Arithmetic of block-quantized layers.
     #[arg(long, value_enum, default_value = "f32")]
     activations: ActivationsArg,
+    /// How keys and values are stored.
+    #[arg(long, value_enum, default_value = "f32")]
+    kv_type: KvTypeArg,
     /// Device to run on.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
@@ -62,12 +104,18 @@ impl ComputeArgs {
             ActivationsArg::F32 => Activations::F32,
             ActivationsArg::Int8 => Activations::Int8,
         };
+        let kv_type = match self.kv_type {
+            KvTypeArg::F32 => KvType::F32,
+            KvTypeArg::Bf16 => KvType::Bf16,
+            KvTypeArg::Int8 => KvType::Int8,
+        };
         let dealt = || (available_threads() / self.tp.max(1)).max(1);
         let n_threads = self.threads.map_or_else(dealt, usize::from);
         CpuConfig {
             n_threads,
             isa: Isa::available()[0],
             activations,
+            kv_type,
         }
     }
 }

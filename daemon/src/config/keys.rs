@@ -219,6 +219,8 @@ sections! {
         prefix_cache: bool = true, "true";
         /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
         activations: Activations = Activations::F32, "`f32`";
+        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head). Since 0.2.
+        kv_type: KvType = KvType::F32, "`f32`";
     }
 
     /// Logs, which go to standard error.
@@ -247,6 +249,18 @@ pub enum Activations {
     /// Exact.
     F32,
     /// Quantised per block.
+    Int8,
+}
+
+/// Number format of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvType {
+    /// As computed.
+    F32,
+    /// Half the bytes.
+    Bf16,
+    /// A quarter of the bytes, and scales.
     Int8,
 }
 

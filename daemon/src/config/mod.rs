@@ -9,8 +9,8 @@ mod load;
 mod suggest;
 
 pub use keys::{
-    Activations, Config, EngineConfig, HttpConfig, KEYS, KeyDoc, LogConfig, LogFormat, ModelConfig,
-    NodeConfig, QuicConfig,
+    Activations, Config, EngineConfig, HttpConfig, KEYS, KeyDoc, KvType, LogConfig, LogFormat,
+    ModelConfig, NodeConfig, QuicConfig,
 };
 pub use load::{ConfigError, Origin};
 

@@ -14,7 +14,8 @@ use std::{fs, io, ops::Range, path::Path, time::Duration};
 use crate::{
     config::LogConfig,
     group::{self, Followers, GroupConfig, GroupError},
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
+    model::{self, Split},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan, WeightBytes},
     runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu},
     weights::{Checkpoint, WeightsError},
 };
@@ -143,7 +144,7 @@ impl Session {
     /// # Errors
     /// [`EvalError`].
     pub fn open(checkpoint: &Checkpoint, ranks: Ranks, n_tokens: usize) -> Result<Self, EvalError> {
-        let spec = crate::model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+        let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
         let context_len = spec.context_len;
         if n_tokens > context_len {
             return Err(EvalError::TooLong {
@@ -152,7 +153,7 @@ impl Session {
             });
         }
         let n_blocks = n_tokens.div_ceil(KV_BLOCK_LEN).max(1);
-        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.n_ranks)?;
+        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.cpu, ranks.n_ranks)?;
         let budget = Budget {
             kv_bytes_max: (n_blocks * KV_BLOCK_LEN) as u64 * bytes_per_token,
             step_tokens_max: STEP_TOKENS,
@@ -277,6 +278,17 @@ impl Session {
         self.plan.push(0, first_pos, tokens, &self.blocks, logits);
         Ok(self.model.executor.execute(&self.plan)?)
     }
+}
+
+/// Bytes of a checkpoint's weights as they are computed with.
+///
+/// # Errors
+/// [`EvalError`].
+pub fn weight_bytes(checkpoint: &Checkpoint) -> Result<u64, EvalError> {
+    let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+    let tensors = model::tensors(checkpoint, &Split::solo(&spec)).map_err(LoadError::Model)?;
+    let bytes = WeightBytes::of_checkpoint(&tensors, &|name| checkpoint.format(name));
+    Ok(bytes.mapped + bytes.panels)
 }
 
 /// Writes the logits of all positions as tensor `logits`, f32 `[tokens, vocab]`.

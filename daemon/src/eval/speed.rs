@@ -59,7 +59,7 @@ impl SpeedTest {
             });
         }
         let blocks_each = n_tokens.div_ceil(KV_BLOCK_LEN);
-        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.n_ranks)?;
+        let bytes_per_token = kv_bytes_per_token(checkpoint, ranks.cpu, ranks.n_ranks)?;
         let n_positions = blocks_each * case.n_sequences * KV_BLOCK_LEN;
         let step_tokens_max = (4 * STEP_TOKENS).max(case.n_sequences);
         let budget = Budget {

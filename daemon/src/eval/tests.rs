@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use serde_json::{Value, json};
@@ -276,6 +276,7 @@ fn open(path: &Path, isa: Isa) -> Session {
         n_threads: 2,
         isa,
         activations: Activations::F32,
+        kv_type: KvType::F32,
     };
     Session::open(
         &Checkpoint::open(path).unwrap(),

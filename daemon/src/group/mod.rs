@@ -110,7 +110,7 @@ impl GroupConfig {
             n_threads: self.cpu.n_threads as u32,
             isa: self.cpu.isa.name().to_owned(),
             int8_activations: self.cpu.activations == Activations::Int8,
-            kv_type: "f32".to_owned(),
+            kv_type: self.cpu.kv_type.name().to_owned(),
             kv_bytes_max: self.budget.kv_bytes_max,
             step_tokens_max: self.budget.step_tokens_max as u32,
             step_spans_max: n_running as u32,

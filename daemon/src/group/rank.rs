@@ -16,7 +16,7 @@ use std::{
 };
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuBackend, CpuConfig, Isa},
 };
 use dsd_proto::wire::group::{
@@ -191,6 +191,10 @@ fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
         .into_iter()
         .find(|isa| isa.name() == start.isa)
         .ok_or_else(|| FormError::Unknown(start.isa.clone()))?;
+    let kv_type = KvType::ALL
+        .into_iter()
+        .find(|kv_type| kv_type.name() == start.kv_type)
+        .ok_or_else(|| FormError::Unknown(start.kv_type.clone()))?;
     let cpu = CpuConfig {
         n_threads: start.n_threads as usize,
         isa,
@@ -198,6 +202,7 @@ fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
             true => Activations::Int8,
             false => Activations::F32,
         },
+        kv_type,
     };
     let budget = Budget {
         kv_bytes_max: start.kv_bytes_max,

@@ -53,7 +53,7 @@ impl<B: Backend> Decoder<B> {
         inputs: &StepInputs<'_>,
         logit_rows: &[usize],
         cache_shape: CacheShape,
-        caches: &mut [B::Buffer],
+        caches: &mut [B::Cache],
         ws: &'w mut Workspace<B>,
         group: &mut Collective,
     ) -> Result<&'w mut B::Buffer, Missing> {

@@ -215,7 +215,7 @@ impl<B: Backend> Gqa<B> {
     pub(super) fn forward(
         &self,
         step: &StepContext<'_, B>,
-        cache: &mut B::Buffer,
+        cache: &mut B::Cache,
         ws: &mut Workspace<B>,
     ) {
         let (b, n_rows, spec) = (step.backend, step.inputs.n_rows(), &self.spec);
@@ -390,7 +390,7 @@ impl<B: Backend> Mla<B> {
     pub(super) fn forward(
         &self,
         step: &StepContext<'_, B>,
-        cache: &mut B::Buffer,
+        cache: &mut B::Cache,
         ws: &mut Workspace<B>,
     ) {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());

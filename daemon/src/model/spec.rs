@@ -1,6 +1,6 @@
 //! What a decoder is made of, in the papers' names: the common form of every model line.
 
-use dsd_kernels::backend::{CacheRows, GateShape, RopeLayout};
+use dsd_kernels::backend::{CacheRows, GateShape, KvType, RopeLayout};
 
 use super::{
     fields::{ConfigError, Fields},
@@ -130,9 +130,9 @@ impl DecoderSpec {
         }
     }
 
-    /// f32 elements cached per position over all layers.
-    pub fn cache_elements_per_token(&self) -> usize {
-        self.cache_rows().row_len() * self.n_layers()
+    /// Bytes cached per position over all layers.
+    pub fn cache_bytes_per_token(&self, kv_type: KvType) -> usize {
+        kv_type.position_bytes(self.cache_rows()) * self.n_layers()
     }
 }
 

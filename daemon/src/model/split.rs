@@ -75,7 +75,7 @@ pub struct FfnSplit {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SplitError {
     /// There is less to deal than there are ranks.
-    #[error("{n_ranks} ranks cannot share {n} {what}; use at most {n} ranks (--tp, engine.tp)")]
+    #[error("{n_ranks} ranks cannot share {n} {what}: use at most {n} ranks (--tp, engine.tp)")]
     TooManyRanks {
         /// What is dealt.
         what: String,
@@ -171,7 +171,7 @@ impl Split {
         split.ffns.clear();
         for (index, ffn) in split.local.ffns.iter_mut().enumerate() {
             let mlp = format!("model.layers.{index}.mlp");
-            let what = |part: &str| format!("columns of {part} in layer {index}, in whole blocks,");
+            let what = |part: &str| format!("pieces of whole blocks of {part} in layer {index}");
             split.ffns.push(match ffn {
                 FfnSpec::Mlp { inter, .. } => {
                     let block = block_of(&format!("{mlp}.down_proj.weight"));
@@ -229,7 +229,7 @@ fn deal_grouped(
     }
     // Several ranks to a key-value head: each takes some of its query heads.
     let too_many = || SplitError::TooManyRanks {
-        what: "attention heads, in whole blocks of the output projection,".to_owned(),
+        what: "attention heads, in whole blocks of the output projection".to_owned(),
         n: n_heads / unit,
         n_ranks: of.n_ranks,
     };
@@ -387,7 +387,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "4 ranks cannot share 3 attention heads; use at most 3 ranks (--tp, engine.tp)"
+            "4 ranks cannot share 3 attention heads: use at most 3 ranks (--tp, engine.tp)"
         );
     }
 }

@@ -3,14 +3,17 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
 };
 use tracing::info;
 
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
-    config::{Activations as ActivationsKey, EngineConfig as EngineKeys, LogConfig, NodeConfig},
+    config::{
+        Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, LogConfig,
+        NodeConfig,
+    },
     group::{self, GroupConfig},
     model::{self, DecoderSpec, ModelError},
     replica::Replica,
@@ -49,10 +52,16 @@ pub(super) fn cpu_config(keys: &EngineKeys) -> CpuConfig {
         ActivationsKey::F32 => Activations::F32,
         ActivationsKey::Int8 => Activations::Int8,
     };
+    let kv_type = match keys.kv_type {
+        KvTypeKey::F32 => KvType::F32,
+        KvTypeKey::Bf16 => KvType::Bf16,
+        KvTypeKey::Int8 => KvType::Int8,
+    };
     CpuConfig {
         n_threads,
         isa: Isa::available()[0],
         activations,
+        kv_type,
     }
 }
 
@@ -108,7 +117,7 @@ fn load(
             source: e.into(),
         },
     };
-    let bytes_per_token = kv_bytes_per_token(&checkpoint, keys.tp).map_err(failed)?;
+    let bytes_per_token = kv_bytes_per_token(&checkpoint, cpu, keys.tp).map_err(failed)?;
     let budget = budget(keys, &spec, bytes_per_token);
     let plan = plan_cpu(&checkpoint, cpu, keys.tp, budget, available_bytes()).map_err(failed)?;
     for (rank, RankPlan { memory, .. }) in plan.ranks.iter().enumerate() {
@@ -147,7 +156,7 @@ fn load(
         isa = cpu.isa.name(),
         ranks = keys.tp,
         threads = cpu.n_threads,
-        took_ms = started.elapsed().as_millis(),
+        took_ms = started.elapsed().as_millis() as u64,
         "model ready"
     );
     Ok(ServedModel {

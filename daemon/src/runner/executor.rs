@@ -17,7 +17,7 @@ pub struct ModelExecutor<B: Backend> {
     decoder: Decoder<B>,
     cache_shape: CacheShape,
     /// One per layer.
-    caches: Vec<B::Buffer>,
+    caches: Vec<B::Cache>,
     workspace: Workspace<B>,
     limits: ExecutorLimits,
     rows: StepRows,
@@ -77,7 +77,7 @@ impl<B: Backend> ModelExecutor<B> {
         let plan = &plan.memory;
         let cache_shape = plan.cache_shape(spec);
         let caches = (0..spec.n_layers())
-            .map(|_| backend.buffer(cache_shape.size()))
+            .map(|_| backend.cache(cache_shape))
             .collect();
         let workspace = Workspace::new(&backend, spec, plan.step_tokens_max, plan.step_logits_max);
         let limits = ExecutorLimits {

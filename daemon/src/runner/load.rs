@@ -46,13 +46,17 @@ pub struct RankPlan {
 ///
 /// # Errors
 /// [`LoadError`].
-pub fn kv_bytes_per_token(checkpoint: &Checkpoint, n_ranks: usize) -> Result<u64, LoadError> {
+pub fn kv_bytes_per_token(
+    checkpoint: &Checkpoint,
+    cpu: CpuConfig,
+    n_ranks: usize,
+) -> Result<u64, LoadError> {
     let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
-    let elements = splits(checkpoint, &spec, n_ranks)?
+    let bytes = splits(checkpoint, &spec, n_ranks)?
         .iter()
-        .map(|split| split.local.cache_elements_per_token())
+        .map(|split| split.local.cache_bytes_per_token(cpu.kv_type))
         .sum::<usize>();
-    Ok((elements * size_of::<f32>()) as u64)
+    Ok(bytes as u64)
 }
 
 fn splits(

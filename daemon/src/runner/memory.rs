@@ -32,7 +32,7 @@ pub struct Budget {
 pub struct WeightBytes {
     /// Read where they are mapped.
     pub mapped: u64,
-    /// In memory of their own: panels, and columns cut out of rows.
+    /// In memory of their own: panels, columns cut out of rows, and repacked rows.
     pub panels: u64,
 }
 
@@ -69,6 +69,8 @@ impl WeightBytes {
             match (panels, cut) {
                 (Some(panels), _) => bytes.panels += panels as u64,
                 (None, Cut::Cols(_)) => bytes.panels += in_rows(),
+                // Repacked in any case: files hold these codes in another order.
+                (None, _) if format == Format::Int4 => bytes.panels += in_rows(),
                 (None, Cut::Whole | Cut::Rows(_)) => bytes.mapped += in_rows(),
             }
         }
@@ -145,7 +147,8 @@ impl MemoryPlan {
         budget: Budget,
         available: Option<u64>,
     ) -> Result<Vec<Self>, PlanError> {
-        let bytes_per_token = |split: &Split| bytes_of(split.local.cache_elements_per_token());
+        let bytes_per_token =
+            |split: &Split| split.local.cache_bytes_per_token(backend.kv_type()) as u64;
         let block_bytes =
             ranks.iter().map(|(s, _)| bytes_per_token(s)).sum::<u64>() * KV_BLOCK_LEN as u64;
         let context_len = ranks.first().map_or(0, |(split, _)| split.full.context_len);
@@ -176,7 +179,7 @@ impl MemoryPlan {
                 mapped_bytes: weights.mapped,
                 panels_bytes: weights.panels,
                 kv_bytes: bytes_per_token(split) * (KV_BLOCK_LEN * n_blocks) as u64,
-                workspace_bytes: workspace as u64 + bytes_of(gathered),
+                workspace_bytes: workspace as u64 + (gathered * size_of::<f32>()) as u64,
                 n_blocks,
                 block_len: KV_BLOCK_LEN,
                 kv_bytes_per_token: bytes_per_token(split),
@@ -243,10 +246,6 @@ impl fmt::Display for MemoryPlan {
             self.step_logits_max
         )
     }
-}
-
-fn bytes_of(n_elements: usize) -> u64 {
-    n_elements as u64 * 4
 }
 
 /// Memory the system could still give out: `MemAvailable` of `/proc/meminfo`.

@@ -16,7 +16,7 @@ use std::{
 use dsd_kernels::{
     dtype::Format,
     matrix::{Matrix, TileScales},
-    panel,
+    panel, quant,
 };
 use serde_json::Value;
 
@@ -26,8 +26,9 @@ use super::{
     gguf::{self, GgufMetadata},
     gguf_config,
     gguf_names::{self, HfName},
+    int4::{self, Packed},
     mmap,
-    quantization::{self, TileShape},
+    quantization::{self, Int4Scheme, Scheme},
     safetensors,
     side_file::read_json,
     tensor::{StoredTensor, StoredType},
@@ -44,7 +45,9 @@ pub struct Checkpoint {
     generation_config: Option<Value>,
     eos_token_ids: Vec<u32>,
     gguf: Option<GgufMetadata>,
-    tile_shape: Option<TileShape>,
+    scheme: Scheme,
+    /// Linear layers are rounded to this format when they are taken.
+    rounding: Option<Format>,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
 }
@@ -121,7 +124,8 @@ impl Checkpoint {
             generation_config: None,
             eos_token_ids,
             gguf: Some(metadata),
-            tile_shape: None,
+            scheme: Scheme::Plain,
+            rounding: None,
             files,
             tensors: entries,
         })
@@ -136,7 +140,7 @@ impl Checkpoint {
             false => None,
         };
         let architecture = architecture_of(&config_file, &config)?;
-        let tile_shape = quantization::tile_shape(&config_file, &config)?;
+        let scheme = quantization::scheme(&config_file, &config)?;
         let mut eos_token_ids = token_ids(&config_file, &config, "eos_token_id")?;
         if let Some(generation) = &generation_config {
             for id in token_ids(&generation_file, generation, "eos_token_id")? {
@@ -166,7 +170,8 @@ impl Checkpoint {
             generation_config,
             eos_token_ids,
             gguf: None,
-            tile_shape,
+            scheme,
+            rounding: None,
             files,
             tensors,
         })
@@ -221,13 +226,25 @@ impl Checkpoint {
         })
     }
 
-    /// Gives the memory of the block-quantized tensors' pages back; whoever reads them again reads
-    /// the file.
+    /// From now on hands linear layers out rounded to the nearest values of `format`
+    /// ([`quant::round_to`]), however they are stored. Embeddings, output layers, routers and
+    /// `kv_b_proj`, which is computed in f32, stay as they are.
+    pub fn round_weights(&mut self, format: Format) {
+        self.rounding = Some(format);
+    }
+
+    /// Gives the memory of the pages back whose tensors are copied when they are taken, into panels
+    /// or rounded; whoever reads them again reads the file.
     pub fn release_blocks(&self) {
-        for entry in self.tensors.values() {
-            if let StoredType::Weights(format) = entry.tensor.stored_type
-                && format.block_len() > 1
-            {
+        for (name, entry) in &self.tensors {
+            let copied = match entry.tensor.stored_type {
+                StoredType::Weights(format) => {
+                    format.block_len() > 1 || self.rounding_of(name).is_some()
+                }
+                StoredType::Int { .. } => true,
+                _ => false,
+            };
+            if copied {
                 mmap::release(&entry.tensor.data);
             }
         }
@@ -253,9 +270,9 @@ impl Checkpoint {
         self.gguf.as_ref()
     }
 
-    /// True when there is a tensor of this name.
+    /// True when there is a tensor of this name, be it in several packed ones.
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.tensors.contains_key(name) || self.packed(name).is_some()
     }
 
     /// Dimensions of a tensor, slowest first. Does not claim it.
@@ -263,13 +280,40 @@ impl Checkpoint {
         self.tensors.get(name).map(|e| e.tensor.shape.as_slice())
     }
 
-    /// How a matrix is stored; `None` when there is none of this name, or of a type kernels do not
-    /// know. Does not claim it.
+    /// How a matrix is handed out; `None` when there is none of this name, or of a type kernels do
+    /// not know. Does not claim it.
     pub fn format(&self, name: &str) -> Option<Format> {
-        match self.tensors.get(name)?.tensor.stored_type {
-            StoredType::Weights(format) => Some(format),
-            _ => None,
-        }
+        let stored = match self.packed(name) {
+            Some(_) => Format::Int4,
+            None => match self.tensors.get(name)?.tensor.stored_type {
+                StoredType::Weights(format) => format,
+                StoredType::Int {
+                    bytes: 1,
+                    signed: true,
+                } if self.scheme == Scheme::Int8 => Format::Int8,
+                _ => return None,
+            },
+        };
+        Some(self.rounding_of(name).unwrap_or(stored))
+    }
+
+    /// The format that the matrix is rounded to when it is taken.
+    fn rounding_of(&self, name: &str) -> Option<Format> {
+        let linear = name.ends_with("_proj.weight") || name.ends_with("_proj_with_mqa.weight");
+        let latent = ["kv_b_proj.weight", "k_b_proj.weight", "v_b_proj.weight"]
+            .iter()
+            .any(|end| name.ends_with(end));
+        self.rounding.filter(|_| linear && !latent)
+    }
+
+    /// The layer whose weight is called `name`, where its four-bit codes are packed.
+    fn packed<'n>(&self, name: &'n str) -> Option<(Int4Scheme, &'n str)> {
+        let Scheme::Int4(scheme) = self.scheme else {
+            return None;
+        };
+        let stem = name.strip_suffix(".weight")?;
+        let packed = self.tensors.contains_key(&format!("{stem}.qweight"));
+        (packed && !self.tensors.contains_key(name)).then_some((scheme, stem))
     }
 
     /// Names of all tensors, sorted.
@@ -277,17 +321,59 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// Takes a matrix of exactly this shape, FP8 with its scales.
+    /// Takes a matrix of exactly this shape, FP8 and Int8 with their scales, four-bit codes
+    /// repacked.
     ///
     /// # Errors
     /// [`WeightsError`] when it is missing, has another shape or a type kernels do not know, or
-    /// when FP8 and scales do not belong together.
+    /// when weights and scales do not belong together.
     pub fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix, WeightsError> {
+        let matrix = match self.packed(name) {
+            Some((scheme, stem)) => self.int4(scheme, name, stem, n_rows, n_cols)?,
+            None => self.stored_matrix(name, n_rows, n_cols)?,
+        };
+        match self.rounding_of(name) {
+            None => Ok(matrix),
+            Some(format) => {
+                quant::round_to(&matrix, format).map_err(|source| WeightsError::Round {
+                    file: self.path.clone(),
+                    tensor: name.to_owned(),
+                    format,
+                    source,
+                })
+            }
+        }
+    }
+
+    fn stored_matrix(
+        &self,
+        name: &str,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<Matrix, WeightsError> {
         let tensor = self.claim(name)?;
         tensor.expect_shape(&[n_rows, n_cols])?;
-        let StoredType::Weights(format) = tensor.stored_type else {
-            let expected = "a type this version computes with";
-            return Err(tensor.wrong_type(expected, tensor.stored_type));
+        let matrix = |format, tile_scales| {
+            Matrix::new(format, n_rows, n_cols, tensor.data.clone(), tile_scales).map_err(
+                |source| WeightsError::Matrix {
+                    file: tensor.file.to_path_buf(),
+                    tensor: name.to_owned(),
+                    source,
+                },
+            )
+        };
+        let format = match tensor.stored_type {
+            StoredType::Weights(format) => format,
+            StoredType::Int {
+                bytes: 1,
+                signed: true,
+            } if self.scheme == Scheme::Int8 => {
+                let scales = self.row_scales(&format!("{name}_scale"), n_rows, n_cols)?;
+                return matrix(Format::Int8, Some(scales));
+            }
+            other => {
+                return Err(tensor.wrong_type("a type this version computes with", other));
+            }
         };
         let scale_name = format!("{name}_scale_inv");
         let tile_scales = match (format == Format::F8E4m3, self.contains(&scale_name)) {
@@ -309,13 +395,29 @@ impl Checkpoint {
                 });
             }
         };
-        Matrix::new(format, n_rows, n_cols, tensor.data.clone(), tile_scales).map_err(|source| {
-            WeightsError::Matrix {
-                file: tensor.file.to_path_buf(),
-                tensor: name.to_owned(),
-                source,
-            }
-        })
+        matrix(format, tile_scales)
+    }
+
+    fn int4(
+        &self,
+        scheme: Int4Scheme,
+        name: &str,
+        stem: &str,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<Matrix, WeightsError> {
+        let groups = format!("{stem}.g_idx");
+        let packed = Packed {
+            name,
+            codes: self.claim(&format!("{stem}.qweight"))?,
+            zeros: self.claim(&format!("{stem}.qzeros"))?,
+            scales: self.claim(&format!("{stem}.scales"))?,
+            groups: match self.tensors.contains_key(&groups) {
+                true => Some(self.claim(&groups)?),
+                false => None,
+            },
+        };
+        int4::repack(scheme, &packed, n_rows, n_cols)
     }
 
     /// Takes a vector of exactly this length, as f32.
@@ -357,6 +459,24 @@ impl Checkpoint {
         Ok(&entry.tensor)
     }
 
+    /// Scales of an Int8 matrix, `[n_rows]` or `[n_rows, 1]`.
+    fn row_scales(
+        &self,
+        name: &str,
+        n_rows: usize,
+        n_cols: usize,
+    ) -> Result<TileScales, WeightsError> {
+        let tensor = self.claim(name)?;
+        if tensor.shape != [n_rows] {
+            tensor.expect_shape(&[n_rows, 1])?;
+        }
+        Ok(TileScales {
+            tile_rows: 1,
+            tile_cols: n_cols,
+            values: tensor.to_f32()?,
+        })
+    }
+
     fn tile_scales(
         &self,
         name: &str,
@@ -364,7 +484,7 @@ impl Checkpoint {
         n_cols: usize,
     ) -> Result<TileScales, WeightsError> {
         let tensor = self.claim(name)?;
-        let Some(tile) = self.tile_shape else {
+        let Scheme::Fp8(tile) = self.scheme else {
             return Err(WeightsError::Field {
                 file: self.config_file.clone(),
                 field: "quantization_config".to_owned(),

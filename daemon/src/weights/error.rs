@@ -3,7 +3,7 @@
 
 use std::{fmt, io, path::PathBuf};
 
-use dsd_kernels::{dtype::Format, matrix::MatrixError};
+use dsd_kernels::{dtype::Format, matrix::MatrixError, quant::RoundError};
 
 use super::{source::Cut, tensor::StoredType};
 
@@ -258,6 +258,19 @@ pub enum WeightsError {
         format: Format,
         /// Columns of a block.
         block_len: usize,
+    },
+    /// The operator asked for rounded weights, and these cannot be rounded.
+    #[error("`{}`: tensor `{tensor}` cannot be rounded to {format}", file.display())]
+    Round {
+        /// The file or folder.
+        file: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What it should become.
+        format: Format,
+        /// Why not.
+        #[source]
+        source: RoundError,
     },
     /// Shape, type and bytes were checked and still make no matrix.
     #[error("`{}`: tensor `{tensor}` does not make a matrix", file.display())]

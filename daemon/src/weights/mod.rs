@@ -16,6 +16,7 @@ mod error;
 mod folder;
 pub(crate) mod side_file;
 mod gguf;
+mod int4;
 mod gguf_config;
 mod gguf_names;
 mod quantization;

@@ -284,6 +284,8 @@ fn first_non_finite(stored_type: StoredType, data: &[u8]) -> Option<(&'static st
             Format::Q4_0 | Format::Q8_0 => &[0],
             Format::Q4_1 | Format::Q4K => &[0, 2],
             Format::Q6K => &[208],
+            Format::Int4 => &[0],
+            Format::Int8 => return None,
         },
         StoredType::F64 => {
             let (v, _) = data.as_chunks::<8>();

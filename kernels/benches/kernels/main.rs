@@ -15,7 +15,7 @@ mod ops;
 use std::{process::Command, thread, time::Instant};
 
 use dsd_kernels::{
-    backend::Activations,
+    backend::{Activations, KvType},
     cases,
     cpu::{CpuBackend, CpuConfig, CpuError, Isa},
 };
@@ -48,22 +48,26 @@ struct Times {
 
 fn main() -> Result<(), CpuError> {
     let options = options();
-    let backend = |activations| {
+    let backend = |activations, kv_type| {
         CpuBackend::new(CpuConfig {
             n_threads: options.n_threads,
             isa: options.isa,
             activations,
+            kv_type,
         })
     };
-    let float = backend(Activations::F32)?;
-    let int8 = backend(Activations::Int8)?;
+    let float = backend(Activations::F32, KvType::F32)?;
+    let int8 = backend(Activations::Int8, KvType::F32)?;
+    let short_kv = [KvType::Bf16, KvType::Int8].map(|kv_type| backend(Activations::F32, kv_type));
+    let [bf16_kv, int8_kv] = short_kv;
+    let (bf16_kv, int8_kv) = (bf16_kv?, int8_kv?);
     let ceilings = Ceilings::measure(&float, options.is_test);
     if !options.as_json {
         print_header(&options, &ceilings);
     }
     let mut rows = Vec::new();
     for case in cases::speed() {
-        for backend in [&int8, &float] {
+        for backend in [&int8, &float, &bf16_kv, &int8_kv] {
             let Some(mut op) = Op::new(backend, case) else {
                 continue;
             };

@@ -1,12 +1,12 @@
 //! The cases as calls on a backend, with what each of them computes and reads.
 //!
 //! Operations are those of the algorithm, a multiply-add counts two; bytes are weights, cache and
-//! activations, each once. Weights are zeros: they are as much work as anything else.
+//! activations, each once. Weights and caches are zeros: they are as much work as anything else.
 
 use dsd_kernels::{
     backend::{
         Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, HeadView,
-        RopeLayout, RowView, StepInputs, StepShape, StepSpan, ValueHeads,
+        KvType, RopeLayout, RowView, StepInputs, StepShape, StepSpan, ValueHeads, WeightStore,
     },
     cases::{AttentionCase, ExpertsCase, LatentCase, LinearCase, SpeedCase},
     cpu::{CpuBackend, CpuWeight},
@@ -34,10 +34,14 @@ pub(crate) struct Op<'a> {
 }
 
 impl<'a> Op<'a> {
-    /// The case on a backend; `None` where its activations make no difference to the case, but for
-    /// the f32 backend, which has them all.
+    /// The case on a backend; `None` where it would repeat what the backend of f32 activations and
+    /// f32 cache does.
     pub(crate) fn new(backend: &'a CpuBackend, case: SpeedCase) -> Option<Self> {
         let rounds = backend.config().activations == Activations::Int8;
+        let has_short_kv = backend.kv_type() != KvType::F32;
+        if has_short_kv && !matches!(case, SpeedCase::Attention(..)) {
+            return None;
+        }
         let is_block = |format: Format| format.block_len() != 1;
         let mut op = match case {
             SpeedCase::Linear(case) if !rounds || is_block(case.format) => linear(backend, case)?,
@@ -199,7 +203,7 @@ fn attention(backend: &CpuBackend, case: AttentionCase, n_sequences: usize) -> O
         n_blocks: step.blocks.len(),
         block_len: BLOCK_LEN,
     };
-    let cache = backend.upload(&activations(shape.size()));
+    let cache = backend.cache(shape);
     let m = n_new * n_sequences;
     let queries = backend.upload(&activations(m * n_heads * key));
     let mut out = backend.buffer(m * n_heads * value);
@@ -211,10 +215,14 @@ fn attention(backend: &CpuBackend, case: AttentionCase, n_sequences: usize) -> O
     let n_seen = n_sequences * (n_new * n_past + n_new * (n_new + 1) / 2);
     let n_positions = n_sequences * (n_past + n_new);
     Op {
-        name: format!("attention {kind} h{n_heads} d{key} past{n_past} m{n_new} x{n_sequences}"),
+        name: format!(
+            "attention {kind} h{n_heads} d{key} past{n_past} m{n_new} x{n_sequences} kv-{}",
+            backend.kv_type().name()
+        ),
         arithmetic: Arithmetic::F32,
         n_ops: 2.0 * (n_seen * n_heads * (key + value)) as f64,
-        n_bytes: f32_bytes(n_positions * rows.row_len() + m * n_heads * (key + value)),
+        n_bytes: (n_positions * backend.kv_type().position_bytes(rows)) as f64
+            + f32_bytes(m * n_heads * (key + value)),
         call: Box::new(move || {
             backend.attention(
                 &queries,

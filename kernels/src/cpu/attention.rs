@@ -1,4 +1,4 @@
-//! Attention over a paged cache, one block of positions after the other with a running softmax
+//! Attention over a paged cache of f32, bf16 or int8, one block of positions after the other with a running softmax
 //! (Milakov & Gimelshein 2018), for grouped heads and for MLA's latent rows alike. Queries that
 //! read the same keys share a pass over them.
 //!
@@ -6,11 +6,15 @@
 //! queries share its pass, so its result depends on nothing but itself and the cache.
 
 use super::{
+    kv_cache::{BlockLayout, CpuCache},
     pool::Pool,
     shared::{SharedOut, area},
     simd::{LANES, Simd},
 };
-use crate::backend::{AttentionShape, CacheRows, CacheShape, RowView, StepInputs};
+use crate::{
+    backend::{AttentionShape, CacheRows, CacheShape, KvType, RowView, StepInputs},
+    quant,
+};
 
 /// Largest block the scores buffer takes.
 pub(super) const BLOCK_LEN_MAX: usize = 64;
@@ -21,31 +25,130 @@ const TILE_QUERIES_MAX: usize = 6;
 /// Latent rows whose scores are computed together.
 const TILE_ROWS: usize = 4;
 
-/// Where one KV head's rows lie in a block.
+/// Elements as a cache stores them.
+trait Element {
+    const BYTES: usize;
+    /// Elements `at..at + 16` behind `from`, without their scale.
+    ///
+    /// # Safety
+    /// They are readable.
+    unsafe fn load<S: Simd>(simd: S, from: *const u8, at: usize) -> S::F;
+    /// Element `at` behind `from`.
+    ///
+    /// # Safety
+    /// It is readable.
+    unsafe fn one(from: *const u8, at: usize) -> f32;
+}
+
+enum F32 {}
+impl Element for F32 {
+    const BYTES: usize = 4;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8, at: usize) -> S::F {
+        // SAFETY: promised by the caller.
+        unsafe { simd.load(from.add(4 * at).cast()) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8, at: usize) -> f32 {
+        // SAFETY: promised by the caller.
+        unsafe { from.add(4 * at).cast::<f32>().read_unaligned() }
+    }
+}
+
+enum Bf16 {}
+impl Element for Bf16 {
+    const BYTES: usize = 2;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8, at: usize) -> S::F {
+        // SAFETY: promised by the caller.
+        unsafe { simd.load_bf16(from.add(2 * at)) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8, at: usize) -> f32 {
+        // SAFETY: promised by the caller.
+        quant::bf16_to_f32(unsafe { from.add(2 * at).cast::<[u8; 2]>().read() })
+    }
+}
+
+enum Int8 {}
+impl Element for Int8 {
+    const BYTES: usize = 1;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(simd: S, from: *const u8, at: usize) -> S::F {
+        // SAFETY: promised by the caller.
+        unsafe { simd.load_i8(from.add(at)) }
+    }
+    #[inline(always)]
+    unsafe fn one(from: *const u8, at: usize) -> f32 {
+        // SAFETY: promised by the caller.
+        f32::from(unsafe { from.add(at).cast::<i8>().read() })
+    }
+}
+
+/// A [`KvType`] as kernels see it.
+trait Stored {
+    /// Keys, values and latents.
+    type Main: Element;
+    /// Rotary keys of latent rows.
+    type Rope: Element;
+    /// Rows have scales.
+    const SCALED: bool;
+}
+
+impl Stored for F32 {
+    type Main = Self;
+    type Rope = Self;
+    const SCALED: bool = false;
+}
+
+impl Stored for Bf16 {
+    type Main = Self;
+    type Rope = Self;
+    const SCALED: bool = false;
+}
+
+impl Stored for Int8 {
+    type Main = Self;
+    type Rope = Bf16;
+    const SCALED: bool = true;
+}
+
+/// Where one KV head's rows lie in a block, in bytes.
 #[derive(Debug, Clone, Copy)]
 struct KvRows {
-    key_offset: usize,
-    value_offset: usize,
-    /// Elements between neighbouring positions' values, and keys of [`CacheRows::Latent`].
-    stride: usize,
+    keys: usize,
+    /// Values of grouped heads; the latents once more.
+    values: usize,
+    /// Rotary keys of latent rows.
+    rope: usize,
+    scales: usize,
+    value_scales: usize,
+    block_bytes: usize,
+    /// Elements of a query.
     key_len: usize,
+    /// Elements of a result, and between neighbouring positions' values.
     value_len: usize,
-    /// Keys lie one after the other; otherwise dimension after dimension.
+    /// Keys lie one after the other, latent and rotary part apart; otherwise dimension after
+    /// dimension.
     keys_in_rows: bool,
 }
 
 impl KvRows {
-    fn of(shape: CacheShape, kv_head: usize) -> Self {
+    fn of(shape: CacheShape, kv_type: KvType, kv_head: usize) -> Self {
+        let layout = BlockLayout::of(shape, kv_type);
+        let (scales, value_scales) = (layout.scales, layout.value_scales);
+        let block_bytes = layout.block_bytes;
         match shape.rows {
-            CacheRows::Heads {
-                n_kv_heads,
-                head_dim,
-            } => {
-                let key_offset = kv_head * shape.block_len * head_dim;
+            CacheRows::Heads { head_dim, .. } => {
+                let keys = kv_head * shape.block_len * head_dim * kv_type.element_bytes();
+                let scale = kv_head * shape.block_len * kv_type.scale_bytes();
                 Self {
-                    key_offset,
-                    value_offset: key_offset + n_kv_heads * shape.block_len * head_dim,
-                    stride: head_dim,
+                    keys,
+                    values: layout.second + keys,
+                    rope: 0,
+                    scales: scales + scale,
+                    value_scales: value_scales + scale,
+                    block_bytes,
                     key_len: head_dim,
                     value_len: head_dim,
                     keys_in_rows: false,
@@ -55,9 +158,12 @@ impl KvRows {
                 latent_len,
                 rope_len,
             } => Self {
-                key_offset: 0,
-                value_offset: 0,
-                stride: latent_len + rope_len,
+                keys: 0,
+                values: 0,
+                rope: layout.second,
+                scales,
+                value_scales,
+                block_bytes,
                 key_len: latent_len + rope_len,
                 value_len: latent_len,
                 keys_in_rows: true,
@@ -80,8 +186,8 @@ struct Query {
 /// What the queries of a pass read.
 #[derive(Debug, Clone, Copy)]
 struct Cached<'a> {
-    cache: *const f32,
-    shape: CacheShape,
+    cache: *const u8,
+    block_len: usize,
     rows: KvRows,
     blocks: &'a [u32],
     scale: f32,
@@ -97,7 +203,7 @@ pub(super) fn attention<S: Simd>(
     pool: &Pool,
     queries: &[f32],
     query_rows: RowView,
-    cache: &[f32],
+    cache: &CpuCache,
     shape: CacheShape,
     attention: AttentionShape,
     inputs: &StepInputs<'_>,
@@ -108,7 +214,8 @@ pub(super) fn attention<S: Simd>(
         CacheRows::Latent { .. } => 1,
     };
     let group = attention.n_heads / n_kv_heads;
-    let lengths = KvRows::of(shape, 0);
+    let kv_type = cache.kv_type();
+    let lengths = KvRows::of(shape, kv_type, 0);
     let n_rows = inputs.n_rows();
     assert!(
         shape.block_len <= BLOCK_LEN_MAX && shape.block_len.is_multiple_of(CHUNK_LEN),
@@ -119,12 +226,10 @@ pub(super) fn attention<S: Simd>(
         "{} query heads share {n_kv_heads} KV heads evenly",
         attention.n_heads
     );
-    let row_len = match shape.rows {
-        CacheRows::Heads { head_dim, .. } => area(&[2, n_kv_heads, head_dim]),
-        CacheRows::Latent { .. } => lengths.key_len,
-    };
+    let cache = cache.bytes();
+    let position_bytes = kv_type.position_bytes(shape.rows);
     assert!(
-        cache.len() >= area(&[shape.n_blocks, shape.block_len, row_len]),
+        cache.len() >= area(&[shape.n_blocks, shape.block_len, position_bytes]),
         "the cache has all its blocks"
     );
     let query_len = area(&[attention.n_heads, lengths.key_len]);
@@ -166,7 +271,7 @@ pub(super) fn attention<S: Simd>(
         let span = &inputs.spans[span];
         let first = tile * tile_max;
         let n = tile_max.min(span.n_rows * group - first);
-        let rows = KvRows::of(shape, kv_head);
+        let rows = KvRows::of(shape, kv_type, kv_head);
         let query = |i: usize| {
             let (row, head) = (
                 span.first_row + (first + i) / group,
@@ -190,32 +295,47 @@ pub(super) fn attention<S: Simd>(
         }
         let cached = Cached {
             cache: cache.as_ptr(),
-            shape,
+            block_len: shape.block_len,
             rows,
             blocks: &inputs.blocks[span.first_block..],
             scale: attention.scale,
         };
-        macro_rules! attend {
-            ($n:literal) => {{
-                let queries = std::array::from_fn::<_, $n, _>(|i| tile[i]);
-                simd.vectorize(
-                    #[inline(always)]
-                    || {
-                        // SAFETY: as above; block ids were checked.
-                        unsafe { attend(simd, &queries, &cached) }
-                    },
-                )
-            }};
-        }
-        match n {
-            1 => attend!(1),
-            2 => attend!(2),
-            3 => attend!(3),
-            4 => attend!(4),
-            5 => attend!(5),
-            _ => attend!(6),
+        // SAFETY: as above; block ids were checked.
+        unsafe {
+            match kv_type {
+                KvType::F32 => attend_tile::<S, F32>(simd, &tile[..n], &cached),
+                KvType::Bf16 => attend_tile::<S, Bf16>(simd, &tile[..n], &cached),
+                KvType::Int8 => attend_tile::<S, Int8>(simd, &tile[..n], &cached),
+            }
         }
     });
+}
+
+/// [`attend`] for 1 to [`TILE_QUERIES_MAX`] queries.
+///
+/// # Safety
+/// As [`attend`].
+unsafe fn attend_tile<S: Simd, K: Stored>(simd: S, tile: &[Query], cached: &Cached<'_>) {
+    macro_rules! attend {
+        ($n:literal) => {{
+            let queries = std::array::from_fn::<_, $n, _>(|i| tile[i]);
+            simd.vectorize(
+                #[inline(always)]
+                || {
+                    // SAFETY: passed on from the caller.
+                    unsafe { attend::<S, K, $n>(simd, &queries, cached) }
+                },
+            )
+        }};
+    }
+    match tile.len() {
+        1 => attend!(1),
+        2 => attend!(2),
+        3 => attend!(3),
+        4 => attend!(4),
+        5 => attend!(5),
+        _ => attend!(6),
+    }
 }
 
 /// `T` queries against the positions each sees.
@@ -223,14 +343,17 @@ pub(super) fn attention<S: Simd>(
 /// # Safety
 /// Queries and outputs have their lengths; the blocks named lie in the cache.
 #[inline(always)]
-unsafe fn attend<S: Simd, const T: usize>(simd: S, queries: &[Query; T], cached: &Cached<'_>) {
+unsafe fn attend<S: Simd, K: Stored, const T: usize>(
+    simd: S,
+    queries: &[Query; T],
+    cached: &Cached<'_>,
+) {
     let Cached {
-        shape,
+        block_len,
         rows,
         blocks,
         ..
     } = *cached;
-    let block_len = shape.block_len;
     let n_most = queries.iter().fold(0, |n, q| n.max(q.n_positions));
     let mut weights = [[0f32; BLOCK_LEN_MAX]; T];
     let mut largest = [f32::NEG_INFINITY; T];
@@ -244,12 +367,11 @@ unsafe fn attend<S: Simd, const T: usize>(simd: S, queries: &[Query; T], cached:
         for (index, block) in blocks.iter().take(n_most.div_ceil(block_len)).enumerate() {
             let first = index * block_len;
             let n_most = block_len.min(n_most - first);
-            let base = cached.cache.add(*block as usize * shape.block_size());
-            let keys = base.add(rows.key_offset);
+            let base = cached.cache.add(*block as usize * rows.block_bytes);
             if rows.keys_in_rows {
-                score_rows(simd, queries, keys, n_most, cached, &mut weights);
+                score_rows::<S, K, T>(simd, queries, base, n_most, cached, &mut weights);
             } else {
-                score_columns(simd, queries, keys, n_most, cached, &mut weights);
+                score_columns::<S, K, T>(simd, queries, base, n_most, cached, &mut weights);
             }
             for t in 0..T {
                 let n = queries[t].n_positions.saturating_sub(first).min(block_len);
@@ -282,9 +404,18 @@ unsafe fn attend<S: Simd, const T: usize>(simd: S, queries: &[Query; T], cached:
                 };
                 total[t] = total[t] * rescale[t] + simd.sum(sum);
                 largest[t] = new_largest;
+                if K::SCALED {
+                    // A value's scale goes into its weight: codes are added up as they are.
+                    let scales = base.add(rows.value_scales);
+                    for at in (0..block_len).step_by(LANES) {
+                        let p = row.as_mut_ptr().add(at);
+                        let scale = F32::load(simd, scales, at);
+                        simd.store(p, simd.mul(simd.load(p), scale));
+                    }
+                }
             }
-            let values = base.add(rows.value_offset);
-            accumulate(simd, queries, &weights, &rescale, values, n_most, rows);
+            let values = base.add(rows.values);
+            accumulate::<S, K::Main, T>(simd, queries, &weights, &rescale, values, n_most, rows);
         }
         for (query, total) in queries.iter().zip(total) {
             let inverse = 1.0 / total;
@@ -297,10 +428,10 @@ unsafe fn attend<S: Simd, const T: usize>(simd: S, queries: &[Query; T], cached:
 
 /// Scores where keys lie dimension after dimension: lanes are positions.
 #[inline(always)]
-unsafe fn score_columns<S: Simd, const T: usize>(
+unsafe fn score_columns<S: Simd, K: Stored, const T: usize>(
     simd: S,
     queries: &[Query; T],
-    keys: *const f32,
+    base: *const u8,
     n_positions: usize,
     cached: &Cached<'_>,
     scores: &mut [[f32; BLOCK_LEN_MAX]; T],
@@ -310,19 +441,29 @@ unsafe fn score_columns<S: Simd, const T: usize>(
         let mut sums = [[simd.splat(0.0); 2]; T];
         // SAFETY: a block holds whole chunks of every dimension; queries hold every dimension.
         unsafe {
+            let keys = base.add(cached.rows.keys);
             for d in 0..cached.rows.key_len {
-                let key = keys.add(d * cached.shape.block_len + chunk);
-                let (low, high) = (simd.load(key), simd.load(key.add(LANES)));
+                let key = d * cached.block_len + chunk;
+                let low = K::Main::load(simd, keys, key);
+                let high = K::Main::load(simd, keys, key + LANES);
                 for (sums, query) in sums.iter_mut().zip(queries) {
                     let q = simd.splat(*query.query.add(d));
                     sums[0] = simd.fma(q, low, sums[0]);
                     sums[1] = simd.fma(q, high, sums[1]);
                 }
             }
+            let mut factors = [scale; 2];
+            if K::SCALED {
+                let scales = base.add(cached.rows.scales);
+                for (i, factor) in factors.iter_mut().enumerate() {
+                    let of_keys = F32::load(simd, scales, chunk + i * LANES);
+                    *factor = simd.mul(*factor, of_keys);
+                }
+            }
             for (row, sums) in scores.iter_mut().zip(sums) {
                 let to = row.as_mut_ptr().add(chunk);
-                simd.store(to, simd.mul(sums[0], scale));
-                simd.store(to.add(LANES), simd.mul(sums[1], scale));
+                simd.store(to, simd.mul(sums[0], factors[0]));
+                simd.store(to.add(LANES), simd.mul(sums[1], factors[1]));
             }
         }
     }
@@ -330,42 +471,40 @@ unsafe fn score_columns<S: Simd, const T: usize>(
 
 /// Scores where keys lie one after the other: lanes are dimensions.
 #[inline(always)]
-unsafe fn score_rows<S: Simd, const T: usize>(
+unsafe fn score_rows<S: Simd, K: Stored, const T: usize>(
     simd: S,
     queries: &[Query; T],
-    keys: *const f32,
+    base: *const u8,
     n_positions: usize,
     cached: &Cached<'_>,
     scores: &mut [[f32; BLOCK_LEN_MAX]; T],
 ) {
-    let (len, stride) = (cached.rows.key_len, cached.rows.stride);
-    let whole = len / LANES * LANES;
+    let rows = cached.rows;
+    let (latent_len, rope_len) = (rows.value_len, rows.key_len - rows.value_len);
     for first in (0..n_positions).step_by(TILE_ROWS) {
         let mut sums = [[simd.splat(0.0); TILE_ROWS]; T];
         // SAFETY: blocks are whole tiles of positions, each `key_len` long as queries are.
         unsafe {
-            let tile = keys.add(first * stride);
-            for d in (0..whole).step_by(LANES) {
-                let k = [
-                    simd.load(tile.add(d)),
-                    simd.load(tile.add(stride + d)),
-                    simd.load(tile.add(2 * stride + d)),
-                    simd.load(tile.add(3 * stride + d)),
-                ];
-                for (sums, query) in sums.iter_mut().zip(queries) {
-                    let q = simd.load(query.query.add(d));
-                    for (sum, key) in sums.iter_mut().zip(k) {
-                        *sum = simd.fma(q, key, *sum);
-                    }
+            let latents = base.add(rows.keys + first * latent_len * K::Main::BYTES);
+            let rope = base.add(rows.rope + first * rope_len * K::Rope::BYTES);
+            let scale = |i: usize| match K::SCALED {
+                true => F32::one(base.add(rows.scales), first + i),
+                false => 1.0,
+            };
+            dot_rows::<S, K::Main, T>(simd, queries, 0, latents, latent_len, &mut sums);
+            if K::SCALED {
+                for i in 0..TILE_ROWS {
+                    let scale = simd.splat(scale(i));
+                    sums.iter_mut()
+                        .for_each(|sums| sums[i] = simd.mul(sums[i], scale));
                 }
             }
+            dot_rows::<S, K::Rope, T>(simd, queries, latent_len, rope, rope_len, &mut sums);
             for ((row, sums), query) in scores.iter_mut().zip(sums).zip(queries) {
                 for (i, sum) in sums.into_iter().enumerate() {
-                    let key = tile.add(i * stride);
-                    let mut total = simd.sum(sum);
-                    for d in whole..len {
-                        total += *query.query.add(d) * *key.add(d);
-                    }
+                    let latent = dot_rest::<K::Main>(query.query, latents, i, latent_len);
+                    let rope = dot_rest::<K::Rope>(query.query.add(latent_len), rope, i, rope_len);
+                    let total = simd.sum(sum) + latent * scale(i) + rope;
                     row[first + i] = total * cached.scale;
                 }
             }
@@ -373,14 +512,61 @@ unsafe fn score_rows<S: Simd, const T: usize>(
     }
 }
 
+/// Adds up whole vectors of [`TILE_ROWS`] neighbouring rows, `len` elements each, against the
+/// queries from element `from` on.
+///
+/// # Safety
+/// Rows and queries hold that much.
+#[inline(always)]
+unsafe fn dot_rows<S: Simd, E: Element, const T: usize>(
+    simd: S,
+    queries: &[Query; T],
+    from: usize,
+    rows: *const u8,
+    len: usize,
+    sums: &mut [[S::F; TILE_ROWS]; T],
+) {
+    for d in (0..len / LANES * LANES).step_by(LANES) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let k = [
+                E::load(simd, rows, d),
+                E::load(simd, rows, len + d),
+                E::load(simd, rows, 2 * len + d),
+                E::load(simd, rows, 3 * len + d),
+            ];
+            for (sums, query) in sums.iter_mut().zip(queries) {
+                let q = simd.load(query.query.add(from + d));
+                for (sum, key) in sums.iter_mut().zip(k) {
+                    *sum = simd.fma(q, key, *sum);
+                }
+            }
+        }
+    }
+}
+
+/// What whole vectors leave of row `row`.
+///
+/// # Safety
+/// `query` and the row are `len` long.
+#[inline(always)]
+unsafe fn dot_rest<E: Element>(query: *const f32, rows: *const u8, row: usize, len: usize) -> f32 {
+    let mut total = 0.0;
+    for d in len / LANES * LANES..len {
+        // SAFETY: promised by the caller.
+        total += unsafe { *query.add(d) * E::one(rows, row * len + d) };
+    }
+    total
+}
+
 /// `out = out * rescale + sum_p weights[p] * values[p]` for every query.
 #[inline(always)]
-unsafe fn accumulate<S: Simd, const T: usize>(
+unsafe fn accumulate<S: Simd, E: Element, const T: usize>(
     simd: S,
     queries: &[Query; T],
     weights: &[[f32; BLOCK_LEN_MAX]; T],
     rescale: &[f32; T],
-    values: *const f32,
+    values: *const u8,
     n_positions: usize,
     rows: KvRows,
 ) {
@@ -390,27 +576,27 @@ unsafe fn accumulate<S: Simd, const T: usize>(
     // SAFETY: `values` has a row of `value_len` elements per position, outputs have as many.
     unsafe {
         while at + WIDE * LANES <= whole {
-            columns::<S, T, WIDE>(
+            columns::<S, E, T, WIDE>(
                 simd,
                 queries,
                 weights,
                 rescale,
                 values,
                 n_positions,
-                rows.stride,
+                rows.value_len,
                 at,
             );
             at += WIDE * LANES;
         }
         while at < whole {
-            columns::<S, T, 1>(
+            columns::<S, E, T, 1>(
                 simd,
                 queries,
                 weights,
                 rescale,
                 values,
                 n_positions,
-                rows.stride,
+                rows.value_len,
                 at,
             );
             at += LANES;
@@ -419,7 +605,7 @@ unsafe fn accumulate<S: Simd, const T: usize>(
             for (t, query) in queries.iter().enumerate() {
                 let mut sum = *query.out.add(i) * rescale[t];
                 for (p, weight) in weights[t].iter().enumerate().take(n_positions) {
-                    sum += weight * *values.add(p * rows.stride + i);
+                    sum += weight * E::one(values, p * rows.value_len + i);
                 }
                 *query.out.add(i) = sum;
             }
@@ -429,12 +615,12 @@ unsafe fn accumulate<S: Simd, const T: usize>(
 
 /// Columns `at..at + WIDE * LANES` of [`accumulate`].
 #[inline(always)]
-unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
+unsafe fn columns<S: Simd, E: Element, const T: usize, const WIDE: usize>(
     simd: S,
     queries: &[Query; T],
     weights: &[[f32; BLOCK_LEN_MAX]; T],
     rescale: &[f32; T],
-    values: *const f32,
+    values: *const u8,
     n_positions: usize,
     stride: usize,
     at: usize,
@@ -449,10 +635,9 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
             }
         }
         for p in 0..n_positions {
-            let row = values.add(p * stride + at);
             let mut v = [simd.splat(0.0); WIDE];
             for (i, v) in v.iter_mut().enumerate() {
-                *v = simd.load(row.add(i * LANES));
+                *v = E::load(simd, values, p * stride + at + i * LANES);
             }
             for (sums, weights) in sums.iter_mut().zip(weights) {
                 let weight = simd.splat(*weights.as_ptr().add(p));

@@ -116,7 +116,7 @@ fn read<S: Simd>(s: S, share: &[f32]) {
 mod tests {
     use super::*;
     use crate::{
-        backend::{Activations, Backend},
+        backend::{Activations, Backend, KvType},
         cpu::CpuConfig,
     };
 
@@ -127,6 +127,7 @@ mod tests {
                 n_threads: 2,
                 isa,
                 activations: Activations::F32,
+                kv_type: KvType::F32,
             };
             let backend = CpuBackend::new(config).unwrap();
             assert!((TURNS * 2) as u64 <= backend.peak_f32(1), "{isa:?}");

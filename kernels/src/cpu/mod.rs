@@ -5,6 +5,7 @@
 
 mod attention;
 mod elementwise;
+mod kv_cache;
 mod linear;
 mod memory;
 mod pool;
@@ -12,7 +13,7 @@ mod routes;
 mod shared;
 mod simd;
 
-pub use self::routes::CpuRoutes;
+pub use self::{kv_cache::CpuCache, routes::CpuRoutes};
 
 use std::{io, sync::Mutex};
 
@@ -27,7 +28,7 @@ use self::{
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        RopeLayout, RowView, StepInputs, StepShape, ValueHeads, WeightStore,
+        KvType, RopeLayout, RowView, StepInputs, StepShape, ValueHeads, WeightStore,
     },
     matrix::{Layout, Matrix},
     panel::{self, PANEL_ROWS},
@@ -78,6 +79,8 @@ pub struct CpuConfig {
     pub isa: Isa,
     /// Arithmetic of linear layers with block-quantized weights.
     pub activations: Activations,
+    /// How keys and values are stored.
+    pub kv_type: KvType,
 }
 
 /// Why a CPU backend could not be made.
@@ -269,9 +272,18 @@ impl WeightStore for CpuBackend {
 
 impl Backend for CpuBackend {
     type Routes = CpuRoutes;
+    type Cache = CpuCache;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
         memory::resident(len)
+    }
+
+    fn kv_type(&self) -> KvType {
+        self.config.kv_type
+    }
+
+    fn cache(&self, shape: CacheShape) -> CpuCache {
+        CpuCache::new(shape, self.config.kv_type)
     }
 
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
@@ -467,29 +479,29 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         keys: RowView,
         values: RowView,
-        cache: &mut Vec<f32>,
+        cache: &mut CpuCache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        reference::store_heads(x, keys, values, cache, shape, inputs);
+        cache.store_heads(x, keys, values, shape, inputs);
     }
 
     fn store_latent(
         &self,
         rows: &Vec<f32>,
         view: RowView,
-        cache: &mut Vec<f32>,
+        cache: &mut CpuCache,
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        reference::store_latent(rows, view, cache, shape, inputs);
+        cache.store_latent(rows, view, shape, inputs);
     }
 
     fn attention(
         &self,
         queries: &Vec<f32>,
         query_rows: RowView,
-        cache: &Vec<f32>,
+        cache: &CpuCache,
         cache_shape: CacheShape,
         attention: AttentionShape,
         inputs: &StepInputs<'_>,

@@ -28,9 +28,44 @@ pub fn e4m3_to_f32(code: u8) -> f32 {
     f32::from_bits(magnitude.to_bits() | sign)
 }
 
+/// The nearest e4m3fn code, ties to even; magnitudes above 448 become 448.
+pub(super) fn f32_to_e4m3(value: f32) -> u8 {
+    let magnitude = value.abs().min(448.0);
+    // From 2^e on neighbours are 2^(e - 3) apart, below 2^-6 as there.
+    let exponent = (magnitude.to_bits() >> 23).max(127 - 6);
+    let step = f32::from_bits((exponent - 3) << 23);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "at most 16 steps of at most 14 exponents"
+    )]
+    // A carry out of the mantissa lands in the exponent, where it belongs.
+    let code = (exponent - (127 - 6)) as u8 * 8 + (magnitude / step).round_ties_even() as u8;
+    code | (u8::from(value.is_sign_negative()) << 7)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_become_the_nearest_code() {
+        for code in (0..=255u8).filter(|code| code & 0x7f != 0x7f) {
+            assert_eq!(f32_to_e4m3(e4m3_to_f32(code)), code, "code {code:#x}");
+        }
+        for (value, expected) in [(1e9, 448.0), (-449.0, -448.0), (17.0, 16.0), (19.0, 20.0)] {
+            assert_eq!(e4m3_to_f32(f32_to_e4m3(value)), expected, "{value}");
+        }
+        for i in 0..10_000 {
+            let value = (i as f32 - 5000.0) / 11.0;
+            let found = e4m3_to_f32(f32_to_e4m3(value));
+            let nearest = (0..=255u8)
+                .map(e4m3_to_f32)
+                .filter(|v| v.is_finite())
+                .fold(f32::MAX, |a, v| a.min((v - value).abs()));
+            assert_eq!((found - value).abs(), nearest, "{value}");
+        }
+    }
 
     #[test]
     fn every_code_has_the_value_of_the_definition() {

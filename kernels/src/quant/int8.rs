@@ -1,12 +1,17 @@
-//! Activations as signed bytes: groups of 32 with one f32 scale each, as the integer kernels take
-//! them.
+//! Activations, keys and values as signed bytes with an f32 scale; activations in groups of 32, as
+//! the integer kernels take them.
 
 /// Elements that share a scale.
 pub const GROUP_LEN: usize = 32;
 
-/// Rounds a group: the scale is its largest magnitude / 127, codes are nearest (ties to even). A
-/// group of zeros has scale 0.
+/// Rounds a group: [`round_row`] of its values.
 pub fn round_group(values: &[f32; GROUP_LEN], codes: &mut [i8; GROUP_LEN]) -> f32 {
+    round_row(values, codes)
+}
+
+/// Rounds a row: the scale is its largest magnitude / 127, codes are nearest (ties to even). A row
+/// of zeros has scale 0.
+pub fn round_row(values: &[f32], codes: &mut [i8]) -> f32 {
     let largest = values.iter().fold(0f32, |a, v| a.max(v.abs()));
     let scale = largest / 127.0;
     let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };

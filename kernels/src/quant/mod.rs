@@ -7,6 +7,8 @@
 mod plain;
 mod fp8;
 mod ggml;
+mod integer;
+mod round;
 pub mod int8;
 
 use crate::{
@@ -17,7 +19,9 @@ use crate::{
 
 pub use fp8::e4m3_to_f32;
 pub use ggml::{q4k_scale_min, q6k_codes};
+pub use integer::put_int4;
 pub use plain::{bf16_to_f32, f16_to_f32};
+pub use round::{RoundError, round_to};
 
 /// Decodes row `row` of `matrix` into `out`.
 ///
@@ -39,5 +43,7 @@ pub fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
         Format::Q8_0 => ggml::decode_blocks(bytes, out, ggml::q8_0),
         Format::Q4K => ggml::decode_blocks(bytes, out, ggml::q4_k),
         Format::Q6K => ggml::decode_blocks(bytes, out, ggml::q6_k),
+        Format::Int8 => integer::decode_int8(matrix, row, bytes, out),
+        Format::Int4 => ggml::decode_blocks(bytes, out, integer::int4),
     }
 }

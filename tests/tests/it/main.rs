@@ -13,6 +13,7 @@ mod lifecycle;
 mod memory;
 mod openai;
 mod quic;
+mod ranks;
 mod same_tokens;
 mod start_up;
 mod tidy;

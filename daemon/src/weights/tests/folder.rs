@@ -162,24 +162,20 @@ fn fp8_without_a_quantization_config_is_refused() {
 fn quantization_that_is_not_understood_is_refused_by_name() {
     let cases = [
         (
-            json!({"quant_method": "gptq"}),
-            "quant_method is \"gptq\", expected \"fp8\"",
-        ),
-        (
-            json!({"quant_method": "awq"}),
-            "quant_method is \"awq\", expected \"fp8\"",
+            json!({"quant_method": "bitsandbytes"}),
+            "quant_method is \"bitsandbytes\", expected \"fp8\", \"awq\", \"gptq\" or \"compressed-tensors\"",
         ),
         (
             json!({"load_in_8bit": true}),
-            "quant_method is null, expected \"fp8\"",
+            "quant_method is null, expected \"fp8\", \"awq\", \"gptq\" or \"compressed-tensors\"",
         ),
         (
             json!({"quant_method": "fp8", "fmt": "e5m2"}),
-            "fmt is \"e5m2\", expected \"e4m3\"",
+            "fmt is \"e5m2\", expected \"e4m3\" or none",
         ),
         (
             json!({"quant_method": "fp8", "activation_scheme": "static"}),
-            "activation_scheme is \"static\", expected \"dynamic\"",
+            "activation_scheme is \"static\", expected \"dynamic\" or none",
         ),
         (
             json!({"quant_method": "fp8"}),

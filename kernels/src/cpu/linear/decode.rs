@@ -148,6 +148,38 @@ impl Decode for Q8_0 {
     }
 }
 
+pub(super) enum Int8 {}
+impl Decode for Int8 {
+    #[inline(always)]
+    unsafe fn group<S: Simd>(simd: S, row: &WeightRow<'_>, group: usize) -> [S::F; 2] {
+        let scale = simd.splat(row.scales[0]);
+        // SAFETY: the caller promises the group, 32 bytes.
+        unsafe {
+            let from = row.bytes.as_ptr().add(group * GROUP_LEN);
+            let values = [simd.load_i8(from), simd.load_i8(from.add(LANES))];
+            [simd.mul(scale, values[0]), simd.mul(scale, values[1])]
+        }
+    }
+}
+
+pub(super) enum Int4 {}
+impl Decode for Int4 {
+    #[inline(always)]
+    unsafe fn group<S: Simd>(simd: S, row: &WeightRow<'_>, group: usize) -> [S::F; 2] {
+        // SAFETY: the caller promises the group, a block of 19 bytes.
+        unsafe {
+            let block = row.bytes.as_ptr().add(group * 19);
+            let d = simd.splat(half_at(block));
+            let zero = simd.splat(f32::from(*block.add(2)));
+            let (low, high) = simd.load_nibbles(block.add(3));
+            [
+                simd.mul(d, simd.sub(low, zero)),
+                simd.mul(d, simd.sub(high, zero)),
+            ]
+        }
+    }
+}
+
 pub(super) enum Q4K {}
 impl Decode for Q4K {
     #[inline(always)]

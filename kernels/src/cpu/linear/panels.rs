@@ -47,6 +47,8 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
         Format::Q8_0 => fns::<S, Q8_0>(int8),
         Format::Q4K => fns::<S, Q4K>(int8),
         Format::Q6K => fns::<S, Q6K>(int8),
+        Format::Int8 => fns::<S, Int8>(int8),
+        Format::Int4 => fns::<S, Int4>(int8),
         Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => {
             unreachable!("plain formats are not stored in panels")
         }
@@ -81,6 +83,7 @@ struct Panel {
     codes: *const u8,
     scales: *const u8,
     blocks: *const u8,
+    rows: *const u8,
 }
 
 /// Scales of a group: `value = scale * (code - ZERO) + min`.
@@ -129,6 +132,25 @@ unsafe fn nibbles<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
             simd.high_nibbles(b),
             simd.high_nibbles(c),
             simd.high_nibbles(d),
+        ]
+    }
+}
+
+/// # Safety
+/// 512 bytes are readable.
+#[inline(always)]
+unsafe fn bytes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    // SAFETY: promised by the caller.
+    unsafe {
+        [
+            simd.load_bytes(codes),
+            simd.load_bytes(codes.add(64)),
+            simd.load_bytes(codes.add(128)),
+            simd.load_bytes(codes.add(192)),
+            simd.load_bytes(codes.add(256)),
+            simd.load_bytes(codes.add(320)),
+            simd.load_bytes(codes.add(384)),
+            simd.load_bytes(codes.add(448)),
         ]
     }
 }
@@ -197,24 +219,63 @@ impl PanelFormat for Q8_0 {
 
     #[inline(always)]
     unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
-        // SAFETY: promised by the caller: 512 bytes.
-        unsafe {
-            [
-                simd.load_bytes(codes),
-                simd.load_bytes(codes.add(64)),
-                simd.load_bytes(codes.add(128)),
-                simd.load_bytes(codes.add(192)),
-                simd.load_bytes(codes.add(256)),
-                simd.load_bytes(codes.add(320)),
-                simd.load_bytes(codes.add(384)),
-                simd.load_bytes(codes.add(448)),
-            ]
-        }
+        // SAFETY: promised by the caller.
+        unsafe { bytes(simd, codes) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
         // SAFETY: promised by the caller.
         unsafe { one_scale(simd, panel, group) }
+    }
+}
+
+enum Int8 {}
+impl PanelFormat for Int8 {
+    const FORMAT: Format = Format::Int8;
+    const ZERO: i32 = 128;
+    const HAS_MIN: bool = false;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { bytes(simd, codes) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, _group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        let scale = unsafe { simd.load(panel.rows.cast()) };
+        Scales {
+            scale: [scale; 2],
+            min: simd.splat(0.0),
+        }
+    }
+}
+
+enum Int4 {}
+impl PanelFormat for Int4 {
+    const FORMAT: Format = Format::Int4;
+    const ZERO: i32 = 0;
+    const HAS_MIN: bool = true;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { nibbles(simd, codes) }
+    }
+    /// The minimum is exact: a scale has 11 significant bits, a zero 5, their product fits f32's 24.
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let at = panel.scales.add(group * 3 * LANES);
+            let (scale, zero) = (simd.load_f16(at), simd.load_u8(at.add(2 * LANES)));
+            Scales {
+                scale: [scale; 2],
+                min: simd.sub(simd.splat(0.0), simd.mul(scale, zero)),
+            }
+        }
     }
 }
 
@@ -307,6 +368,7 @@ unsafe fn parts<P: PanelFormat>(panel: *const u8, n_groups: usize) -> (Panel, Pa
             codes: panel,
             scales: panel.add(layout.scales_at(n_groups)),
             blocks: panel.add(layout.blocks_at(n_groups)),
+            rows: panel.add(layout.rows_at(n_groups)),
         }
     };
     (panel, layout)

@@ -111,6 +111,8 @@ pub(in crate::cpu) unsafe fn linear_piece<S: Simd>(
         Format::Q8_0 => with!(decode::Q8_0),
         Format::Q4K => with!(decode::Q4K),
         Format::Q6K => with!(decode::Q6K),
+        Format::Int8 => with!(decode::Int8),
+        Format::Int4 => with!(decode::Int4),
     }
 }
 
