@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use dsd::{
-    eval::{Session, Speed, SpeedCase, SpeedTest, weight_bytes, write_logits},
+    eval::{Session, Sizes, Speed, SpeedCase, SpeedTest, write_logits},
     text::TextModel,
     weights::Checkpoint,
 };
@@ -150,6 +150,7 @@ impl Eval {
                 let tokens = TextModel::from_checkpoint(&checkpoint)?
                     .encode_prompt(&read(&text)?, usize::MAX)?;
                 let window = window.min(tokens.len());
+                let sizes = Sizes::of(&checkpoint, model.compute.ranks())?;
                 let mut session = Session::open(&checkpoint, model.compute.ranks(), window)?;
                 let (nll, n_scored) = session.mean_nll(&tokens, window)?;
                 print_line(&json!({
@@ -158,7 +159,8 @@ impl Eval {
                     "tokens": tokens.len(),
                     "scored": n_scored,
                     "window": window,
-                    "weight_bytes": weight_bytes(&checkpoint)?,
+                    "weight_bytes": sizes.weights,
+                    "kv_bytes_per_token": sizes.kv_per_token,
                 }))
             }
             Self::Speed {

@@ -280,15 +280,29 @@ impl Session {
     }
 }
 
-/// Bytes of a checkpoint's weights as they are computed with.
-///
-/// # Errors
-/// [`EvalError`].
-pub fn weight_bytes(checkpoint: &Checkpoint) -> Result<u64, EvalError> {
-    let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
-    let tensors = model::tensors(checkpoint, &Split::solo(&spec)).map_err(LoadError::Model)?;
-    let bytes = WeightBytes::of_checkpoint(&tensors, &|name| checkpoint.format(name));
-    Ok(bytes.mapped + bytes.panels)
+/// What a checkpoint takes up, over all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Bytes of the matrices as they are computed with, mapped or in panels.
+    pub weights: u64,
+    /// Bytes of KV cache of one position.
+    pub kv_per_token: u64,
+}
+
+impl Sizes {
+    /// Of this checkpoint, without loading it.
+    ///
+    /// # Errors
+    /// [`EvalError`].
+    pub fn of(checkpoint: &Checkpoint, ranks: Ranks) -> Result<Self, EvalError> {
+        let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+        let tensors = model::tensors(checkpoint, &Split::solo(&spec)).map_err(LoadError::Model)?;
+        let bytes = WeightBytes::of_checkpoint(&tensors, &|name| checkpoint.format(name));
+        Ok(Self {
+            weights: bytes.mapped + bytes.panels,
+            kv_per_token: kv_bytes_per_token(checkpoint, ranks.cpu, ranks.n_ranks)?,
+        })
+    }
 }
 
 /// Writes the logits of all positions as tensor `logits`, f32 `[tokens, vocab]`.

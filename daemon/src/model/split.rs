@@ -2,7 +2,8 @@
 //! dealt to ranks as Megatron-LM does (Shoeybi et al. 2019, section 3).
 //!
 //! A projection into heads or inner widths is cut by rows, the one out of them by columns, and the
-//! ranks' outputs add up. Key-value heads follow their query heads; where there are fewer of them
+//! ranks' outputs add up. What every rank needs whole, MLA's compressed query and latent and the
+//! gate's logits, is cut by rows as well and gathered, so that no rank does the work of another. Key-value heads follow their query heads; where there are fewer of them
 //! than ranks, ranks share one. MLA's latent and its cache are the same on every rank. Experts are
 //! cut inside, so that every rank has an even part of any choice of them.
 //!
@@ -203,6 +204,21 @@ impl Split {
             });
         }
         Ok(split)
+    }
+
+    /// The rows of every rank where all need the `n` outputs of a layer; `None` where each computes
+    /// them all: alone, or where a rank's piece would not fit the buffer of a row of the residual
+    /// stream.
+    pub fn gathered(&self, n: usize) -> Option<Vec<Range<usize>>> {
+        let n_ranks = self.of.n_ranks;
+        if n_ranks == 1 {
+            return None;
+        }
+        let rows = (0..n_ranks)
+            .map(|rank| deal_width("rows", n, 1, RankOf { rank, n_ranks }).ok())
+            .collect::<Option<Vec<_>>>()?;
+        let fits = |rows: &Range<usize>| rows.len() <= self.full.hidden;
+        rows.iter().all(fits).then_some(rows)
     }
 
     /// True for the rank whose outputs carry what is added once, such as biases.

@@ -199,7 +199,7 @@ impl CpuCache {
 }
 
 /// Writes `values` from byte `at` on, elements `step` bytes apart, and the scale at `scale_at` where
-/// the type has one.
+/// the type has one. All four are multiples of the element's size.
 fn write(
     block: &mut [u8],
     values: &[f32],
@@ -211,22 +211,22 @@ fn write(
 ) {
     match kv_type {
         KvType::F32 => {
-            for (i, value) in values.iter().enumerate() {
-                block[at + i * step..][..4].copy_from_slice(&value.to_le_bytes());
-            }
+            let to: &mut [f32] = cast_slice_mut(block);
+            let to = to[at / 4..].iter_mut().step_by(step / 4);
+            to.zip(values).for_each(|(to, v)| *to = *v);
         }
         KvType::Bf16 => {
-            for (i, value) in values.iter().enumerate() {
-                let value = bf16::from_f32(*value).to_le_bytes();
-                block[at + i * step..][..2].copy_from_slice(&value);
-            }
+            let to: &mut [u16] = cast_slice_mut(block);
+            let to = to[at / 2..].iter_mut().step_by(step / 2);
+            to.zip(values)
+                .for_each(|(to, v)| *to = bf16::from_f32(*v).to_bits());
         }
         KvType::Int8 => {
             let scale = int8::round_row(values, codes);
-            block[scale_at..][..4].copy_from_slice(&scale.to_le_bytes());
-            for (i, code) in codes.iter().enumerate() {
-                block[at + i * step] = code.cast_unsigned();
-            }
+            block[scale_at..][..4].copy_from_slice(&scale.to_ne_bytes());
+            let to = block[at..].iter_mut().step_by(step);
+            to.zip(&*codes)
+                .for_each(|(to, code)| *to = code.cast_unsigned());
         }
     }
 }
