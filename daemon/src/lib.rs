@@ -6,6 +6,7 @@
 
 pub mod node;
 pub mod eval;
+pub mod packing;
 pub mod admin;
 pub mod gateway;
 pub mod catalog;

@@ -25,6 +25,8 @@ enum Command {
     Serve(commands::serve::Serve),
     /// Check the configuration file and print nothing if it is good.
     CheckConfig(commands::serve::CheckConfig),
+    /// Lay a checkpoint out for the ranks of a group, in files that are used as they are.
+    Pack(commands::pack::Pack),
     /// Run as one rank of a group; an agent starts it.
     #[command(hide = true)]
     Rank(commands::rank::Rank),
@@ -38,7 +40,11 @@ fn main() -> ExitCode {
         Command::Dev(dev) => dev.run(),
         Command::Serve(serve) => serve.run(),
         Command::CheckConfig(check) => check.run(),
-        Command::Rank(rank) => rank.run(),
+        Command::Pack(pack) => pack.run(),
+        Command::Rank(rank) => match rank.run() {
+            Ok(code) => return code,
+            Err(e) => Err(e),
+        },
         Command::Eval(eval) => eval.run(),
     };
     match outcome {

@@ -2,10 +2,12 @@
 //! however its prompt is cut.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
-use std::{cell::RefCell, path::PathBuf};
+use std::{cell::RefCell, path::PathBuf, time::Duration};
 
 use dsd::{
+    collective::{Collective, Segment},
     runner::{Budget, LogitRows, StepExecutor, StepPlan, load_cpu, plan_cpu},
+    runtime::thread,
     weights::Checkpoint,
 };
 use dsd_kernels::{
@@ -16,8 +18,10 @@ use proptest::prelude::*;
 
 const VOCAB: usize = 384;
 
+/// The first rank's executor; the others follow it on threads until it is dropped.
 fn executor(
     model: &str,
+    n_ranks: usize,
     n_threads: usize,
     activations: Activations,
     kv_type: KvType,
@@ -42,8 +46,18 @@ fn executor(
         step_tokens_max: 96,
         step_spans_max: 8,
     };
-    let plan = plan_cpu(&checkpoint, cpu, 1, budget, None).unwrap();
-    Box::new(load_cpu(&checkpoint, cpu, &plan.ranks[0]).unwrap())
+    let plan = plan_cpu(&checkpoint, cpu, n_ranks, budget, None).unwrap();
+    let load = |rank: usize| load_cpu(&checkpoint, cpu, &plan.ranks[rank]).unwrap();
+    if n_ranks == 1 {
+        return Box::new(load(0));
+    }
+    let segment = Segment::create(n_ranks).unwrap();
+    let join = |rank| Collective::Shm(segment.clone().join(rank, Duration::from_secs(60)));
+    for rank in 1..n_ranks {
+        let mut follower = load(rank).in_group(join(rank));
+        thread::spawn("follower", move || follower.follow().unwrap()).unwrap();
+    }
+    Box::new(load(0).in_group(join(0)))
 }
 
 /// A sequence with its own blocks, fed to an executor piece by piece.
@@ -118,9 +132,9 @@ fn run(
     sequences.into_iter().map(|s| s.last).collect()
 }
 
-fn check(model: &str, activations: Activations, kv_type: KvType) {
-    let one = RefCell::new(executor(model, 1, activations, kv_type));
-    let two = RefCell::new(executor(model, 2, activations, kv_type));
+fn check(model: &str, n_ranks: usize, activations: Activations, kv_type: KvType) {
+    let one = RefCell::new(executor(model, n_ranks, 1, activations, kv_type));
+    let two = RefCell::new(executor(model, n_ranks, 2, activations, kv_type));
     let prompt = |len: usize, seed: u32| {
         (0..len as u32)
             .map(|i| (i * 37 + seed * 101) % 370)
@@ -158,26 +172,37 @@ fn check(model: &str, activations: Activations, kv_type: KvType) {
 
 #[test]
 fn grouped_heads_have_the_same_bits_in_any_batch() {
-    check("llama", Activations::F32, KvType::F32);
+    check("llama", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn quantized_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v3_fp8", Activations::F32, KvType::F32);
+    check("deepseek_v3_fp8", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn latent_attention_and_experts_have_the_same_bits_in_any_batch() {
-    check("deepseek_v2", Activations::F32, KvType::F32);
+    check("deepseek_v2", 1, Activations::F32, KvType::F32);
 }
 
 #[test]
 fn normalised_heads_and_experts_have_the_same_bits_in_any_batch() {
-    check("qwen3_moe", Activations::Int8, KvType::Bf16);
+    check("qwen3_moe", 1, Activations::Int8, KvType::Bf16);
 }
 
 #[test]
 fn rounded_keys_and_values_have_the_same_bits_in_any_batch() {
-    check("llama", Activations::F32, KvType::Int8);
-    check("deepseek_v3", Activations::F32, KvType::Int8);
+    check("llama", 1, Activations::F32, KvType::Int8);
+    check("deepseek_v3", 1, Activations::F32, KvType::Int8);
+}
+
+#[test]
+fn two_ranks_give_the_same_bits_in_any_batch() {
+    check("llama", 2, Activations::F32, KvType::F32);
+    check("deepseek_v3", 2, Activations::F32, KvType::F32);
+}
+
+#[test]
+fn three_uneven_ranks_give_the_same_bits_in_any_batch() {
+    check("deepseek_v2", 3, Activations::Int8, KvType::Bf16);
 }

@@ -22,6 +22,9 @@ use crate::{
     quant::{f16_to_f32, q4k_scale_min, q6k_codes},
 };
 
+/// Names the layout of all formats in files that outlive this program: another name, once a byte of a
+/// panel moves (a test of `packing` notices).
+pub const LAYOUT_NAME: &str = "panels-16x32-1";
 /// Rows of a panel.
 pub const PANEL_ROWS: usize = 16;
 /// Columns of a group.

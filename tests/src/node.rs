@@ -230,6 +230,11 @@ impl Node {
         self.log.find(message)
     }
 
+    /// All log records with this message, so far.
+    pub fn records(&self, message: &str) -> Vec<Value> {
+        self.log.all(message)
+    }
+
     /// Its only model as `dsctl status --json` shows it.
     ///
     /// # Panics
@@ -329,10 +334,15 @@ impl Log {
     }
 
     fn find(&self, message: &str) -> Option<Value> {
+        self.all(message).into_iter().next()
+    }
+
+    fn all(&self, message: &str) -> Vec<Value> {
         self.lines()
             .iter()
             .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .find(|record| record["message"] == message)
+            .filter(|record| record["message"] == message)
+            .collect()
     }
 
     /// Warnings and errors, and lines that are no log records, such as a panic's.

@@ -19,7 +19,13 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use crate::{replica::Replica, runtime::clock, telemetry::chain, text::TextModel};
+use crate::{
+    replica::Replica,
+    runtime::clock,
+    telemetry::chain,
+    text::TextModel,
+    weights::{DamagedTensor, PackKeeper},
+};
 
 /// How often an unload looks whether its engine has stopped.
 const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -43,12 +49,19 @@ pub struct ServedModel {
     pub stop_token_ids: Arc<[u32]>,
     /// What it takes up.
     pub memory: MemoryFigures,
+    /// Looks after the pack it is served from, where it is one.
+    pub keeper: Option<PackKeeper>,
 }
 
 impl ServedModel {
     /// Positions that prompt and output may have together: what context and KV pool both hold.
     pub fn context_len(&self) -> usize {
         self.replica.limits().context_len_max
+    }
+
+    /// A tensor of its pack that is not what was packed.
+    pub fn damage(&self) -> Option<DamagedTensor> {
+        self.keeper.as_ref()?.health().damaged.into_iter().next()
     }
 }
 

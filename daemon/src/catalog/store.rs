@@ -6,23 +6,24 @@ use std::{
 };
 
 use super::{LoadError, Progress};
-use crate::weights::{self, VerifyReport};
+use crate::weights::{self, VerifyReport, is_pack};
 
 /// Entries of the folder looked at.
 const ENTRIES_MAX: usize = 10_000;
 /// Longest `config.json` read for a model's architecture.
 const CONFIG_LEN_MAX: u64 = 1 << 20;
 
-/// A checkpoint in the store.
+/// A checkpoint or pack in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredModel {
     /// Name of its folder, or of its file without the extension.
     pub name: String,
     /// Where it lies.
     pub path: PathBuf,
-    /// `safetensors` or `gguf`.
+    /// `safetensors`, `gguf` or `pack`.
     pub format: &'static str,
-    /// `model_type` of its configuration; empty when that is not to be had without opening it.
+    /// `model_type` of its configuration; empty when that is not to be had without opening it, and
+    /// for packs.
     pub architecture: String,
     /// Bytes of its weight files.
     pub bytes: u64,
@@ -100,7 +101,11 @@ fn stored(path: &Path) -> Option<StoredModel> {
                 }
             }
         }
-        bytes.into_iter().find(|(_, bytes)| 0 < *bytes)?
+        let (format, bytes) = bytes.into_iter().find(|(_, bytes)| 0 < *bytes)?;
+        match is_pack(path) {
+            true => ("pack", bytes),
+            false => (format, bytes),
+        }
     } else if path.extension().is_some_and(|ext| ext == "gguf") {
         ("gguf", fs::metadata(path).ok()?.len())
     } else {

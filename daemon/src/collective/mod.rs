@@ -39,6 +39,8 @@ pub enum Op {
     Latent,
     /// Attention's output.
     Attention,
+    /// What experts are chosen by.
+    Gate,
     /// The feed-forward part's output.
     FeedForward,
     /// Logits.
@@ -46,11 +48,12 @@ pub enum Op {
 }
 
 impl Op {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Plan,
         Self::Embedding,
         Self::Latent,
         Self::Attention,
+        Self::Gate,
         Self::FeedForward,
         Self::Logits,
     ];
@@ -62,6 +65,7 @@ impl Op {
             Self::Embedding => "embedding",
             Self::Latent => "latent",
             Self::Attention => "attention output",
+            Self::Gate => "gate",
             Self::FeedForward => "feed-forward output",
             Self::Logits => "logits",
         }
@@ -93,7 +97,7 @@ impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.op {
             Op::Plan | Op::Embedding | Op::Logits => f.write_str(self.op.name()),
-            Op::Latent | Op::Attention | Op::FeedForward => {
+            Op::Latent | Op::Attention | Op::Gate | Op::FeedForward => {
                 write!(f, "layer {}, {}", self.layer, self.op.name())
             }
         }

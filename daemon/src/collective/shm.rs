@@ -536,3 +536,156 @@ impl ShmMember {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Op, *};
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const SITE: Site = Site {
+        layer: 3,
+        op: Op::Attention,
+    };
+
+    /// Runs `body` as every rank of a group, each on a thread and with a mapping of its own.
+    fn group<T: Send + 'static>(
+        n_ranks: usize,
+        body: impl Fn(ShmMember) -> T + Send + Sync + 'static,
+    ) -> Vec<T> {
+        let segment = Segment::create(n_ranks).unwrap();
+        let body = Arc::new(body);
+        let threads = (0..n_ranks)
+            .map(|rank| {
+                let (path, body) = (segment.path(), Arc::clone(&body));
+                let run = move || body(Segment::open(&path, n_ranks).unwrap().join(rank, PATIENCE));
+                crate::runtime::thread::spawn("rank", run).unwrap()
+            })
+            .collect::<Vec<_>>();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    }
+
+    #[test]
+    fn sums_are_those_in_the_order_of_ranks_on_every_rank() {
+        for n_ranks in [1, 2, 3, 5] {
+            for len in [0, 1, 100, SLOT_LEN, SLOT_LEN + 1, 2 * SLOT_LEN + 77] {
+                let value = |rank: usize, i: usize| ((rank * 31 + i * 7) % 101) as f32 * 0.1 - 3.3;
+                let sums = group(n_ranks, move |mut member| {
+                    let rank = member.rank();
+                    let mut values = (0..len).map(|i| value(rank, i)).collect::<Vec<_>>();
+                    member.all_reduce(SITE, &mut values).unwrap();
+                    // A second one finds the slots free again.
+                    let mut ones = vec![1.0; 3];
+                    member.all_reduce(SITE, &mut ones).unwrap();
+                    assert_eq!(ones, [n_ranks as f32; 3]);
+                    values
+                });
+                let expected = (0..len)
+                    .map(|i| (1..n_ranks).fold(value(0, i), |sum, rank| sum + value(rank, i)))
+                    .collect::<Vec<_>>();
+                assert!(
+                    sums.iter().all(|sum| *sum == expected),
+                    "{n_ranks} ranks, {len}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn columns_of_uneven_ranks_lie_side_by_side() {
+        let columns = [0..3, 3..4, 4..70_000];
+        let n_rows = 9;
+        let value = |row: usize, col: usize| (row * 100_000 + col) as f32;
+        let found = group(3, move |mut member| {
+            let own = columns[member.rank()].clone();
+            let local = (0..n_rows)
+                .flat_map(|row| own.clone().map(move |col| value(row, col)))
+                .collect::<Vec<_>>();
+            let mut out = vec![0.0; n_rows * 70_000];
+            let wanted = (member.rank() != 1).then_some(out.as_mut_slice());
+            member
+                .gather_columns(SITE, &local, &columns, n_rows, wanted)
+                .unwrap();
+            member
+                .gather_columns(SITE, &local, &columns, n_rows, None)
+                .unwrap();
+            out
+        });
+        let expected = (0..n_rows)
+            .flat_map(|row| (0..70_000).map(move |col| value(row, col)))
+            .collect::<Vec<_>>();
+        assert!(found[0] == expected && found[2] == expected);
+    }
+
+    #[test]
+    fn messages_of_any_length_arrive_and_the_end_is_told() {
+        group(3, |mut member| {
+            let lengths = [0, 1, SLOT_LEN - 1, SLOT_LEN, 3 * SLOT_LEN + 5, 7];
+            let mut words = Vec::new();
+            for len in lengths {
+                let message = (0..len as u32).collect::<Vec<_>>();
+                if member.rank() == 0 {
+                    member.broadcast(SITE, &message).unwrap();
+                } else {
+                    let told = member.receive(0, SITE, &mut words, 4 * SLOT_LEN).unwrap();
+                    assert!(told == Told::Message && words == message, "{len} words");
+                }
+            }
+            if member.rank() == 0 {
+                member.broadcast_end(SITE).unwrap();
+            } else {
+                assert_eq!(member.receive(0, SITE, &mut words, 0).unwrap(), Told::End);
+            }
+        });
+    }
+
+    #[test]
+    fn exchanges_after_pauses_of_all_lengths_are_not_missed() {
+        group(2, |mut member| {
+            for round in 0..600u64 {
+                if round % 2 == member.rank() as u64 {
+                    std::thread::sleep(Duration::from_micros(round % 150));
+                }
+                let mut one = [1.0];
+                member.all_reduce(SITE, &mut one).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_late_rank_is_named_with_the_place_where_it_is_missing() {
+        let segment = Segment::create(2).unwrap();
+        let deadline = Duration::from_millis(50);
+        let mut first = segment.clone().join(0, deadline);
+        let missing = first.all_reduce(SITE, &mut [1.0]).unwrap_err();
+        assert_eq!((missing.rank, missing.site), (1, SITE));
+        assert!(matches!(missing.reason, MissingReason::Late(after) if after >= deadline));
+        let words = missing.to_string();
+        assert!(words.contains("rank 1 did not arrive within 0."), "{words}");
+        assert!(words.contains("at layer 3, attention output"), "{words}");
+    }
+
+    #[test]
+    fn a_death_ends_every_wait_at_once() {
+        let segment = Segment::create(3).unwrap();
+        let mut waiting = segment.clone().join(0, Duration::from_secs(3600));
+        let thread = crate::runtime::thread::spawn("rank", move || {
+            waiting.all_reduce(SITE, &mut [1.0]).unwrap_err()
+        });
+        segment.mark_dead(2);
+        let missing = thread.unwrap().join().unwrap();
+        assert_eq!((missing.rank, missing.reason), (2, MissingReason::Died));
+    }
+
+    #[test]
+    fn the_memory_of_another_group_is_refused() {
+        let segment = Segment::create(2).unwrap();
+        let error = Segment::open(&segment.path(), 3).unwrap_err();
+        assert!(
+            error.to_string().contains("of a group of 3 ranks"),
+            "{error}"
+        );
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(Segment::bytes(2) as u64).unwrap();
+        assert!(Segment::open(file.path(), 2).is_err());
+    }
+}

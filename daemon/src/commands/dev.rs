@@ -20,7 +20,7 @@ use super::{ActivationsArg, KvTypeArg};
 
 #[derive(Debug, Args)]
 pub(crate) struct Dev {
-    /// Checkpoint folder or GGUF file [default: the only model in the state folder's `models`].
+    /// Checkpoint folder, GGUF file or pack [default: the only model in the state folder's `models`].
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
     /// Address of the OpenAI API.

@@ -75,7 +75,7 @@ pub(crate) enum Eval {
     },
     /// Print the token ids of a text file as a JSON list; special tokens in the text count.
     Tokenize {
-        /// Checkpoint folder or GGUF file.
+        /// Checkpoint folder, GGUF file or pack.
         #[arg(long, value_name = "DIR")]
         model: PathBuf,
         /// UTF-8 text.
@@ -86,7 +86,7 @@ pub(crate) enum Eval {
 
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
-    /// Checkpoint folder or GGUF file.
+    /// Checkpoint folder, GGUF file or pack.
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Round linear layers to the nearest numbers of this format while loading, to compare formats
@@ -104,6 +104,12 @@ impl ModelArgs {
             // The other ranks open the checkpoint themselves.
             if 1 < self.compute.tp {
                 bail!("--weights rounds for one rank, --tp is {}", self.compute.tp);
+            }
+            if checkpoint.pack().is_some() {
+                bail!(
+                    "--weights rounds a checkpoint, `{}` is a pack",
+                    self.model.display()
+                );
             }
             checkpoint.round_weights(weights.format());
         }

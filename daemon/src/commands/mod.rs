@@ -2,6 +2,7 @@
 
 pub(crate) mod dev;
 pub(crate) mod eval;
+pub(crate) mod pack;
 pub(crate) mod rank;
 pub(crate) mod serve;
 

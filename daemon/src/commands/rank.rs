@@ -1,10 +1,13 @@
 //! `dsd rank`: one rank of a group. Agents start it; a person has no use for it.
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::Args;
 use dsd::{
     config::{LogConfig, LogFormat},
-    group, telemetry,
+    group::{self, rank::RankError},
+    telemetry::{self, chain},
 };
 
 #[derive(Debug, Args)]
@@ -18,7 +21,7 @@ pub(crate) struct Rank {
 }
 
 impl Rank {
-    pub(crate) fn run(self) -> Result<()> {
+    pub(crate) fn run(self) -> Result<ExitCode> {
         telemetry::install_logs(&LogConfig {
             filter: self.log_filter,
             format: match self.log_format.as_str() {
@@ -26,6 +29,14 @@ impl Rank {
                 _ => LogFormat::Text,
             },
         })?;
-        Ok(group::rank::run()?)
+        match group::rank::run() {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(e @ (RankError::Form { .. } | RankError::Lost(_))) => {
+                // The agent was told and says so.
+                tracing::debug!(error = %chain(&e), "rank ends");
+                Ok(ExitCode::FAILURE)
+            }
+            Err(e) => Err(e.into()),
+        }
     }
 }

@@ -146,7 +146,7 @@ macro_rules! sections {
                 name: "path",
                 default: "required",
                 range: "",
-                doc: "Checkpoint folder (safetensors) or GGUF file.",
+                doc: "Checkpoint folder (safetensors), GGUF file or pack.",
             },
         ];
     };
@@ -217,9 +217,13 @@ sections! {
         waiting_max: usize = 128, "128", 1..=1_048_576;
         /// Keep the keys and values of prompts for later ones that begin alike, within the KV cache.
         prefix_cache: bool = true, "true";
+        /// Seconds from one check of a pack's tensors to the next; the first begins at start.
+        scrub_interval_s: u64 = 86_400, "86400", 60..=31_536_000;
+        /// Bytes a second that such a check reads at most.
+        scrub_bytes_per_s: u64 = 268_435_456, "268435456", 1_048_576..=1_099_511_627_776;
         /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
         activations: Activations = Activations::F32, "`f32`";
-        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head)..
+        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head).
         kv_type: KvType = KvType::F32, "`f32`";
     }
 
@@ -238,7 +242,7 @@ sections! {
 pub struct ModelConfig {
     /// Name in requests.
     pub name: String,
-    /// Checkpoint folder or GGUF file.
+    /// Checkpoint folder, GGUF file or pack.
     pub path: PathBuf,
 }
 

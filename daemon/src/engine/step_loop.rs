@@ -130,16 +130,16 @@ impl StepLoop {
                 self.publish();
                 self.report();
             }
+            if let Some(fatal) = self.fatal.take() {
+                return Err(fatal);
+            }
             let is_due = |due| due <= clock::now();
             if !self.is_stopping && self.canary.due_at(self.last_token_at).is_some_and(is_due) {
                 // The failure is logged and counted; the next silence brings the next try.
                 if let Err(e @ StepError::Missing(_)) = self.run_canary() {
-                    self.fatal = Some(e);
+                    return Err(e);
                 }
                 self.report();
-            }
-            if let Some(fatal) = self.fatal.take() {
-                return Err(fatal);
             }
         }
     }

@@ -50,6 +50,14 @@ pub enum NotReady {
         /// The limit in seconds.
         max_s: u64,
     },
+    /// A model's weights in memory are not those that were packed.
+    #[error("tensor `{tensor}` of the model `{model}` is damaged; pack its checkpoint again")]
+    DamagedWeights {
+        /// The model's name.
+        model: String,
+        /// The tensor's.
+        tensor: String,
+    },
     /// A model says something else than it used to.
     #[error("the model `{model}` answers a fixed prompt with another token than it did at first")]
     WrongToken {
@@ -108,6 +116,12 @@ fn liveness(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady
     }
     if load.canary_wrong {
         return Err(NotReady::WrongToken { model: name() });
+    }
+    if let Some(damage) = model.damage() {
+        return Err(NotReady::DamagedWeights {
+            model: name(),
+            tensor: damage.tensor,
+        });
     }
     match load.last_token_age {
         None => Err(NotReady::NoToken { model: name() }),

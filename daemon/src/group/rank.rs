@@ -210,7 +210,7 @@ fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
         step_spans_max: start.step_spans_max as usize,
     };
     let (rank, n_ranks) = (start.rank as usize, start.n_ranks as usize);
-    let checkpoint = Checkpoint::open(Path::new(&start.path))?;
+    let checkpoint = Checkpoint::reopen(Path::new(&start.path))?;
     // The agent has planned the same and found that it fits.
     let plan = plan_cpu(&checkpoint, cpu, n_ranks, budget, None)?;
     let mut group = match n_ranks {

@@ -435,7 +435,7 @@ impl Supervisor {
                 what = blame.what,
                 n_kept,
                 n_given_up = given_up.len(),
-                retry_in_ms = retry_in.as_millis(),
+                retry_in_ms = retry_in.as_millis() as u64,
                 "group lost"
             );
         } else {
@@ -697,9 +697,8 @@ impl Supervisor {
         state.new = state.in_flight.keys().copied().collect();
         let n_resumed = state.new.len();
         drop(state);
-        let took_ms = clock::now()
-            .saturating_duration_since(self.formed_at)
-            .as_millis();
+        let took = clock::now().saturating_duration_since(self.formed_at);
+        let took_ms = took.as_millis() as u64;
         let epoch = self.life.epoch();
         info!(model = %self.cfg.model, epoch, took_ms, n_resumed, "group ready");
     }

@@ -10,7 +10,7 @@ use super::{
     spec::{AttentionSpec, DecoderSpec, FfnSpec},
     split::Split,
 };
-use crate::weights::{Checkpoint, Cut, Role, TensorSource};
+use crate::weights::{Cut, RankTensors, Role, TensorSource};
 
 /// Builds one rank's part of the decoder from the tensors of `source`.
 ///
@@ -108,18 +108,21 @@ fn ffn<B: WeightStore>(
     })
 }
 
-/// Everything in the checkpoint must have been asked for, except what is known to be unused: the
-/// layers of prediction heads, a copy of the tied output layer, and precomputed frequencies that
-/// old exports carry. Call after [`build`].
+/// Everything in the checkpoint or pack must have been asked for, except what is known to be unused:
+/// the layers of prediction heads, a copy of the tied output layer, and precomputed frequencies that
+/// old exports carry (none of which a pack has). Call after [`build`].
 ///
 /// # Errors
 /// [`ModelError::ExtraTensors`].
-pub fn refuse_extra_tensors(checkpoint: &Checkpoint, spec: &DecoderSpec) -> Result<(), ModelError> {
+pub fn refuse_extra_tensors(
+    source: &RankTensors<'_>,
+    spec: &DecoderSpec,
+) -> Result<(), ModelError> {
     let n = spec.n_layers();
     let unused_layers = (n..n + spec.n_extra_layers)
         .map(|i| format!("model.layers.{i}."))
         .collect::<Vec<_>>();
-    let mut extra = checkpoint.unclaimed();
+    let mut extra = source.unclaimed();
     extra.retain(|name| {
         let unused = unused_layers.iter().any(|layer| name.starts_with(layer))
             || name.ends_with(".rotary_emb.inv_freq")

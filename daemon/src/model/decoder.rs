@@ -59,12 +59,13 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<&'w mut B::Buffer, Missing> {
         let (spec, n_rows) = (&self.spec, inputs.n_rows());
         let dense = RowView::dense(spec.hidden);
-        let step = StepContext {
+        let mut step = StepContext {
             backend,
             inputs,
             rms_norm_eps: spec.rms_norm_eps,
             rope_layout: spec.rope_layout,
             cache_shape,
+            layer: 0,
         };
         let n_elements = n_rows * spec.hidden;
         backend.embed(&self.embedding, self.first_token, inputs.tokens, &mut ws.x);
@@ -78,7 +79,7 @@ impl<B: Backend> Decoder<B> {
             &mut ws.angles,
         );
         for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
-            let site = |op| Site { layer: index, op };
+            step.layer = index;
             let eps = spec.rms_norm_eps;
             backend.rms_norm(
                 &ws.x,
@@ -90,18 +91,18 @@ impl<B: Backend> Decoder<B> {
             );
             match &layer.attention {
                 Attention::Gqa(attention) => attention.forward(&step, cache, ws),
-                Attention::Mla(attention) => attention.forward(&step, cache, ws),
+                Attention::Mla(attention) => attention.forward(&step, cache, ws, group)?,
             }
             let y = backend.download(&mut ws.y, n_elements);
-            group.all_reduce(site(Op::Attention), y)?;
+            group.all_reduce(step.site(Op::Attention), y)?;
             backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
             backend.rms_norm(&ws.x, dense, n_rows, &layer.ffn_norm, eps, &mut ws.normed);
             match &layer.ffn {
                 Ffn::Mlp(ffn) => ffn.forward(&step, ws),
-                Ffn::Moe(ffn) => ffn.forward(&step, ws),
+                Ffn::Moe(ffn) => ffn.forward(&step, ws, group)?,
             }
             let y = backend.download(&mut ws.y, n_elements);
-            group.all_reduce(site(Op::FeedForward), y)?;
+            group.all_reduce(step.site(Op::FeedForward), y)?;
             backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
         }
         let n = logit_rows.len();

@@ -18,7 +18,10 @@ use super::{
     split::{FfnSplit, Split},
     workspace::Workspace,
 };
-use crate::weights::{Cut, Role, TensorSource, WeightsError};
+use crate::{
+    collective::{Collective, Missing, Op, Site},
+    weights::{Cut, Role, TensorSource, WeightsError},
+};
 
 /// Epsilon of MLA's two inner norms: a constant in the published code, whatever `rms_norm_eps` is.
 const MLA_NORM_EPS: f32 = 1e-6;
@@ -30,6 +33,18 @@ pub(super) struct StepContext<'a, B> {
     pub(super) rms_norm_eps: f32,
     pub(super) rope_layout: RopeLayout,
     pub(super) cache_shape: CacheShape,
+    /// The layer, to name where ranks meet.
+    pub(super) layer: usize,
+}
+
+impl<B> StepContext<'_, B> {
+    /// A place in this layer.
+    pub(super) fn site(&self, op: Op) -> Site {
+        Site {
+            layer: self.layer,
+            op,
+        }
+    }
 }
 
 /// Where a layer's tensors come from and go to, and which piece of them is this rank's.
@@ -70,16 +85,6 @@ struct Part<'a> {
     n_rows: usize,
     /// This rank's.
     rows: Range<usize>,
-}
-
-impl<'a> Part<'a> {
-    fn whole(name: &'a str, n_rows: usize) -> Self {
-        Self {
-            name,
-            n_rows,
-            rows: 0..n_rows,
-        }
-    }
 }
 
 /// A projection with its bias.
@@ -145,6 +150,76 @@ impl<B: Backend> Linear<B> {
 
     fn parts(&self) -> (&B::Weight, Option<&B::Buffer>) {
         (&self.weight, self.bias.as_ref())
+    }
+}
+
+/// A projection whose outputs every rank needs: each computes some of them, and they are gathered.
+struct Gathered<B: WeightStore> {
+    /// This rank's rows.
+    linear: Linear<B>,
+    /// The rows of every rank; none where this rank computes them all.
+    columns: Vec<Range<usize>>,
+    /// This rank's number of rows.
+    n_own: usize,
+}
+
+impl<B: WeightStore> Gathered<B> {
+    /// All of `{prefix}.{name}.weight`, `[n_rows, n_cols]`, of every part, as one layer.
+    fn load(
+        from: &Loading<'_, B>,
+        prefix: &str,
+        parts: &[(&str, usize)],
+        n_cols: usize,
+        bias: bool,
+    ) -> Result<Self, WeightsError> {
+        let n_rows = parts.iter().map(|(_, n_rows)| n_rows).sum::<usize>();
+        let columns = from.split.gathered(n_rows);
+        let own = match &columns {
+            Some(columns) => columns[from.split.of.rank].clone(),
+            None => 0..n_rows,
+        };
+        let mut first = 0;
+        let mut pieces = Vec::new();
+        for (name, n_rows) in parts {
+            let within = |row: usize| row.clamp(first, first + n_rows) - first;
+            let rows = within(own.start)..within(own.end);
+            first += n_rows;
+            if !rows.is_empty() {
+                pieces.push(Part {
+                    name,
+                    n_rows: *n_rows,
+                    rows,
+                });
+            }
+        }
+        Ok(Self {
+            linear: Linear::by_rows(from, prefix, &pieces, n_cols, bias)?,
+            columns: columns.unwrap_or_default(),
+            n_own: own.len(),
+        })
+    }
+}
+
+impl<B: Backend> Gathered<B> {
+    /// `scratch` has room for this rank's outputs.
+    fn run(
+        &self,
+        step: &StepContext<'_, B>,
+        x: &B::Buffer,
+        scratch: &mut B::Buffer,
+        out: &mut B::Buffer,
+        group: &mut Collective,
+        site: Site,
+    ) -> Result<(), Missing> {
+        let (b, n_rows) = (step.backend, step.inputs.n_rows());
+        let Some(last) = self.columns.last() else {
+            self.linear.run(b, x, n_rows, out);
+            return Ok(());
+        };
+        self.linear.run(b, x, n_rows, scratch);
+        let local = b.download(scratch, n_rows * self.n_own);
+        let out = b.download(out, n_rows * last.end);
+        group.gather_columns(site, local, &self.columns, n_rows, Some(out))
     }
 }
 
@@ -278,7 +353,7 @@ impl<B: Backend> Gqa<B> {
 pub(super) struct Mla<B: WeightStore> {
     spec: MlaSpec,
     /// The compressed query, where there is one, then `[c | rope key]`.
-    a: Linear<B>,
+    a: Gathered<B>,
     query: MlaQuery<B>,
     kv_a_gain: B::Buffer,
     kv_b: KvExpansion<B>,
@@ -335,18 +410,16 @@ impl<B: WeightStore> Mla<B> {
             n_rows: n_heads * q_head,
             rows: per_head(q_head),
         };
-        let kv_a = || Part::whole("kv_a_proj_with_mqa", rank + full.qk_rope_head_dim);
+        let kv_a = ("kv_a_proj_with_mqa", rank + full.qk_rope_head_dim);
+        let before =
+            |parts: &[(&str, usize)]| Gathered::load(from, prefix, parts, hidden, full.bias);
         let (a, query) = match full.q_lora_rank {
             None => (
-                linear(&[kv_a()], hidden, full.bias)?,
+                before(&[kv_a])?,
                 MlaQuery::Direct(linear(&[q("q_proj")], hidden, false)?),
             ),
             Some(q_rank) => (
-                linear(
-                    &[Part::whole("q_a_proj", q_rank), kv_a()],
-                    hidden,
-                    full.bias,
-                )?,
+                before(&[("q_a_proj", q_rank), kv_a])?,
                 MlaQuery::Compressed {
                     rank: q_rank,
                     gain: gain("q_a_layernorm", q_rank)?,
@@ -392,7 +465,8 @@ impl<B: Backend> Mla<B> {
         step: &StepContext<'_, B>,
         cache: &mut B::Cache,
         ws: &mut Workspace<B>,
-    ) {
+        group: &mut Collective,
+    ) -> Result<(), Missing> {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
         let MlaSpec {
             n_heads,
@@ -405,7 +479,14 @@ impl<B: Backend> Mla<B> {
             qk_nope_head_dim + qk_rope_head_dim,
             kv_lora_rank + qk_rope_head_dim,
         );
-        self.a.run(b, &ws.normed, n_rows, &mut ws.qkv);
+        self.a.run(
+            step,
+            &ws.normed,
+            &mut ws.y,
+            &mut ws.qkv,
+            group,
+            step.site(Op::Latent),
+        )?;
         let q_len = self.query.rank();
         let rows = |offset, width| RowView {
             offset,
@@ -543,6 +624,7 @@ impl<B: Backend> Mla<B> {
         };
         b.expand_values(&ws.o_latent, kv_b, values, &mut ws.o, n_rows);
         self.o.run(b, &ws.o, n_rows, &mut ws.y);
+        Ok(())
     }
 }
 
@@ -605,7 +687,7 @@ impl<B: Backend> Mlp<B> {
 pub(super) struct Moe<B: WeightStore> {
     spec: MoeSpec,
     hidden: usize,
-    gate: Linear<B>,
+    gate: Gathered<B>,
     /// `e_score_correction_bias`.
     gate_bias: Option<B::Buffer>,
     experts: Vec<Expert<B::Weight>>,
@@ -643,11 +725,10 @@ impl<B: WeightStore> Moe<B> {
             let prefix = format!("{prefix}.shared_experts");
             Mlp::load(from, inter, &ranges.shared, false, &prefix)
         });
-        let gate = Part::whole("gate", n_experts);
         Ok(Self {
             spec: local.clone(),
             hidden,
-            gate: Linear::by_rows(from, prefix, &[gate], hidden, false)?,
+            gate: Gathered::load(from, prefix, &[("gate", n_experts)], hidden, false)?,
             gate_bias,
             experts: (0..n_experts).map(expert).collect::<Result<_, _>>()?,
             shared: shared.transpose()?,
@@ -656,13 +737,25 @@ impl<B: WeightStore> Moe<B> {
 }
 
 impl<B: Backend> Moe<B> {
-    pub(super) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
+    pub(super) fn forward(
+        &self,
+        step: &StepContext<'_, B>,
+        ws: &mut Workspace<B>,
+        group: &mut Collective,
+    ) -> Result<(), Missing> {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
+        self.gate.run(
+            step,
+            &ws.normed,
+            &mut ws.y,
+            &mut ws.gate_logits,
+            group,
+            step.site(Op::Gate),
+        )?;
         match &self.shared {
             Some(shared) => shared.forward(step, ws),
             None => b.clear(&mut ws.y, n_rows * self.hidden),
         }
-        self.gate.run(b, &ws.normed, n_rows, &mut ws.gate_logits);
         if let Some(routes) = &mut ws.routes {
             b.gate(
                 &ws.gate_logits,
@@ -673,5 +766,6 @@ impl<B: Backend> Moe<B> {
             );
             b.experts(&ws.normed, n_rows, &self.experts, routes, &mut ws.y);
         }
+        Ok(())
     }
 }

@@ -2,7 +2,8 @@
 //! dealt to ranks as Megatron-LM does (Shoeybi et al. 2019, section 3).
 //!
 //! A projection into heads or inner widths is cut by rows, the one out of them by columns, and the
-//! ranks' outputs add up. Key-value heads follow their query heads; where there are fewer of them
+//! ranks' outputs add up. What every rank needs whole, MLA's compressed query and latent and the
+//! gate's logits, is cut by rows as well and gathered, so that no rank does the work of another. Key-value heads follow their query heads; where there are fewer of them
 //! than ranks, ranks share one. MLA's latent and its cache are the same on every rank. Experts are
 //! cut inside, so that every rank has an even part of any choice of them.
 //!
@@ -75,7 +76,7 @@ pub struct FfnSplit {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SplitError {
     /// There is less to deal than there are ranks.
-    #[error("{n_ranks} ranks cannot share {n} {what}; use at most {n} ranks (--tp, engine.tp)")]
+    #[error("{n_ranks} ranks cannot share {n} {what}: use at most {n} ranks (--tp, engine.tp)")]
     TooManyRanks {
         /// What is dealt.
         what: String,
@@ -115,7 +116,7 @@ impl Split {
             heads: 0..n_heads,
             kv_heads: 0..n_kv_heads,
             vocab: 0..spec.vocab_len,
-            vocab_of_ranks: vec![0..spec.vocab_len],
+            vocab_of_ranks: std::iter::once(0..spec.vocab_len).collect(),
             ffns: spec.ffns.iter().map(whole).collect(),
             full: spec.clone(),
         }
@@ -171,7 +172,7 @@ impl Split {
         split.ffns.clear();
         for (index, ffn) in split.local.ffns.iter_mut().enumerate() {
             let mlp = format!("model.layers.{index}.mlp");
-            let what = |part: &str| format!("columns of {part} in layer {index}, in whole blocks,");
+            let what = |part: &str| format!("pieces of whole blocks of {part} in layer {index}");
             split.ffns.push(match ffn {
                 FfnSpec::Mlp { inter, .. } => {
                     let block = block_of(&format!("{mlp}.down_proj.weight"));
@@ -205,6 +206,21 @@ impl Split {
         Ok(split)
     }
 
+    /// The rows of every rank where all need the `n` outputs of a layer; `None` where each computes
+    /// them all: alone, or where a rank's piece would not fit the buffer of a row of the residual
+    /// stream.
+    pub fn gathered(&self, n: usize) -> Option<Vec<Range<usize>>> {
+        let n_ranks = self.of.n_ranks;
+        if n_ranks == 1 {
+            return None;
+        }
+        let rows = (0..n_ranks)
+            .map(|rank| deal_width("rows", n, 1, RankOf { rank, n_ranks }).ok())
+            .collect::<Option<Vec<_>>>()?;
+        let fits = |rows: &Range<usize>| rows.len() <= self.full.hidden;
+        rows.iter().all(fits).then_some(rows)
+    }
+
     /// True for the rank whose outputs carry what is added once, such as biases.
     pub fn is_first(&self) -> bool {
         self.of.rank == 0
@@ -229,7 +245,7 @@ fn deal_grouped(
     }
     // Several ranks to a key-value head: each takes some of its query heads.
     let too_many = || SplitError::TooManyRanks {
-        what: "attention heads, in whole blocks of the output projection,".to_owned(),
+        what: "attention heads, in whole blocks of the output projection".to_owned(),
         n: n_heads / unit,
         n_ranks: of.n_ranks,
     };
@@ -387,7 +403,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "4 ranks cannot share 3 attention heads; use at most 3 ranks (--tp, engine.tp)"
+            "4 ranks cannot share 3 attention heads: use at most 3 ranks (--tp, engine.tp)"
         );
     }
 }

@@ -23,7 +23,7 @@ use crate::{
     },
     runtime::clock,
     text::TextModel,
-    weights::Checkpoint,
+    weights::{Checkpoint, KeeperConfig, PackKeeper},
 };
 
 /// Without `engine.kv_tokens` and `engine.kv_bytes` the KV cache takes one full context, but at most
@@ -126,6 +126,15 @@ fn load(
         }
     }
     stage(3);
+    // Before ranks map the pack: reading ahead of them is what its first start on cold disks needs.
+    let keeper = checkpoint
+        .pack()
+        .map(|pack| PackKeeper::start(name, Arc::clone(pack), keeper_config(keys)))
+        .transpose()
+        .map_err(|e| LoadError::Engine {
+            name: name.to_owned(),
+            source: e.into(),
+        })?;
     let sum = |bytes: fn(&MemoryPlan) -> u64| plan.ranks.iter().map(|r| bytes(&r.memory)).sum();
     let memory = MemoryFigures {
         weight_bytes: sum(|plan| plan.mapped_bytes + plan.panels_bytes),
@@ -156,7 +165,7 @@ fn load(
         isa = cpu.isa.name(),
         ranks = keys.tp,
         threads = cpu.n_threads,
-        took_ms = started.elapsed().as_millis(),
+        took_ms = started.elapsed().as_millis() as u64,
         "model ready"
     );
     Ok(ServedModel {
@@ -168,7 +177,16 @@ fn load(
         replica,
         stop_token_ids: checkpoint.eos_token_ids().into(),
         memory,
+        keeper,
     })
+}
+
+/// How packs are looked after.
+fn keeper_config(keys: &EngineKeys) -> KeeperConfig {
+    KeeperConfig {
+        scrub_interval: Duration::from_secs(keys.scrub_interval_s),
+        scrub_bytes_per_s: keys.scrub_bytes_per_s,
+    }
 }
 
 /// What the configuration allows a replica of this model.

@@ -6,7 +6,7 @@ use dsd_kernels::cpu::{CpuBackend, CpuConfig, CpuError};
 use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes};
 use crate::{
     model::{self, DecoderSpec, ModelError, RankOf, Split},
-    weights::Checkpoint,
+    weights::{Checkpoint, RankTensors},
 };
 
 /// Why a checkpoint cannot run here.
@@ -84,9 +84,17 @@ pub fn plan_cpu(
 ) -> Result<ReplicaPlan, LoadError> {
     let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
     let format_of = |name: &str| checkpoint.format(name);
-    let part = |split| {
-        let tensors = model::tensors(checkpoint, &split)?;
-        let weights = WeightBytes::of_checkpoint(&tensors, &format_of);
+    let part = |split: Split| {
+        let weights = match of_rank(checkpoint, split.of)? {
+            RankTensors::Pack(rank) => WeightBytes {
+                mapped: rank.tensor_bytes(),
+                panels: 0,
+            },
+            source @ RankTensors::Checkpoint(_) => {
+                let tensors = model::tensors(&source, &split)?;
+                WeightBytes::of_checkpoint(&tensors, &format_of)
+            }
+        };
         Ok::<_, LoadError>((split, weights))
     };
     let parts = splits(checkpoint, &spec, n_ranks)?
@@ -114,8 +122,13 @@ pub fn load_cpu(
     plan: &RankPlan,
 ) -> Result<ModelExecutor<CpuBackend>, LoadError> {
     let backend = CpuBackend::new(cpu)?;
-    let decoder = model::build(checkpoint, &plan.split, &backend)?;
-    model::refuse_extra_tensors(checkpoint, &plan.split.full)?;
+    let source = of_rank(checkpoint, plan.split.of)?;
+    let decoder = model::build(&source, &plan.split, &backend)?;
+    model::refuse_extra_tensors(&source, &plan.split.full)?;
     checkpoint.release_blocks();
     Ok(ModelExecutor::new(backend, decoder, plan))
+}
+
+fn of_rank(checkpoint: &Checkpoint, of: RankOf) -> Result<RankTensors<'_>, ModelError> {
+    Ok(checkpoint.of_rank(of.rank, of.n_ranks)?)
 }

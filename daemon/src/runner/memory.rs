@@ -46,7 +46,7 @@ impl WeightBytes {
         for request in requests {
             let TensorRequest::Matrix {
                 name,
-                shape: [n_rows, n_cols],
+                shape,
                 cut,
                 role,
             } = request
@@ -56,11 +56,7 @@ impl WeightBytes {
             let Some(format) = format_of(name) else {
                 continue;
             };
-            let (rows, cols) = match cut {
-                Cut::Whole => (*n_rows, *n_cols),
-                Cut::Rows(range) => (range.len(), *n_cols),
-                Cut::Cols(range) => (*n_rows, range.len()),
-            };
+            let [rows, cols] = cut.shape_of(*shape);
             let panels = match role {
                 Role::Linear => panel::bytes(format, rows, cols),
                 Role::Latent => None,

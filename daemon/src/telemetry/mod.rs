@@ -138,6 +138,21 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
     ),
     ("dsd_kv_blocks_used", MetricKind::Gauge, "KV blocks in use."),
     (
+        "dsd_pack_locked_bytes",
+        MetricKind::Gauge,
+        "Bytes of a model's pack that stay in memory.",
+    ),
+    (
+        "dsd_pack_damaged_tensors",
+        MetricKind::Gauge,
+        "Tensors of a model's pack that are not what was packed.",
+    ),
+    (
+        "dsd_pack_scrubs_total",
+        MetricKind::Counter,
+        "Reads of all tensors of a model's pack.",
+    ),
+    (
         "dsd_preemptions_total",
         MetricKind::Counter,
         "Sequences preempted for want of KV blocks.",

@@ -16,6 +16,8 @@ use crate::weights::side_file::{read_json, read_text};
 
 /// The file that makes a folder a tokenizer.
 pub(super) const TOKENIZER_NAME: &str = "tokenizer.json";
+/// Everything a folder's tokenizer is read from.
+pub const FILE_NAMES: [&str; 3] = [TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME];
 const CONFIG_NAME: &str = "tokenizer_config.json";
 const TEMPLATE_NAME: &str = "chat_template.jinja";
 

@@ -31,6 +31,7 @@ mod tests;
 pub use chat::{ChatOptions, ChatPrompt};
 pub use decoder::OutputDecoder;
 pub use error::TextError;
+pub use load::FILE_NAMES;
 pub use model::TextModel;
 pub use output::{OutputDelta, OutputParser, OutputStep};
 pub use reasoning::ReasoningMode;

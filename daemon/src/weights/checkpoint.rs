@@ -28,13 +28,19 @@ use super::{
     gguf_names::{self, HfName},
     int4::{self, Packed},
     mmap,
+    pack::{
+        self, Pack,
+        manifest::{GGUF_NAME, MANIFEST_NAME},
+    },
     quantization::{self, Int4Scheme, Scheme},
     safetensors,
     side_file::read_json,
+    source::RankTensors,
     tensor::{StoredTensor, StoredType},
 };
 
-/// An opened checkpoint. Matrices taken from it share its mappings and may outlive it.
+/// An opened checkpoint, or a pack of one. Matrices taken from it share its mappings and may outlive
+/// it. The tensors of a pack are had through [`Checkpoint::of_rank`] only.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -50,6 +56,8 @@ pub struct Checkpoint {
     rounding: Option<Format>,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
+    /// Then `tensors` is empty.
+    pack: Option<Arc<Pack>>,
 }
 
 /// A file of the checkpoint and how many of its bytes are mapped.
@@ -80,18 +88,34 @@ const CONFIG_NAME: &str = "config.json";
 const GENERATION_CONFIG_NAME: &str = "generation_config.json";
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder, a GGUF file, or a folder that holds exactly one GGUF file, maps
-    /// its files and checks every header against its file's length.
+    /// Opens a Hugging Face folder, a GGUF file, a folder that holds exactly one GGUF file, or a
+    /// pack, maps its files and checks every header against its file's length.
     ///
     /// # Errors
     /// [`WeightsError`] naming file, tensor, what was expected and what was found.
     pub fn open(path: &Path) -> Result<Self, WeightsError> {
+        let opened = Self::reopen(path)?;
+        if let Some(pack) = &opened.pack {
+            pack.refuse_stale()?;
+        }
+        Ok(opened)
+    }
+
+    /// As [`Checkpoint::open`], for a rank whose agent has opened it: a checkpoint that changed after
+    /// it was packed does not keep a lost rank from coming back.
+    ///
+    /// # Errors
+    /// [`WeightsError`].
+    pub fn reopen(path: &Path) -> Result<Self, WeightsError> {
         let metadata = path.metadata().map_err(|source| WeightsError::Read {
             file: path.to_owned(),
             source,
         })?;
         if !metadata.is_dir() {
             return Self::open_gguf(path, path);
+        }
+        if pack::is_pack(path) {
+            return Self::open_pack(path);
         }
         match folder::only_gguf_in(path)? {
             Some(file) => Self::open_gguf(path, &file),
@@ -100,7 +124,9 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
-        let gguf::Gguf { metadata, tensors } = gguf::read(file)?;
+        let gguf::Gguf {
+            metadata, tensors, ..
+        } = gguf::read(file)?;
         let config = gguf_config::translate(&metadata, &tensors)?;
         let eos_token_ids = gguf_config::eos_token_ids(&metadata)?;
         let files = vec![mapped_file(file)?];
@@ -128,6 +154,7 @@ impl Checkpoint {
             rounding: None,
             files,
             tensors: entries,
+            pack: None,
         })
     }
 
@@ -174,7 +201,52 @@ impl Checkpoint {
             rounding: None,
             files,
             tensors,
+            pack: None,
         })
+    }
+
+    fn open_pack(path: &Path) -> Result<Self, WeightsError> {
+        let pack = Pack::open(path)?;
+        let manifest = pack.manifest();
+        let gguf_file = path.join(GGUF_NAME);
+        let gguf = match manifest.side_files.iter().any(|f| f.name == GGUF_NAME) {
+            true => Some(gguf::read(&gguf_file)?.metadata),
+            false => None,
+        };
+        let files = pack.files().map(|(path, bytes)| MappedFile {
+            path: path.to_owned(),
+            bytes,
+        });
+        Ok(Self {
+            path: path.to_owned(),
+            config_file: path.join(MANIFEST_NAME),
+            architecture: manifest.architecture.clone(),
+            config: manifest.config.clone(),
+            generation_config: manifest.generation_config.clone(),
+            eos_token_ids: manifest.eos_token_ids.clone(),
+            gguf,
+            scheme: Scheme::Plain,
+            rounding: None,
+            files: files.collect(),
+            tensors: BTreeMap::new(),
+            pack: Some(Arc::new(pack)),
+        })
+    }
+
+    /// What rank `rank` of `n_ranks` takes its tensors from.
+    ///
+    /// # Errors
+    /// [`pack::PackError::RankCount`] for a pack of another number of ranks.
+    pub fn of_rank(&self, rank: usize, n_ranks: usize) -> Result<RankTensors<'_>, WeightsError> {
+        Ok(match &self.pack {
+            None => RankTensors::Checkpoint(self),
+            Some(pack) => RankTensors::Pack(pack.rank(rank, n_ranks)?),
+        })
+    }
+
+    /// The pack that was opened; `None` for a checkpoint.
+    pub fn pack(&self) -> Option<&Arc<Pack>> {
+        self.pack.as_ref()
     }
 
     /// The `model_type` of the configuration, or the first of its `architectures` where it has no
@@ -192,6 +264,11 @@ impl Checkpoint {
     /// `generation_config.json`, where there is one.
     pub fn generation_config(&self) -> Option<&Value> {
         self.generation_config.as_ref()
+    }
+
+    /// Where a folder's generation configuration lies.
+    pub(crate) fn generation_config_file(&self) -> PathBuf {
+        self.path.join(GENERATION_CONFIG_NAME)
     }
 
     /// True when rows of the query and key projections are stored so that rotary pairs are
@@ -272,7 +349,11 @@ impl Checkpoint {
 
     /// True when there is a tensor of this name, be it in several packed ones.
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name) || self.packed(name).is_some()
+        let packed = || self.packed(name).is_some();
+        match &self.pack {
+            Some(pack) => pack.contains(name),
+            None => self.tensors.contains_key(name) || packed(),
+        }
     }
 
     /// Dimensions of a tensor, slowest first. Does not claim it.
@@ -283,6 +364,9 @@ impl Checkpoint {
     /// How a matrix is handed out; `None` when there is none of this name, or of a type kernels do
     /// not know. Does not claim it.
     pub fn format(&self, name: &str) -> Option<Format> {
+        if let Some(pack) = &self.pack {
+            return pack.format(name);
+        }
         let stored = match self.packed(name) {
             Some(_) => Format::Int4,
             None => match self.tensors.get(name)?.tensor.stored_type {

@@ -5,7 +5,7 @@ use std::{fmt, io, path::PathBuf};
 
 use dsd_kernels::{dtype::Format, matrix::MatrixError, quant::RoundError};
 
-use super::{source::Cut, tensor::StoredType};
+use super::{pack::PackError, source::Cut, tensor::StoredType};
 
 /// Why a checkpoint, or one tensor of it, cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -272,6 +272,9 @@ pub enum WeightsError {
         #[source]
         source: RoundError,
     },
+    /// A pack does not fit its manifest, or not what is asked of it.
+    #[error(transparent)]
+    Pack(#[from] PackError),
     /// Shape, type and bytes were checked and still make no matrix.
     #[error("`{}`: tensor `{tensor}` does not make a matrix", file.display())]
     Matrix {

@@ -7,6 +7,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Range,
     path::Path,
     sync::Arc,
 };
@@ -66,6 +67,8 @@ pub struct GgufMetadata {
 pub(super) struct Gguf {
     pub(super) metadata: GgufMetadata,
     pub(super) tensors: Vec<StoredTensor>,
+    /// Where the keys end in the file.
+    keys_end: usize,
 }
 
 /// Maps and reads a file.
@@ -100,6 +103,7 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
         file: Arc::clone(&file),
         values,
     };
+    let keys_end = reader.at;
     let mut infos = Vec::new();
     let mut names = HashSet::new();
     for _ in 0..n_tensors {
@@ -116,7 +120,28 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
     let alignment = alignment(&metadata)?;
     let header_end = reader.at;
     let tensors = cut_all(&file, bytes, infos, header_end, alignment)?;
-    Ok(Gguf { metadata, tensors })
+    Ok(Gguf {
+        metadata,
+        tensors,
+        keys_end,
+    })
+}
+
+/// The file `path` without its tensors.
+///
+/// # Errors
+/// [`WeightsError`] naming the first thing that does not fit.
+pub(crate) fn metadata_only(path: &Path) -> Result<Vec<u8>, WeightsError> {
+    /// Behind magic number and version.
+    const N_TENSORS: Range<usize> = 8..16;
+    let bytes = mmap::map_file(path)?;
+    let Gguf {
+        metadata, keys_end, ..
+    } = parse(path, &bytes)?;
+    let mut only = bytes[..keys_end].to_vec();
+    only[N_TENSORS].fill(0);
+    only.resize(keys_end.next_multiple_of(alignment(&metadata)?), 0);
+    Ok(only)
 }
 
 /// Checks magic and version, returns the numbers of tensors and keys.

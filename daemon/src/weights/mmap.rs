@@ -4,7 +4,7 @@
 //!
 //! Invariant: the mapping lives until the last `Bytes` cut from it is dropped.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, io, path::Path};
 
 use bytes::Bytes;
 use memmap2::Mmap;
@@ -52,5 +52,27 @@ pub(super) fn release(piece: &Bytes) {
         // SAFETY: whole pages of a read-only file mapping that `piece` keeps alive: dropped pages
         // come back from the file. Advice that the system refuses changes nothing.
         unsafe { libc::madvise(first.cast_mut().cast(), end - start, libc::MADV_DONTNEED) };
+    }
+}
+
+/// Keeps a piece of a mapping in memory until its mapping ends. Waits until it is read.
+///
+/// # Errors
+/// When the system refuses, most often over the limit of locked memory.
+pub(super) fn lock(piece: &[u8]) -> io::Result<()> {
+    // SAFETY: a valid range; locking changes no content.
+    match unsafe { libc::mlock(piece.as_ptr().cast(), piece.len()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Asks for a mapping to be read ahead; whoever reads it before that waits.
+pub(super) fn will_need(mapping: &Bytes) {
+    // SAFETY: a whole mapping, which begins at a page. Advice changes no content, and where it is
+    // refused everything still works.
+    unsafe {
+        let first = mapping.as_ptr().cast_mut().cast();
+        libc::madvise(first, mapping.len(), libc::MADV_WILLNEED);
     }
 }

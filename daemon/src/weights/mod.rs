@@ -1,4 +1,4 @@
-//! Checkpoints by mmap: safetensors and GGUF, checked before use.
+//! Checkpoints by mmap: safetensors, GGUF and packs, checked before use.
 //!
 //! Knows files, tensor names, shapes and stored formats; knows no model and no arithmetic beyond
 //! decoding small vectors.
@@ -11,6 +11,7 @@
 
 pub mod checkpoint;
 pub mod source;
+pub mod pack;
 pub mod verify;
 mod error;
 mod folder;
@@ -32,7 +33,10 @@ pub(crate) mod tests;
 
 pub use checkpoint::Checkpoint;
 pub use error::WeightsError;
+pub(crate) use gguf::metadata_only as gguf_metadata_only;
 pub use gguf::{GgufMetadata, GgufValue};
-pub use source::{Cut, Role, TensorSource};
+pub(crate) use pack::is_pack;
+pub use pack::{DamagedTensor, KeeperConfig, Pack, PackError, PackHealth, PackKeeper};
+pub use source::{Cut, RankTensors, Role, TensorSource};
 pub use tensor::StoredType;
 pub use verify::{Digests, Finding, TensorDigest, VerifyProgress, VerifyReport, verify};

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use dsd_kernels::{dtype::Format, matrix::Matrix};
 
-use super::{checkpoint::Checkpoint, error::WeightsError};
+use super::{checkpoint::Checkpoint, error::WeightsError, pack::PackedRank};
 
 /// Which piece of a matrix a rank holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,15 @@ impl Cut {
         match *range == (0..n) {
             true => Self::Whole,
             false => Self::Cols(range.clone()),
+        }
+    }
+
+    /// Rows and columns of this piece of a matrix.
+    pub fn shape_of(&self, [n_rows, n_cols]: [usize; 2]) -> [usize; 2] {
+        match self {
+            Self::Whole => [n_rows, n_cols],
+            Self::Rows(range) => [range.len(), n_cols],
+            Self::Cols(range) => [n_rows, range.len()],
         }
     }
 }
@@ -113,5 +122,55 @@ impl TensorSource for Checkpoint {
 
     fn format(&self, name: &str) -> Option<Format> {
         Self::format(self, name)
+    }
+}
+
+/// What one rank of a group takes its tensors from.
+#[derive(Debug, Clone, Copy)]
+pub enum RankTensors<'a> {
+    /// Whole tensors, cut as they are taken.
+    Checkpoint(&'a Checkpoint),
+    /// Pieces made for this rank.
+    Pack(&'a PackedRank),
+}
+
+impl RankTensors<'_> {
+    /// Names of the tensors that nothing took, sorted.
+    pub fn unclaimed(&self) -> Vec<String> {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.unclaimed(),
+            Self::Pack(rank) => rank.unclaimed(),
+        }
+    }
+
+    fn source(&self) -> &dyn TensorSource {
+        match self {
+            Self::Checkpoint(checkpoint) => *checkpoint,
+            Self::Pack(rank) => *rank,
+        }
+    }
+}
+
+impl TensorSource for RankTensors<'_> {
+    fn matrix(
+        &self,
+        name: &str,
+        shape: [usize; 2],
+        cut: &Cut,
+        role: Role,
+    ) -> Result<Matrix, WeightsError> {
+        self.source().matrix(name, shape, cut, role)
+    }
+
+    fn vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<Vec<f32>, WeightsError> {
+        self.source().vector(name, len, part)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.source().contains(name)
+    }
+
+    fn format(&self, name: &str) -> Option<Format> {
+        self.source().format(name)
     }
 }

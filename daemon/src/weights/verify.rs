@@ -15,6 +15,7 @@ use super::{
     checkpoint::Checkpoint,
     error::WeightsError,
     folder::stored_tensors,
+    pack,
     side_file::read_json,
     tensor::{StoredTensor, StoredType},
 };
@@ -97,6 +98,9 @@ pub fn verify(
     saved: Option<&Digests>,
     mut on_progress: impl FnMut(VerifyProgress),
 ) -> Result<VerifyReport, WeightsError> {
+    if pack::is_pack(path) {
+        return verify_pack(path, saved, &mut on_progress);
+    }
     // Checks the configuration too; its mappings are dropped before the tensors are read.
     Checkpoint::open(path)?;
     let mut tensors = stored_tensors(path)?;
@@ -125,6 +129,30 @@ pub fn verify(
         bytes,
         digest: overall.finalize().to_hex().to_string(),
         tensors: digests,
+        findings,
+    };
+    if let Some(saved) = saved {
+        let differences = differences(&report, saved);
+        report.findings.extend(differences);
+    }
+    Ok(report)
+}
+
+fn verify_pack(
+    path: &Path,
+    saved: Option<&Digests>,
+    on_progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport, WeightsError> {
+    let (tensors, findings) = pack::verify(path, on_progress)?;
+    let mut overall = blake3::Hasher::new();
+    for tensor in &tensors {
+        add_to_overall(&mut overall, tensor);
+    }
+    let mut report = VerifyReport {
+        path: path.to_owned(),
+        bytes: tensors.iter().map(|t| t.bytes).sum(),
+        digest: overall.finalize().to_hex().to_string(),
+        tensors,
         findings,
     };
     if let Some(saved) = saved {

@@ -39,6 +39,8 @@ use crate::{
 /// An instruction set the kernels are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// [`Isa::Avx512`] and AMX-INT8.
+    Amx,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
     /// AVX2, FMA and F16C.
@@ -53,7 +55,8 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            found.extend(simd::Avx512::probe().map(|_| Self::Avx512));
+            found.extend(simd::Avx512::probe_for(true).map(|_| Self::Amx));
+            found.extend(simd::Avx512::probe_for(false).map(|_| Self::Avx512));
             found.extend(simd::Avx2::probe().map(|_| Self::Avx2));
         }
         found.push(Self::Portable);
@@ -63,6 +66,7 @@ impl Isa {
     /// The name used in logs and reports.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
@@ -133,7 +137,7 @@ macro_rules! dispatch {
     ($backend:expr, $simd:ident => $body:expr) => {
         match $backend.config.isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => match simd::Avx512::probe() {
+            isa @ (Isa::Amx | Isa::Avx512) => match simd::Avx512::probe_for(isa == Isa::Amx) {
                 Some($simd) => $body,
                 None => unreachable!("probed when the backend was made"),
             },
@@ -377,7 +381,9 @@ impl Backend for CpuBackend {
             if self.rounds(&gate.parts) {
                 inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
             }
-            linear::gated(s, &self.pool, gate.single(), up.single(), &inputs, out);
+            linear::gated(
+                s, &self.pool, &self.scratch, gate.single(), up.single(), &inputs, out,
+            );
         });
     }
 
@@ -617,7 +623,7 @@ impl Backend for CpuBackend {
             let rounds = self.config.activations == Activations::Int8;
             let memory = rounds.then_some(&mut *memory);
             dispatch!(self, s => linear::experts(
-                s, &self.pool, experts, slots, x, gate, memory, out,
+                s, &self.pool, &self.scratch, experts, slots, x, gate, memory, out,
             ));
             return;
         }

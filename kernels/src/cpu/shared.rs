@@ -35,6 +35,11 @@ impl<'a> SharedOut<'a> {
         unsafe { self.first.add(at).write(value) };
     }
 
+    /// Where element `at` is or would be, to be named but not to be read.
+    pub(super) fn place(self, at: usize) -> *const f32 {
+        self.first.wrapping_add(at)
+    }
+
     /// # Safety
     /// `at` is inside.
     pub(super) unsafe fn at(self, at: usize) -> *mut f32 {

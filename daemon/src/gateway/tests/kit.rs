@@ -78,6 +78,7 @@ pub(crate) fn model(name: &str, pace: &Pace) -> ServedModel {
         replica: Replica::start(Box::new(executor), engine).unwrap(),
         stop_token_ids: [END_TOKEN].into(),
         memory: MemoryFigures::default(),
+        keeper: None,
     }
 }
 

@@ -3,13 +3,18 @@
 //! The (row, expert) pairs of a step are its slots, sorted by expert. First every slot's
 //! `silu(G x) * U x`; then every piece of the output adds up its slots, experts in ascending order.
 
-use super::{Inputs, Int8Tiles, Panels, gated_panels, n_panels, panels_per_piece, tiles::tiles};
+use std::sync::Mutex;
+
+use super::{
+    Inputs, Int8Tiles, PASS_ROWS, Panels, Scratch, Unpacked, gated_panels, matrix_unit, n_panels,
+    panels_per_piece, pass, passes,
+};
 use crate::{
     backend::Expert,
     cpu::{
         CpuWeight,
         pool::Pool,
-        shared::{SharedOut, area},
+        shared::{SharedOut, area, lock},
         simd::{LANES, Simd},
     },
     matrix::{Layout, Matrix},
@@ -55,9 +60,14 @@ pub(in crate::cpu) fn applies(experts: &[Expert<CpuWeight>]) -> bool {
 
 /// `out[row] += weight * down(silu(gate x[row]) * up x[row])` for every slot; `inner` has room for
 /// a row of the experts' width per slot.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 pub(in crate::cpu) fn experts<S: Simd>(
     simd: S,
     pool: &Pool,
+    scratch: &[Mutex<Scratch>],
     experts: &[Expert<CpuWeight>],
     slots: Slots<'_>,
     x: &[f32],
@@ -82,7 +92,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
         let panels = n_panels(of(run).gate.single());
         let pieces_per_run = panels.div_ceil(per_piece);
         let inner = SharedOut::new(inner);
-        pool.run(slots.runs.len() * pieces_per_run, &|piece, _| {
+        pool.run(slots.runs.len() * pieces_per_run, &|piece, thread| {
             let run = &slots.runs[piece / pieces_per_run];
             let first = piece % pieces_per_run * per_piece;
             let mut inputs = Inputs::picked(x, &slots.rows[run.first..run.first + run.n], hidden);
@@ -91,7 +101,8 @@ pub(in crate::cpu) fn experts<S: Simd>(
             }
             let panels = first..(first + per_piece).min(panels);
             let (gate, up) = (of(run).gate.single(), of(run).up.single());
-            gated_panels(simd, gate, up, &inputs, panels, run.first, inner);
+            let scratch = &mut lock(&scratch[thread]);
+            gated_panels(simd, scratch, gate, up, &inputs, panels, run.first, inner);
         });
     }
     let inner = &*inner;
@@ -101,8 +112,9 @@ pub(in crate::cpu) fn experts<S: Simd>(
     let per_piece = panels_per_piece(inter, slots.rows.len());
     let panels = n_panels(of(run).down.single());
     let out = SharedOut::new(out);
-    pool.run(panels.div_ceil(per_piece), &|piece, _| {
+    pool.run(panels.div_ceil(per_piece), &|piece, thread| {
         let first = piece * per_piece;
+        let memory = &mut lock(&scratch[thread]).unpacked[0];
         for panel in first..(first + per_piece).min(panels) {
             for run in slots.runs {
                 let mut inputs = Inputs::dense(&inner[run.first * inter..], run.n, inter);
@@ -110,7 +122,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
                     inputs = inputs.rounded(tiles, run.first);
                 }
                 let down = of(run).down.single();
-                add_panel(simd, down, panel, &inputs, slots, run, out);
+                add_panel(simd, memory, down, panel, &inputs, slots, run, out);
             }
         }
     });
@@ -119,6 +131,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
 /// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
 fn add_panel<S: Simd>(
     simd: S,
+    memory: &mut Unpacked,
     down: &Matrix,
     panel: usize,
     inputs: &Inputs<'_>,
@@ -127,13 +140,15 @@ fn add_panel<S: Simd>(
     out: SharedOut<'_>,
 ) {
     let hidden = down.n_rows();
-    let kernels = Panels::new(simd, down, inputs);
+    let unit = matrix_unit(simd, inputs);
+    let kernels = Panels::new(simd, unit.as_ref(), down, inputs);
+    let weights = [kernels.panel(panel, memory)];
     let first_row = panel * PANEL_ROWS;
     let n_valid = PANEL_ROWS.min(hidden - first_row);
-    let mut sums = [[0.0; LANES]; 16];
-    for (first, len) in tiles(run.n, inputs.tile_len_max::<S>()) {
-        kernels.tile(panel, inputs, first, len, &mut sums);
-        for (t, sums) in sums.iter().enumerate().take(len) {
+    let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
+    for (first, len) in passes(run.n) {
+        pass(&weights, first, len, &mut outs);
+        for (t, sums) in outs[0].iter().enumerate().take(len) {
             let slot = run.first + first + t;
             let at = slots.rows[slot] * hidden + first_row;
             // SAFETY: this piece owns these columns of every row.

@@ -1,6 +1,7 @@
 //! Linear layers: what is computed where, and by whom.
 //!
-//! Weights in rows go to [`rows`], weights in panels to [`panels`]. Work is dealt to the threads in
+//! Weights in rows go to [`rows`], weights in panels to [`panels`] and, for many rows of rounded
+//! activations, to [`unpacked`]. Work is dealt to the threads in
 //! pieces of whole weight rows; an output element is computed by one thread.
 
 mod decode;
@@ -8,6 +9,7 @@ mod experts;
 mod panels;
 mod rows;
 mod tiles;
+mod unpacked;
 
 pub(super) use self::{
     experts::{ExpertRun, Slots, applies as experts_apply, experts},
@@ -15,16 +17,20 @@ pub(super) use self::{
     tiles::Int8Tiles,
 };
 
-use std::sync::Mutex;
+use std::{ptr, sync::Mutex};
 
 use self::{
-    panels::{F32_TILE_TOKENS, TileFn, TileInput, TileOut, tile_fns},
+    panels::{F32_TILE_TOKENS, TileFn, TileInput, UnpackFn, tile_fns},
     tiles::{RowSet, SharedTiles, tiles},
+    unpacked::{Product, Unpacked},
 };
 use super::{
     pool::Pool,
     shared::{SharedOut, area, lock},
-    simd::{LANES, Simd},
+    simd::{
+        LANES, Simd,
+        amx::{Amx, AmxUnit, TILE_LEN},
+    },
 };
 use crate::{
     matrix::{Layout, Matrix},
@@ -154,36 +160,174 @@ impl<'a> Inputs<'a> {
 struct Panels<'a, S> {
     simd: S,
     weight: &'a Matrix,
+    inputs: &'a Inputs<'a>,
     fns: [TileFn<S>; panels::N_TILE_LENS],
+    /// For tiles that go to the matrix unit.
+    unpack: Option<(&'a AmxUnit, UnpackFn<S>)>,
+}
+
+/// A panel, ready for its inputs.
+#[derive(Clone, Copy)]
+struct Panel<'a, S> {
+    of: &'a Panels<'a, S>,
+    codes: *const u8,
+    unpacked: Option<(&'a AmxUnit, *const u8)>,
+}
+
+/// Rows of activations of one [`pass`] at most: two tiles.
+const PASS_ROWS: usize = 2 * TILE_LEN;
+/// What a pass computes: 16 rows of the weight for every row of activations.
+type PassOut = [[f32; LANES]; PASS_ROWS];
+
+/// Rows from which unpacking a panel for the matrix unit pays: 16 rows take as long without it,
+/// 64 take a third longer.
+const MATRIX_ROWS_MIN: usize = 2 * TILE_LEN;
+
+/// Sets the matrix unit of this thread up, if these rows are enough for it.
+fn matrix_unit<S: Simd>(simd: S, inputs: &Inputs<'_>) -> Option<AmxUnit> {
+    if inputs.int8.is_none() || inputs.n_rows < MATRIX_ROWS_MIN {
+        return None;
+    }
+    simd.amx().map(Amx::configure)
 }
 
 impl<'a, S: Simd> Panels<'a, S> {
-    fn new(simd: S, weight: &'a Matrix, inputs: &Inputs<'_>) -> Self {
+    fn new(simd: S, unit: Option<&'a AmxUnit>, weight: &'a Matrix, inputs: &'a Inputs<'a>) -> Self {
         assert_eq!(weight.n_cols(), inputs.n_cols, "the layer's width");
+        let is_int8 = inputs.int8.is_some();
         Self {
             simd,
             weight,
-            fns: tile_fns(weight.format(), inputs.int8.is_some()),
+            inputs,
+            fns: tile_fns(weight.format(), is_int8),
+            unpack: unit.zip(panels::unpack_fn(weight.format())),
         }
     }
 
-    /// Panel `index` on the tile of `len` rows from `first` on.
-    fn tile(&self, index: usize, inputs: &Inputs<'_>, first: usize, len: usize, out: &mut TileOut) {
-        let kernel = self.fns[len.ilog2() as usize];
-        let n_groups = self.weight.n_cols() / GROUP_LEN;
-        let panel = self.weight.panel(index);
-        // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made; the
-        // input has `len` rows of as many.
-        unsafe {
-            kernel(
-                self.simd,
-                panel.as_ptr(),
-                n_groups,
-                inputs.tile(first, len),
-                out,
-            )
-        };
+    /// Panel `index`; `memory` holds what is unpacked of it, until it is used for another.
+    fn panel(&self, index: usize, memory: &mut Unpacked) -> Panel<'_, S> {
+        let codes = self.weight.panel(index).as_ptr();
+        let unpacked = self.unpack.map(|(unit, unpack)| {
+            let n_cols = self.weight.n_cols();
+            let room = memory.room(n_cols);
+            // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made, and
+            // the room is made for as many.
+            unsafe { unpack(self.simd, codes, n_cols / GROUP_LEN, room) };
+            (unit, room.cast_const())
+        });
+        Panel {
+            of: self,
+            codes,
+            unpacked,
+        }
     }
+}
+
+/// Rows `first..first + len` in passes.
+fn passes(n_rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let starts = (0..n_rows).step_by(PASS_ROWS);
+    starts.map(move |first| (first, PASS_ROWS.min(n_rows - first)))
+}
+
+/// `outs[p][t]` for rows `first..first + len` of the inputs against one panel or two: what is read
+/// of a row is used for both.
+fn pass<S: Simd>(panels: &[Panel<'_, S>], first: usize, len: usize, outs: &mut [PassOut; 2]) {
+    let (&[Panel { of, unpacked, .. }] | &[Panel { of, unpacked, .. }, _]) = panels else {
+        unreachable!("one panel or two")
+    };
+    if let [a, b] = panels
+        && a.of.weight.format() != b.of.weight.format()
+    {
+        pass(&[*a], first, len, outs);
+        outs.swap(0, 1);
+        pass(&[*b], first, len, outs);
+        outs.swap(0, 1);
+        return;
+    }
+    let (simd, inputs) = (of.simd, of.inputs);
+    let n_groups = of.weight.n_cols() / GROUP_LEN;
+    let outs = outs.each_mut().map(|out| out.as_mut_ptr());
+    let mut done = 0;
+    if let (Some((unit, _)), Some((tiles, set))) = (unpacked, inputs.int8) {
+        let none = Product {
+            panel: ptr::null(),
+            rows: ptr::null(),
+            out: ptr::null_mut(),
+        };
+        let (mut products, mut n) = ([none; 2 * PASS_ROWS / TILE_LEN], 0);
+        while done + TILE_LEN <= len {
+            for (panel, out) in panels.iter().zip(outs) {
+                products[n] = Product {
+                    panel: panel.unpacked.map_or(ptr::null(), |(_, panel)| panel),
+                    rows: tiles.tile(set, first + done),
+                    out: out.wrapping_add(done),
+                };
+                n += 1;
+            }
+            done += TILE_LEN;
+        }
+        // SAFETY: panels of one format are unpacked or not together; tiles have as many groups,
+        // and an output is as long as the pass.
+        unsafe {
+            if panels::has_min(of.weight.format()) {
+                unpacked::multiply::<S, true>(simd, unit, n_groups, &products[..n]);
+            } else {
+                unpacked::multiply::<S, false>(simd, unit, n_groups, &products[..n]);
+            }
+        }
+    }
+    let codes = [panels[0].codes, panels[panels.len() - 1].codes];
+    for (start, tile_len) in tiles(len - done, inputs.tile_len_max::<S>()) {
+        let start = done + start;
+        let kernel = of.fns[tile_len.ilog2() as usize];
+        let input = inputs.tile(first + start, tile_len);
+        let outs = outs.map(|out| out.wrapping_add(start));
+        // SAFETY: a panel is checked to hold its matrix' groups when the matrix is made, the
+        // input has `tile_len` rows of as many, and the outputs are as long as the pass.
+        unsafe { kernel(simd, &codes[..panels.len()], n_groups, input, outs) };
+    }
+}
+
+/// Asks for the lines that a pass is going to write, rows `stride` apart: outputs of many rows are
+/// far from the first-level cache by then, and waiting for them took as long as half the products.
+fn expect<S: Simd>(simd: S, n_panels: usize, to: *const f32, stride: usize, n_rows: usize) {
+    if n_rows < TILE_LEN {
+        return;
+    }
+    for t in 0..n_rows {
+        for p in 0..n_panels {
+            simd.prefetch_write(to.wrapping_add(t * stride + p * PANEL_ROWS).cast());
+        }
+    }
+}
+
+/// Writes the first `n_valid` outputs of every row of a tile, rows `stride` apart.
+///
+/// # Safety
+/// They lie inside the memory that `to` points into, and no other thread touches them.
+unsafe fn put<S: Simd>(
+    simd: S,
+    tile: &[[f32; LANES]],
+    to: *mut f32,
+    stride: usize,
+    n_valid: usize,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            for (t, sums) in tile.iter().enumerate() {
+                // SAFETY: promised by the caller.
+                unsafe {
+                    let to = to.add(t * stride);
+                    if n_valid == LANES {
+                        simd.store(to, simd.load(sums.as_ptr()));
+                    } else {
+                        to.copy_from_nonoverlapping(sums.as_ptr(), n_valid);
+                    }
+                }
+            }
+        },
+    );
 }
 
 /// Panels of one piece of work on `n_tokens` rows.
@@ -208,7 +352,8 @@ pub(super) fn stacked<S: Simd>(
 ) {
     let stride = parts.iter().map(Matrix::n_rows).sum::<usize>();
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]);
-    let per_piece = panels_per_piece(inputs.n_cols, inputs.n_rows);
+    // Pairs of panels share what they read of the activations.
+    let per_piece = panels_per_piece(inputs.n_cols, inputs.n_rows).next_multiple_of(2);
     let job = |part: usize, offset: usize| Job {
         weight: &parts[part],
         first_row: 0,
@@ -239,24 +384,34 @@ pub(super) fn stacked<S: Simd>(
             unsafe { linear_piece(simd, &mut scratch, &job(part, offset), piece, out) };
             return;
         }
-        let kernels = Panels::new(simd, weight, inputs);
-        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(weight));
-        let mut sums = [[0.0; LANES]; 16];
-        for panel in panels {
-            let first_row = panel * PANEL_ROWS;
-            let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
-            let at = offset + first_row;
-            for (first, len) in tiles(inputs.n_rows, inputs.tile_len_max::<S>()) {
-                kernels.tile(panel, inputs, first, len, &mut sums);
-                for (t, sums) in sums.iter_mut().enumerate().take(len) {
+        let unit = matrix_unit(simd, inputs);
+        let kernels = Panels::new(simd, unit.as_ref(), weight, inputs);
+        let [memory_a, memory_b] = &mut lock(&scratch[thread]).unpacked;
+        let end = ((piece + 1) * per_piece).min(n_panels(weight));
+        let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
+        for index in (piece * per_piece..end).step_by(2) {
+            let a = kernels.panel(index, memory_a);
+            let b = kernels.panel((index + 1).min(end - 1), memory_b);
+            let pair = [a, b];
+            let pair = &pair[..2.min(end - index)];
+            for (first, len) in passes(inputs.n_rows) {
+                let to = out.place(first * stride + offset + index * PANEL_ROWS);
+                expect(simd, pair.len(), to, stride, len);
+                pass(pair, first, len, &mut outs);
+                for (p, outs) in outs.iter_mut().enumerate().take(pair.len()) {
+                    let first_row = (index + p) * PANEL_ROWS;
+                    let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
+                    let at = offset + first_row;
                     if let Some(bias) = bias {
-                        let bias = &bias[at..at + n_valid];
-                        sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+                        for sums in &mut outs[..len] {
+                            let bias = &bias[at..at + n_valid];
+                            sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+                        }
                     }
-                    // SAFETY: this piece owns these outputs, and `out` holds the whole row.
+                    // SAFETY: this piece owns these outputs, and `out` holds all of every row's.
                     unsafe {
-                        let to = out.at((first + t) * stride + at);
-                        to.copy_from_nonoverlapping(sums.as_ptr(), n_valid);
+                        let to = out.at(first * stride + at);
+                        put(simd, &outs[..len], to, stride, n_valid);
                     }
                 }
             }
@@ -274,6 +429,7 @@ pub(super) fn gated_applies(gate: &Matrix, up: &Matrix) -> bool {
 pub(super) fn gated<S: Simd>(
     simd: S,
     pool: &Pool,
+    scratch: &[Mutex<Scratch>],
     gate: &Matrix,
     up: &Matrix,
     inputs: &Inputs<'_>,
@@ -281,15 +437,17 @@ pub(super) fn gated<S: Simd>(
 ) {
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
     let per_piece = panels_per_piece(2 * inputs.n_cols, inputs.n_rows);
-    pool.run(n_panels(gate).div_ceil(per_piece), &|piece, _| {
+    pool.run(n_panels(gate).div_ceil(per_piece), &|piece, thread| {
         let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
-        gated_panels(simd, gate, up, inputs, panels, 0, out);
+        let scratch = &mut lock(&scratch[thread]);
+        gated_panels(simd, scratch, gate, up, inputs, panels, 0, out);
     });
 }
 
 /// Panels `panels` of [`gated`]; row `m` goes to row `first_out + m` of `out`.
 fn gated_panels<S: Simd>(
     simd: S,
+    scratch: &mut Scratch,
     gate: &Matrix,
     up: &Matrix,
     inputs: &Inputs<'_>,
@@ -298,21 +456,26 @@ fn gated_panels<S: Simd>(
     out: SharedOut<'_>,
 ) {
     let inter = gate.n_rows();
+    let unit = matrix_unit(simd, inputs);
     let (gate, up) = (
-        Panels::new(simd, gate, inputs),
-        Panels::new(simd, up, inputs),
+        Panels::new(simd, unit.as_ref(), gate, inputs),
+        Panels::new(simd, unit.as_ref(), up, inputs),
     );
-    let (mut gates, mut ups) = ([[0.0; LANES]; 16], [[0.0; LANES]; 16]);
+    let [gate_memory, up_memory] = &mut scratch.unpacked;
+    let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
     for panel in panels {
         let first_row = panel * PANEL_ROWS;
         let n_valid = PANEL_ROWS.min(inter - first_row);
-        for (first, len) in tiles(inputs.n_rows, inputs.tile_len_max::<S>()) {
-            gate.tile(panel, inputs, first, len, &mut gates);
-            up.tile(panel, inputs, first, len, &mut ups);
+        let pair = [gate.panel(panel, gate_memory), up.panel(panel, up_memory)];
+        for (first, len) in passes(inputs.n_rows) {
+            let to = out.place((first_out + first) * inter + first_row);
+            expect(simd, 1, to, inter, len);
+            pass(&pair, first, len, &mut outs);
+            let [gates, ups] = &mut outs;
             simd.vectorize(
                 #[inline(always)]
                 || {
-                    for (gate, up) in gates.iter_mut().zip(&ups).take(len) {
+                    for (gate, up) in gates.iter_mut().zip(ups).take(len) {
                         // SAFETY: both hold 16 elements.
                         unsafe {
                             let value = simd.silu(simd.load(gate.as_ptr()));
@@ -322,13 +485,9 @@ fn gated_panels<S: Simd>(
                     }
                 },
             );
-            for (t, gate) in gates.iter().enumerate().take(len) {
-                // SAFETY: this piece owns these outputs.
-                unsafe {
-                    let to = out.at((first_out + first + t) * inter + first_row);
-                    to.copy_from_nonoverlapping(gate.as_ptr(), n_valid);
-                }
-            }
+            let at = (first_out + first) * inter + first_row;
+            // SAFETY: this piece owns these outputs.
+            unsafe { put(simd, &gates[..len], out.at(at), inter, n_valid) };
         }
     }
 }

@@ -4,11 +4,14 @@
 //! group is added in f32, groups in column order; in f32, every column is one fused multiply-add,
 //! columns in order. Neither depends on how many rows of activations share the pass.
 
-use super::tiles::ROW_BYTES;
+use super::{
+    tiles::ROW_BYTES,
+    unpacked::{CODE_BYTES, SCALE_BYTES},
+};
 use crate::{
     cpu::simd::{LANES, Simd},
     dtype::Format,
-    panel::{GROUP_LEN, GROUPS_PER_BLOCK, PanelLayout},
+    panel::{GROUP_LEN, GROUPS_PER_BLOCK, PANEL_ROWS, PanelLayout},
 };
 
 /// How far ahead weights are asked for where they are read only once, into the second-level cache:
@@ -30,14 +33,13 @@ pub(super) enum TileInput {
     F32([*const f32; F32_TILE_TOKENS]),
 }
 
-/// A tile's outputs: 16 rows of the weight for every row of activations.
-pub(super) type TileOut = [[f32; LANES]; 16];
-
-/// `out[t][r] = row r of the panel . row t of the input` over `n_groups` groups.
+/// `outs[p][t][r] = row r of panel p . row t of the input` over `n_groups` groups, for one panel or
+/// two.
 ///
-/// The panel and the input must hold that many groups, the input as many rows as the function was
+/// Panels and input must hold that many groups; input and outputs as many rows as the function was
 /// made for.
-pub(super) type TileFn<S> = unsafe fn(S, *const u8, usize, TileInput, &mut TileOut);
+pub(super) type TileFn<S> =
+    unsafe fn(S, &[*const u8], usize, TileInput, outs: [*mut [f32; LANES]; 2]);
 
 /// The kernels of a format for tiles of 1, 2, 4, 8 and 16 rows.
 pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TILE_LENS] {
@@ -55,23 +57,50 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
     }
 }
 
+/// Writes a panel of so many groups where [`super::unpacked`] reads it, in as much room as its
+/// [`Unpacked::bytes`](super::unpacked::Unpacked::bytes).
+pub(super) type UnpackFn<S> = unsafe fn(S, *const u8, usize, *mut u8);
+
+/// How a format is unpacked; `None` for formats with halves, whose products are too short for the
+/// matrix unit.
+pub(super) fn unpack_fn<S: Simd>(format: Format) -> Option<UnpackFn<S>> {
+    match format {
+        Format::Q4_0 => Some(unpack::<S, Q4_0>),
+        Format::Q4_1 => Some(unpack::<S, Q4_1>),
+        Format::Q8_0 => Some(unpack::<S, Q8_0>),
+        Format::Q4K => Some(unpack::<S, Q4K>),
+        Format::Q6K | Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => None,
+    }
+}
+
+/// Whether a format has minima.
+pub(super) fn has_min(format: Format) -> bool {
+    matches!(format, Format::Q4_1 | Format::Q4K)
+}
+
 fn fns<S: Simd, P: PanelFormat>(int8: bool) -> [TileFn<S>; N_TILE_LENS] {
     if !int8 {
-        let four = f32_tile::<S, P, 4>;
+        let four = f32_tiles::<S, P, 4>;
         let most = if S::TILE_TOKENS >= F32_TILE_TOKENS {
-            f32_tile::<S, P, F32_TILE_TOKENS>
+            f32_tiles::<S, P, F32_TILE_TOKENS>
         } else {
             four
         };
-        return [f32_tile::<S, P, 1>, f32_tile::<S, P, 2>, four, most, most];
+        return [f32_tiles::<S, P, 1>, f32_tiles::<S, P, 2>, four, most, most];
     }
     let (one, two, four) = (
-        int8_tile::<S, P, 1>,
-        int8_tile::<S, P, 2>,
-        int8_tile::<S, P, 4>,
+        int8_tiles::<S, P, 1>,
+        int8_tiles::<S, P, 2>,
+        int8_tiles::<S, P, 4>,
     );
     if S::TILE_TOKENS >= 16 {
-        [one, two, four, int8_tile::<S, P, 8>, int8_tile::<S, P, 16>]
+        [
+            one,
+            two,
+            four,
+            int8_tiles::<S, P, 8>,
+            int8_tiles::<S, P, 16>,
+        ]
     } else {
         [one, two, four, four, four]
     }
@@ -97,7 +126,7 @@ struct Scales<S: Simd> {
 trait PanelFormat: 'static {
     const FORMAT: Format;
     /// The code of value 0 before the minimum.
-    const ZERO: i32;
+    const ZERO: u8;
     const HAS_MIN: bool;
     const HAS_HALVES: bool;
 
@@ -169,7 +198,7 @@ unsafe fn one_scale<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> 
 enum Q4_0 {}
 impl PanelFormat for Q4_0 {
     const FORMAT: Format = Format::Q4_0;
-    const ZERO: i32 = 8;
+    const ZERO: u8 = 8;
     const HAS_MIN: bool = false;
     const HAS_HALVES: bool = false;
 
@@ -188,7 +217,7 @@ impl PanelFormat for Q4_0 {
 enum Q4_1 {}
 impl PanelFormat for Q4_1 {
     const FORMAT: Format = Format::Q4_1;
-    const ZERO: i32 = 0;
+    const ZERO: u8 = 0;
     const HAS_MIN: bool = true;
     const HAS_HALVES: bool = false;
 
@@ -213,7 +242,7 @@ impl PanelFormat for Q4_1 {
 enum Q8_0 {}
 impl PanelFormat for Q8_0 {
     const FORMAT: Format = Format::Q8_0;
-    const ZERO: i32 = 128;
+    const ZERO: u8 = 128;
     const HAS_MIN: bool = false;
     const HAS_HALVES: bool = false;
 
@@ -282,7 +311,7 @@ impl PanelFormat for Int4 {
 enum Q4K {}
 impl PanelFormat for Q4K {
     const FORMAT: Format = Format::Q4K;
-    const ZERO: i32 = 0;
+    const ZERO: u8 = 0;
     const HAS_MIN: bool = true;
     const HAS_HALVES: bool = false;
 
@@ -313,7 +342,7 @@ impl PanelFormat for Q4K {
 enum Q6K {}
 impl PanelFormat for Q6K {
     const FORMAT: Format = Format::Q6K;
-    const ZERO: i32 = 32;
+    const ZERO: u8 = 32;
     const HAS_MIN: bool = false;
     const HAS_HALVES: bool = true;
 
@@ -355,43 +384,74 @@ impl PanelFormat for Q6K {
     }
 }
 
+const fn layout<P: PanelFormat>() -> PanelLayout {
+    match PanelLayout::of(P::FORMAT) {
+        Some(layout) => layout,
+        None => unreachable!(),
+    }
+}
+
 /// # Safety
 /// `panel` points at a panel of `n_groups` groups.
 #[inline(always)]
-unsafe fn parts<P: PanelFormat>(panel: *const u8, n_groups: usize) -> (Panel, PanelLayout) {
-    let Some(layout) = PanelLayout::of(P::FORMAT) else {
-        unreachable!("panel formats have a layout")
-    };
+unsafe fn parts(layout: PanelLayout, panel: *const u8, n_groups: usize) -> Panel {
     // SAFETY: offsets inside the panel.
-    let panel = unsafe {
+    unsafe {
         Panel {
             codes: panel,
             scales: panel.add(layout.scales_at(n_groups)),
             blocks: panel.add(layout.blocks_at(n_groups)),
             rows: panel.add(layout.rows_at(n_groups)),
         }
-    };
-    (panel, layout)
+    }
 }
 
 /// See [`TileFn`].
-unsafe fn int8_tile<S: Simd, P: PanelFormat, const T: usize>(
+unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
+    simd: S,
+    panels: &[*const u8],
+    n_groups: usize,
+    input: TileInput,
+    outs: [*mut [f32; LANES]; 2],
+) {
+    let TileInput::Int8(x) = input else {
+        unreachable!("int8 kernels get int8 tiles")
+    };
+    for (panel, out) in panels.iter().zip(outs) {
+        // SAFETY: passed on from the caller. Sums, products and weights of 16 rows at once do not
+        // fit the registers: two passes of eight (350 Gop/s so, 410 in two).
+        unsafe {
+            if T == 16 {
+                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 0, out);
+                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 8, out);
+            } else {
+                int8_pass::<S, P, T, T>(simd, *panel, n_groups, x, 0, out);
+            }
+        }
+    }
+}
+
+/// One panel against rows `first..first + R` of a tile of `T`.
+///
+/// # Safety
+/// As [`TileFn`].
+#[inline(always)]
+unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize>(
     simd: S,
     panel: *const u8,
     n_groups: usize,
-    input: TileInput,
-    out: &mut TileOut,
+    mut x: *const u8,
+    first: usize,
+    out: *mut [f32; LANES],
 ) {
-    let TileInput::Int8(mut x) = input else {
-        unreachable!("int8 kernels get int8 tiles")
-    };
     simd.vectorize(
         #[inline(always)]
-        || {
+        move || {
             // SAFETY: the caller promises panel and tile.
             unsafe {
-                let (panel, layout) = parts::<P>(panel, n_groups);
-                let mut sums = [simd.splat(0.0); T];
+                let layout = layout::<P>();
+                let panel = parts(layout, panel, n_groups);
+                let mut sums = [simd.splat(0.0); R];
                 for group in 0..n_groups {
                     let codes = panel.codes.add(group * layout.code_bytes);
                     if T == 1 {
@@ -401,10 +461,10 @@ unsafe fn int8_tile<S: Simd, P: PanelFormat, const T: usize>(
                     }
                     let w = P::codes(simd, codes);
                     let s = P::scales(simd, &panel, group);
-                    let x_scales = x.add(T * GROUP_LEN).cast::<f32>();
+                    let x_scales = x.add(T * GROUP_LEN).cast::<f32>().add(first);
                     let x_zeros = x_scales.cast::<i32>().add(T);
                     for (t, sum) in sums.iter_mut().enumerate() {
-                        let codes = x.add(t * GROUP_LEN).cast::<i8>();
+                        let codes = x.add((first + t) * GROUP_LEN).cast::<i8>();
                         let x_scale = simd.splat(x_scales.add(t).read_unaligned());
                         if P::HAS_HALVES {
                             *sum = halves::<S, P>(simd, &w, &s, codes, x_scale, *sum);
@@ -427,8 +487,8 @@ unsafe fn int8_tile<S: Simd, P: PanelFormat, const T: usize>(
                     }
                     x = x.add(T * ROW_BYTES);
                 }
-                for (to, sum) in out.iter_mut().zip(sums) {
-                    simd.store(to.as_mut_ptr(), sum);
+                for (t, sum) in sums.into_iter().enumerate() {
+                    simd.store(out.add(first + t).cast(), sum);
                 }
             }
         },
@@ -452,7 +512,7 @@ unsafe fn halves<S: Simd, P: PanelFormat>(
         // SAFETY: quads 4 half..4 half + 4 lie inside the 32 codes.
         unsafe {
             let x_sum = (0..16).fold(0i32, |sum, k| sum + i32::from(*codes.add(16 * half + k)));
-            let mut products = simd.splat_i(-P::ZERO * x_sum);
+            let mut products = simd.splat_i(-i32::from(P::ZERO) * x_sum);
             for (q, quad) in w.iter().enumerate().skip(4 * half).take(4) {
                 products = simd.dot4(products, *quad, codes.add(4 * q));
             }
@@ -462,25 +522,70 @@ unsafe fn halves<S: Simd, P: PanelFormat>(
     sum
 }
 
+/// See [`UnpackFn`].
+unsafe fn unpack<S: Simd, P: PanelFormat>(simd: S, panel: *const u8, n_groups: usize, to: *mut u8) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            // SAFETY: the caller promises the panel and the room.
+            unsafe {
+                let layout = layout::<P>();
+                let panel = parts(layout, panel, n_groups);
+                let scales = to.add(n_groups * CODE_BYTES);
+                let minima = scales.add(n_groups * SCALE_BYTES);
+                for group in 0..n_groups {
+                    let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
+                    for (q, quad) in w.into_iter().enumerate() {
+                        let quad = simd.recenter(quad, P::ZERO);
+                        simd.store_bytes(to.add(group * CODE_BYTES + q * 4 * PANEL_ROWS), quad);
+                    }
+                    let s = P::scales(simd, &panel, group);
+                    simd.store(scales.add(group * SCALE_BYTES).cast(), s.scale[0]);
+                    if P::HAS_MIN {
+                        simd.store(minima.add(group * SCALE_BYTES).cast(), s.min);
+                    }
+                }
+            }
+        },
+    );
+}
+
 /// See [`TileFn`].
-unsafe fn f32_tile<S: Simd, P: PanelFormat, const T: usize>(
+unsafe fn f32_tiles<S: Simd, P: PanelFormat, const T: usize>(
     simd: S,
-    panel: *const u8,
+    panels: &[*const u8],
     n_groups: usize,
     input: TileInput,
-    out: &mut TileOut,
+    outs: [*mut [f32; LANES]; 2],
 ) {
     let TileInput::F32(x) = input else {
         unreachable!("f32 kernels get f32 rows")
     };
+    for (panel, out) in panels.iter().zip(outs) {
+        // SAFETY: passed on from the caller.
+        unsafe { f32_pass::<S, P, T>(simd, *panel, n_groups, &x, out) };
+    }
+}
+
+/// One panel against `T` rows.
+///
+/// # Safety
+/// As [`TileFn`].
+unsafe fn f32_pass<S: Simd, P: PanelFormat, const T: usize>(
+    simd: S,
+    panel: *const u8,
+    n_groups: usize,
+    x: &[*const f32; F32_TILE_TOKENS],
+    out: *mut [f32; LANES],
+) {
     simd.vectorize(
         #[inline(always)]
         || {
             // SAFETY: the caller promises panel and rows.
             unsafe {
-                let (panel, layout) = parts::<P>(panel, n_groups);
-                #[expect(clippy::cast_precision_loss, reason = "a code")]
-                let zero = simd.splat(P::ZERO as f32);
+                let layout = layout::<P>();
+                let panel = parts(layout, panel, n_groups);
+                let zero = simd.splat(f32::from(P::ZERO));
                 let mut sums = [simd.splat(0.0); T];
                 for group in 0..n_groups {
                     let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
@@ -494,15 +599,15 @@ unsafe fn f32_tile<S: Simd, P: PanelFormat, const T: usize>(
                                 simd.mul(s.scale[q / 4], simd.sub(code, zero))
                             };
                             let column = group * GROUP_LEN + 4 * q + j;
-                            for (sum, row) in sums.iter_mut().zip(&x) {
+                            for (sum, row) in sums.iter_mut().zip(x) {
                                 let value = simd.splat(*row.add(column));
                                 *sum = simd.fma(weight, value, *sum);
                             }
                         }
                     }
                 }
-                for (to, sum) in out.iter_mut().zip(sums) {
-                    simd.store(to.as_mut_ptr(), sum);
+                for (t, sum) in sums.into_iter().enumerate() {
+                    simd.store(out.add(t).cast(), sum);
                 }
             }
         },

@@ -7,7 +7,10 @@
 
 use bytemuck::cast_slice;
 
-use super::decode::{self, Decode, GROUP_LEN, WeightRow};
+use super::{
+    decode::{self, Decode, GROUP_LEN, WeightRow},
+    unpacked::Unpacked,
+};
 use crate::{
     cpu::{
         shared::SharedOut,
@@ -35,12 +38,15 @@ pub(in crate::cpu) struct Scratch {
     panel: Vec<f32>,
     /// Rows of activations padded to whole vectors, where the width is not a multiple.
     padded: Vec<f32>,
+    /// Panels for the matrix unit: two, for layers whose outputs are multiplied.
+    pub(super) unpacked: [Unpacked; 2],
 }
 
 impl Scratch {
     /// Bytes for `n_tokens` rows of activations of at most `n_cols` columns.
     pub(in crate::cpu) const fn bytes(n_tokens: usize, n_cols: usize) -> usize {
         (TILE_ROWS + n_tokens) * n_cols.next_multiple_of(GROUP_LEN) * size_of::<f32>()
+            + 2 * Unpacked::bytes(n_cols)
     }
 
     /// Takes that memory.
@@ -48,6 +54,9 @@ impl Scratch {
         let width = n_cols.next_multiple_of(GROUP_LEN);
         self.panel.resize(TILE_ROWS * width, 0.0);
         self.padded.resize(n_tokens * width, 0.0);
+        for unpacked in &mut self.unpacked {
+            unpacked.reserve(n_cols);
+        }
     }
 }
 
@@ -146,7 +155,7 @@ unsafe fn f32_rows<S: Simd, D: Decode>(
     }
     let k = job.weight.n_cols();
     let k_padded = k.next_multiple_of(GROUP_LEN);
-    let Scratch { panel, padded } = scratch;
+    let Scratch { panel, padded, .. } = scratch;
     panel.resize(TILE_ROWS * k_padded, 0.0);
     let padded = (k != k_padded).then(|| {
         padded.clear();
@@ -333,7 +342,7 @@ pub(in crate::cpu) unsafe fn absorb_head<S: Simd>(
     out: impl Fn(usize) -> *mut f32,
 ) {
     let rank = weight.n_cols();
-    let Scratch { panel, padded } = scratch;
+    let Scratch { panel, padded, .. } = scratch;
     panel.resize(TILE_ROWS * rank.next_multiple_of(GROUP_LEN), 0.0);
     padded.clear();
     padded.resize(n_tokens * rank, 0.0);

@@ -45,7 +45,13 @@ fn tile_of(row: usize, n_rows: usize, len_max: usize) -> (usize, usize) {
 /// A cache line, so that tiles start at one.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "read through pointers to its bytes")] [u8; 64]);
+pub(super) struct Line(
+    #[expect(dead_code, reason = "read through pointers to its bytes")] [u8; 64],
+);
+
+impl Line {
+    pub(super) const ZERO: Self = Self([0; 64]);
+}
 
 /// Memory for rounded rows. A set of rows is in tiles, a tile is group after group, a group is the
 /// codes of the tile's rows, then each kind of scale of the tile's rows.
@@ -73,7 +79,7 @@ impl Int8Tiles {
     pub(in crate::cpu) fn reserve(&mut self, n_rows: usize, n_cols: usize) {
         let n_lines = Self::bytes(n_rows, n_cols) / 64;
         if self.lines.len() < n_lines {
-            self.lines.resize(n_lines, Line([0; 64]));
+            self.lines.resize(n_lines, Line::ZERO);
         }
     }
 
@@ -134,7 +140,7 @@ impl SharedTiles {
 /// `block` holds a group of a tile of `len` rows, `t < len`.
 #[inline(always)]
 #[expect(
-    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
     reason = "a sum of 32 integers within -127..=127"
 )]
 unsafe fn round_group<S: Simd>(
@@ -148,25 +154,17 @@ unsafe fn round_group<S: Simd>(
     unsafe {
         let low = simd.load(values.as_ptr());
         let high = simd.load(values.as_ptr().add(LANES));
-        let zero = simd.splat(0.0);
-        let magnitude = simd.max(
-            simd.max(low, simd.sub(zero, low)),
-            simd.max(high, simd.sub(zero, high)),
-        );
+        let magnitude = simd.max(simd.abs(low), simd.abs(high));
         let scale = simd.largest(magnitude) / 127.0;
         let inverse = simd.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
-        let low = simd.round(simd.mul(low, inverse));
-        let high = simd.round(simd.mul(high, inverse));
         let codes = block.add(t * GROUP_LEN).cast::<i8>();
-        simd.store_i8(codes, low);
-        simd.store_i8(codes.add(LANES), high);
-        let sum = simd.sum(simd.add(low, high));
+        let sum = simd.round_i8(codes, [simd.mul(low, inverse), simd.mul(high, inverse)]);
         let scales = block.add(len * GROUP_LEN).cast::<f32>();
         scales.add(t).write_unaligned(scale);
         let sums = scales.cast::<i32>();
-        sums.add(len + t).write_unaligned(sum as i32 * -8);
-        sums.add(2 * len + t).write_unaligned(sum as i32 * -128);
-        scales.add(3 * len + t).write_unaligned(scale * sum);
+        sums.add(len + t).write_unaligned(sum * -8);
+        sums.add(2 * len + t).write_unaligned(sum * -128);
+        scales.add(3 * len + t).write_unaligned(scale * sum as f32);
     }
 }
 

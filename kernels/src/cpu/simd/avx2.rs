@@ -182,6 +182,11 @@ impl Simd for Avx2 {
         unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
     }
     #[inline(always)]
+    fn abs(self, a: F) -> F {
+        // SAFETY: `self` proves the features.
+        unsafe { a.map(|half| _mm256_andnot_ps(_mm256_set1_ps(-0.0), half)) }
+    }
+    #[inline(always)]
     fn fma(self, a: F, b: F, c: F) -> F {
         // SAFETY: `self` proves the features.
         unsafe {
@@ -275,15 +280,23 @@ impl Simd for Avx2 {
         unsafe { [widen_u8(from), widen_u8(from.add(8))] }
     }
     #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8, a: F) {
-        // SAFETY: 16 bytes are writable; `self` proves the features.
+    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> i32 {
+        // SAFETY: 32 bytes are writable; `self` proves the features.
         unsafe {
-            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1]));
-            // Packing works within 128-bit halves: put the quarters back in order.
-            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
-            let low = _mm256_castsi256_si128(words);
-            let bytes = _mm_packs_epi16(low, _mm256_extracti128_si256::<1>(words));
-            _mm_storeu_si128(to.cast(), bytes);
+            // The conversion rounds as the control register says, which nobody changes: ties to
+            // even.
+            let [low, high] =
+                a.map(|a| _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1])));
+            // Packing works within 128-bit halves: put the pieces of four codes back in order.
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let codes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+            _mm256_storeu_si256(to.cast(), codes);
+            let biased = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+            let sums = _mm256_sad_epu8(biased, _mm256_setzero_si256());
+            let high = _mm256_extracti128_si256::<1>(sums);
+            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), high);
+            let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
+            _mm_cvtsi128_si32(sums) - 32 * 128
         }
     }
     #[inline(always)]
@@ -328,6 +341,32 @@ impl Simd for Avx2 {
     fn column(self, a: I, j: usize) -> F {
         // SAFETY: `self` proves the features.
         unsafe { [column(a[0], j), column(a[1], j)] }
+    }
+    #[inline(always)]
+    fn recenter(self, a: I, zero: u8) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let zero = _mm256_set1_epi8(zero.cast_signed());
+            a.map(|half| _mm256_sub_epi8(half, zero))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, a: I) {
+        // SAFETY: 64 bytes are writable; `self` proves the features.
+        unsafe {
+            _mm256_storeu_si256(to.cast(), a[0]);
+            _mm256_storeu_si256(to.add(32).cast(), a[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, from: *const i32) -> I {
+        // SAFETY: 16 i32 are readable; `self` proves the features.
+        unsafe {
+            [
+                _mm256_loadu_si256(from.cast()),
+                _mm256_loadu_si256(from.add(8).cast()),
+            ]
+        }
     }
     #[inline(always)]
     fn splat_i(self, value: i32) -> I {

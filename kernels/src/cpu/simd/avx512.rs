@@ -3,15 +3,17 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Simd, amx::Amx};
 
 /// Proof that the processor has what this file uses.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512 {
+    amx: Option<Amx>,
+}
 
 impl Avx512 {
-    /// The token, where the processor has the instructions.
-    pub(crate) fn probe() -> Option<Self> {
+    /// The token, where the processor has the instructions; `with_amx`: and the matrix unit.
+    pub(crate) fn probe_for(with_amx: bool) -> Option<Self> {
         let present = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
@@ -20,7 +22,8 @@ impl Avx512 {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        present.then_some(Self(()))
+        let amx = if with_amx { Some(Amx::probe()?) } else { None };
+        present.then_some(Self { amx })
     }
 }
 
@@ -39,6 +42,10 @@ impl Simd for Avx512 {
     const TILE_QUERIES: usize = 6;
     const TILE_LATENT_QUERIES: usize = 4;
 
+    #[inline(always)]
+    fn amx(self) -> Option<Amx> {
+        self.amx
+    }
     #[inline(always)]
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R {
         // SAFETY: `self` proves the features.
@@ -78,6 +85,11 @@ impl Simd for Avx512 {
     fn min(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_abs_ps(a) }
     }
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -174,14 +186,38 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8, a: __m512) {
-        // SAFETY: 16 bytes are writable; `self` proves the features.
-        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))) }
+    unsafe fn round_i8(self, to: *mut i8, a: [__m512; 2]) -> i32 {
+        // SAFETY: 32 bytes are writable; `self` proves the features.
+        unsafe {
+            // The conversion rounds as the control register says, which nobody changes: ties to
+            // even.
+            let [low, high] = a.map(|a| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+            _mm_storeu_si128(to.cast(), low);
+            _mm_storeu_si128(to.add(16).cast(), high);
+            let codes = _mm256_set_m128i(high, low);
+            let biased = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+            let sums = _mm256_sad_epu8(biased, _mm256_setzero_si256());
+            let sums = _mm_add_epi32(
+                _mm256_castsi256_si128(sums),
+                _mm256_extracti128_si256::<1>(sums),
+            );
+            let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
+            _mm_cvtsi128_si32(sums) - 32 * 128
+        }
     }
     #[inline(always)]
     fn prefetch(self, at: *const u8) {
         // SAFETY: a hint, which faults on nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) };
+    }
+    #[inline(always)]
+    fn prefetch_write(self, at: *const u8) {
+        // Assembly, because the intrinsic becomes a prefetch for reading where the compiler was not
+        // told of the instruction, which every processor with AVX-512 has.
+        // SAFETY: a hint, which faults on nothing.
+        unsafe {
+            std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, readonly, preserves_flags));
+        }
     }
     #[inline(always)]
     unsafe fn load_bytes(self, from: *const u8) -> __m512i {
@@ -228,6 +264,21 @@ impl Simd for Avx512 {
             };
             _mm512_cvtepi32_ps(_mm512_and_si512(low, _mm512_set1_epi32(255)))
         }
+    }
+    #[inline(always)]
+    fn recenter(self, a: __m512i, zero: u8) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { _mm512_sub_epi8(a, _mm512_set1_epi8(zero.cast_signed())) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, a: __m512i) {
+        // SAFETY: 64 bytes are writable; `self` proves the features.
+        unsafe { _mm512_storeu_si512(to.cast(), a) }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, from: *const i32) -> __m512i {
+        // SAFETY: 16 i32 are readable; `self` proves the features.
+        unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
     fn splat_i(self, value: i32) -> __m512i {

@@ -4,6 +4,8 @@
 //! what makes their methods safe to call. All three keep element `16 i + lane` in lane `lane` and
 //! sum lanes in the same tree.
 
+#[cfg_attr(not(target_arch = "x86_64"), path = "amx_absent.rs")]
+pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +40,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Queries that share a pass over latent rows, likewise; at most 6.
     const TILE_LATENT_QUERIES: usize;
 
+    /// The processor's matrix unit, where it has one and this set is to use it.
+    fn amx(self) -> Option<amx::Amx> {
+        None
+    }
+
     /// Runs `body` compiled for this instruction set; kernels start here.
     fn vectorize<R>(self, body: impl FnOnce() -> R) -> R;
 
@@ -48,6 +55,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::F, b: Self::F) -> Self::F;
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
     /// `a * b + c`.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Nearest integer.
@@ -75,11 +83,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_nibbles(self, from: *const u8) -> (Self::F, Self::F);
     /// 16 unsigned bytes.
     unsafe fn load_u8(self, from: *const u8) -> Self::F;
-    /// Stores 16 integral values within -128..=127 as signed bytes.
-    unsafe fn store_i8(self, to: *mut i8, a: Self::F);
+    /// Rounds 32 values within -128..=127 to the nearest integers, ties to even, stores them as
+    /// signed bytes and returns their sum.
+    unsafe fn round_i8(self, to: *mut i8, a: [Self::F; 2]) -> i32;
 
     /// Asks for the cache line at `at`, which need not be readable, in the second-level cache.
     fn prefetch(self, at: *const u8);
+    /// Asks for the cache line at `at`, likewise, for writing.
+    fn prefetch_write(self, _at: *const u8) {}
 
     /// 64 bytes.
     unsafe fn load_bytes(self, from: *const u8) -> Self::B;
@@ -93,7 +104,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Byte `j` of every lane, unsigned, `j < 4`.
     fn column(self, a: Self::B, j: usize) -> Self::F;
 
+    /// `a - zero` for every byte, wrapping.
+    fn recenter(self, a: Self::B, zero: u8) -> Self::B;
+    /// Stores 64 bytes.
+    unsafe fn store_bytes(self, to: *mut u8, a: Self::B);
+
     fn splat_i(self, value: i32) -> Self::I;
+    /// 16 i32.
+    unsafe fn load_i(self, from: *const i32) -> Self::I;
     /// Exact below 2^24.
     fn to_f(self, a: Self::I) -> Self::F;
     /// `sums[lane] + sum_j codes[4 lane + j] * values[j]`: unsigned codes, four signed values that

@@ -67,6 +67,10 @@ impl Simd for Portable {
         zip(a, b, |x, y| if x < y { x } else { y })
     }
     #[inline(always)]
+    fn abs(self, a: F) -> F {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
     fn fma(self, a: F, b: F, c: F) -> F {
         // Not `mul_add`: without the instruction that is a library call per lane.
         std::array::from_fn(|i| a[i] * b[i] + c[i])
@@ -148,9 +152,15 @@ impl Simd for Portable {
         clippy::cast_possible_truncation,
         reason = "the caller keeps it within a byte"
     )]
-    unsafe fn store_i8(self, to: *mut i8, a: F) {
-        // SAFETY: 16 bytes are writable.
-        unsafe { to.cast::<[i8; LANES]>().write(a.map(|v| v as i8)) }
+    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> i32 {
+        let codes = a.map(|a| a.map(|v| v.round_ties_even() as i8));
+        // SAFETY: 32 bytes are writable.
+        unsafe { to.cast::<[[i8; LANES]; 2]>().write(codes) };
+        codes
+            .as_flattened()
+            .iter()
+            .map(|code| i32::from(*code))
+            .sum()
     }
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
@@ -178,6 +188,20 @@ impl Simd for Portable {
     #[inline(always)]
     fn column(self, a: B, j: usize) -> F {
         a.map(|lane| f32::from(lane[j]))
+    }
+    #[inline(always)]
+    fn recenter(self, a: B, zero: u8) -> B {
+        a.map(|lane| lane.map(|byte| byte.wrapping_sub(zero)))
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, to: *mut u8, a: B) {
+        // SAFETY: 64 bytes are writable.
+        unsafe { to.cast::<B>().write(a) }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, from: *const i32) -> [i32; LANES] {
+        // SAFETY: 16 i32 are readable.
+        unsafe { from.cast::<[i32; LANES]>().read_unaligned() }
     }
     #[inline(always)]
     fn splat_i(self, value: i32) -> [i32; LANES] {
