@@ -1,5 +1,5 @@
 # The two commands of the README, and their parts.
-.PHONY: demo test test-setup lint build release quant-table
+.PHONY: demo test test-setup lint build release quant-table bench bench-peers soak
 
 STATE ?= $(CURDIR)/target/demo
 DEMO_ARGS ?=
@@ -28,3 +28,22 @@ QUANT_ARGS ?=
 
 quant-table: release test-setup
 	python3 tests/python/quantization_table.py $(QUANT_ARGS)
+
+# Kernels beside the ceilings of this machine. BENCH_ARGS: words of cases, --threads N, --json.
+BENCH_ARGS ?=
+
+bench:
+	cargo bench --locked -p dsd-kernels --bench kernels -- $(BENCH_ARGS)
+
+# Beside llama.cpp and OpenVINO GenAI, which are fetched from PyPI and built on the first run; writes docs/PERFORMANCE.md.
+# PEERS_DIR: where they are kept. PEERS_ARGS: words of measurements, --rounds N, --minutes N, --report.
+PEERS_ARGS ?=
+
+bench-peers: release
+	python3 tests/python/bench_peers.py $(PEERS_ARGS)
+
+# Mixed load with cancels; memory and blocks must stay flat.
+SOAK_MINUTES ?= 10
+
+soak: release
+	python3 tests/python/soak.py --minutes $(SOAK_MINUTES)

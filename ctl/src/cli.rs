@@ -196,6 +196,9 @@ pub(crate) struct BenchArgs {
     /// Ask the node to generate on past the end-of-text token
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+    /// Open a connection for each request, as servers need that close them after a streamed answer
+    #[arg(long)]
+    pub(crate) reconnect: bool,
     /// Prompts and arrival times follow from it
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,

