@@ -38,7 +38,7 @@ class Results:
     def __init__(self):
         program = hashlib.sha256(DSD.read_bytes()).hexdigest()
         kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-        self.kept = kept if kept.get("program") == program else {"program": program}
+        self.kept = kept if kept.get("program") == program else {"program": program, "commit": commit()}
 
     def dsd(self, command, model, *more, times=0):
         """The JSON line of one `dsd eval`, of run number `times`."""
@@ -113,7 +113,7 @@ def measure(arguments):
     base = found[0]["perplexity"]
     lines = [
         MARKS[0], "",
-        f"Commit {commit()}; {machine()}; {found[0]['scored']:,} tokens scored in windows of {found[0]['window']} of the first {TEXT_CHARACTERS:,} characters of Python "
+        f"Commit {results.kept['commit']}; {machine()}; {found[0]['scored']:,} tokens scored in windows of {found[0]['window']} of the first {TEXT_CHARACTERS:,} characters of Python "
         f"{platform.python_version()}'s `pydoc_data.topics` (sha256 {digest}..); speeds are medians of {arguments.rounds} rounds over all rows.", "",
         "| weights of linear layers | activations | weights, MB | perplexity | against the file in f32 | prefill 512, tokens/s | decode 64 behind 512, tokens/s |",
         "|---|---|---|---|---|---|---|",
