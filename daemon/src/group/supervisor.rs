@@ -207,10 +207,14 @@ impl Supervisor {
         }
         if is_ready && !state.new.is_empty() {
             for id in std::mem::take(&mut state.new) {
-                if let Some(in_flight) = state.in_flight.get_mut(&id) {
-                    in_flight.epoch = epoch;
-                    let message = in_flight.asked.submit(&in_flight.output, now);
-                    frames.push(frames::encode(&message, epoch));
+                let Some(in_flight) = state.in_flight.get_mut(&id) else {
+                    continue;
+                };
+                in_flight.epoch = epoch;
+                let message = in_flight.asked.submit(&in_flight.output, now);
+                match frames::encode(&message, epoch) {
+                    Ok(frame) => frames.push(Ok(frame)),
+                    Err(e) => state.end(id, FinishReason::Failed(e.to_string())),
                 }
             }
         }
@@ -247,7 +251,7 @@ impl Supervisor {
             for frame in frames {
                 match frame {
                     Ok(frame) => rank.outgoing.extend(frame),
-                    // Held to its limits when the request was taken.
+                    // Both are a few bytes; requests were looked at above.
                     Err(e) => warn!(error = %e, "a message to the engine is too long"),
                 }
             }
