@@ -5,11 +5,13 @@ use std::{fs, path::PathBuf};
 
 use dsd::{
     eval::{Ranks, Session},
+    text::TextModel,
     weights::Checkpoint,
 };
 use dsd_kernels::{
     backend::{Activations, KvType},
     cpu::{CpuConfig, Isa},
+    dtype::Format,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -147,5 +149,48 @@ fn smollm2_continues_as_the_reference_does() {
             (nll - prompt["prompt_mean_nll"].as_f64().unwrap()).abs() < 1e-3,
             "{nll}"
         );
+    }
+}
+
+/// What rounding costs on a real model and a text it knows: 1 % of perplexity at most, each.
+#[test]
+fn rounding_costs_at_most_one_percent_of_perplexity() {
+    const N_TOKENS: usize = 768;
+    let file = test_data().join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/../LICENSE");
+    let text = fs::read_to_string(text).unwrap();
+    let exact = cpu(Isa::available()[0]);
+    let nll = |cpu: CpuConfig, weights: Option<Format>| {
+        let mut checkpoint = Checkpoint::open(&file).unwrap();
+        let tokens = TextModel::from_checkpoint(&checkpoint)
+            .unwrap()
+            .encode_prompt(&text, usize::MAX)
+            .unwrap();
+        if let Some(format) = weights {
+            checkpoint.round_weights(format);
+        }
+        let mut session = Session::open(&checkpoint, Ranks::solo(cpu), N_TOKENS).unwrap();
+        session.mean_nll(&tokens[..N_TOKENS], N_TOKENS).unwrap().0
+    };
+    let base = nll(exact, None);
+    let cases = [
+        (
+            "int8 activations",
+            Some(Activations::Int8),
+            KvType::F32,
+            None,
+        ),
+        ("bf16 cache", None, KvType::Bf16, None),
+        ("int8 cache", None, KvType::Int8, None),
+        ("int8 weights", None, KvType::F32, Some(Format::Int8)),
+    ];
+    for (what, activations, kv_type, weights) in cases {
+        let cpu = CpuConfig {
+            activations: activations.unwrap_or(exact.activations),
+            kv_type,
+            ..exact
+        };
+        let cost = (nll(cpu, weights) - base).exp() - 1.0;
+        assert!(cost <= 0.01, "{what}: perplexity grows by {cost}");
     }
 }

@@ -9,7 +9,8 @@
 
 use crate::matrix::Matrix;
 
-/// How activations enter linear layers with block-quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K).
+/// How activations enter linear layers with quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K,
+/// Int8, Int4).
 /// Other formats, and [`Backend::latent_weight`], always compute in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activations {

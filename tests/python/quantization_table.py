@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 DSD = ROOT / "target/release/dsd"
 MODEL = ROOT / "target/test-data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DOCUMENT = ROOT / "docs/QUANTIZATION.md"
+KEPT = ROOT / "target/quantization-table.json"
 # About 8,500 tokens.
 TEXT_CHARACTERS = 36_000
 SPEED = ["--prompt", "512", "--output", "64", "--runs", "3"]
@@ -31,12 +32,25 @@ LONG = ["--prompt", "1920", "--output", "64", "--runs", "1"]
 MARKS = ("<!-- made by tests/python/quantization_table.py -->", "<!-- end -->")
 
 
-def dsd(command, model, *more):
-    """The JSON line of one `dsd eval`."""
-    ran = subprocess.run([DSD, "eval", command, "--model", model, *more], capture_output=True, text=True, timeout=600, check=False)
-    if ran.returncode != 0:
-        raise SystemExit(f"dsd eval {command} {' '.join(more)} ended with {ran.returncode}: {ran.stderr[-1000:]}")
-    return json.loads(ran.stdout.strip().splitlines()[-1])
+class Results:
+    """What `dsd eval` printed, kept in a file: a run that was interrupted goes on where it was, as long as the program is the same."""
+
+    def __init__(self):
+        program = hashlib.sha256(DSD.read_bytes()).hexdigest()
+        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+        self.kept = kept if kept.get("program") == program else {"program": program, "commit": commit()}
+
+    def dsd(self, command, model, *more, times=0):
+        """The JSON line of one `dsd eval`, of run number `times`."""
+        key = " ".join([command, Path(model).name, *(word for word in more if "/" not in word), str(times)])
+        if key not in self.kept:
+            ran = subprocess.run([DSD, "eval", command, "--model", model, *more], capture_output=True, text=True, timeout=900, check=False)
+            if ran.returncode != 0:
+                raise SystemExit(f"dsd eval {command} {' '.join(more)} ended with {ran.returncode}: {ran.stderr[-1000:]}")
+            self.kept[key] = json.loads(ran.stdout.strip().splitlines()[-1])
+            KEPT.write_text(json.dumps(self.kept))
+            print(key, file=sys.stderr)
+        return self.kept[key]
 
 
 def weight_rows(model, quantize, folder):
@@ -75,6 +89,8 @@ def percent(value, base):
 def measure(arguments):
     text = "\n\n".join(topics.topics[key] for key in sorted(topics.topics))[:TEXT_CHARACTERS]
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    results = Results()
+    dsd = results.dsd
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text)
@@ -87,17 +103,17 @@ def measure(arguments):
             of_f32.append(dsd("perplexity", arguments.model, *cache[2:], "--text", str(file)))
             of_caches.append(dsd("perplexity", arguments.model, *cache, "--text", str(file)))
         speeds, cache_speeds = [[] for _ in runs], [[] for _ in caches]
-        for _ in range(arguments.rounds):
+        for index in range(arguments.rounds):
             for speed, (_, model, more, act) in zip(speeds, runs):
-                speed.append(dsd("speed", model, *more, *act, *SPEED))
+                speed.append(dsd("speed", model, *more, *act, *SPEED, times=index))
             for speed, cache in zip(cache_speeds, caches):
-                speed.append(dsd("speed", arguments.model, *cache, *LONG))
+                speed.append(dsd("speed", arguments.model, *cache, *LONG, times=index))
     def rate(speed, what):
         return statistics.median(run[what]["median"] for run in speed)
     base = found[0]["perplexity"]
     lines = [
         MARKS[0], "",
-        f"Commit {commit()}; {machine()}; {found[0]['scored']:,} tokens scored in windows of {found[0]['window']} of the first {TEXT_CHARACTERS:,} characters of Python "
+        f"Commit {results.kept['commit']}; {machine()}; {found[0]['scored']:,} tokens scored in windows of {found[0]['window']} of the first {TEXT_CHARACTERS:,} characters of Python "
         f"{platform.python_version()}'s `pydoc_data.topics` (sha256 {digest}..); speeds are medians of {arguments.rounds} rounds over all rows.", "",
         "| weights of linear layers | activations | weights, MB | perplexity | against the file in f32 | prefill 512, tokens/s | decode 64 behind 512, tokens/s |",
         "|---|---|---|---|---|---|---|",

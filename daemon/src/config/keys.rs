@@ -223,7 +223,7 @@ sections! {
         scrub_bytes_per_s: u64 = 268_435_456, "268435456", 1_048_576..=1_099_511_627_776;
         /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
         activations: Activations = Activations::F32, "`f32`";
-        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head)..
+        /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head).
         kv_type: KvType = KvType::F32, "`f32`";
     }
 

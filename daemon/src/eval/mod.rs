@@ -14,9 +14,8 @@ use std::{fs, io, ops::Range, path::Path, time::Duration};
 use crate::{
     config::LogConfig,
     group::{self, Followers, GroupConfig, GroupError},
-    model::{self, Split},
-    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan, WeightBytes},
-    runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu},
+    runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
+    runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes},
     weights::{Checkpoint, WeightsError},
 };
 use dsd_kernels::cpu::CpuConfig;
@@ -144,7 +143,7 @@ impl Session {
     /// # Errors
     /// [`EvalError`].
     pub fn open(checkpoint: &Checkpoint, ranks: Ranks, n_tokens: usize) -> Result<Self, EvalError> {
-        let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
+        let spec = crate::model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
         let context_len = spec.context_len;
         if n_tokens > context_len {
             return Err(EvalError::TooLong {
@@ -295,11 +294,8 @@ impl Sizes {
     /// # Errors
     /// [`EvalError`].
     pub fn of(checkpoint: &Checkpoint, ranks: Ranks) -> Result<Self, EvalError> {
-        let spec = model::spec_of(checkpoint).map_err(|e| LoadError::Model(e.into()))?;
-        let tensors = model::tensors(checkpoint, &Split::solo(&spec)).map_err(LoadError::Model)?;
-        let bytes = WeightBytes::of_checkpoint(&tensors, &|name| checkpoint.format(name));
         Ok(Self {
-            weights: bytes.mapped + bytes.panels,
+            weights: weight_bytes(checkpoint, ranks.n_ranks)?,
             kv_per_token: kv_bytes_per_token(checkpoint, ranks.cpu, ranks.n_ranks)?,
         })
     }

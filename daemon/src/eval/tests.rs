@@ -9,7 +9,7 @@ use dsd_kernels::{
 use serde_json::{Value, json};
 use tempfile::tempdir;
 
-use super::{Ranks, Session};
+use super::{Ranks, Session, Sizes};
 use crate::weights::{
     Checkpoint,
     tests::writer::{GgufWriter, f32s, safetensors, write_folder},
@@ -319,6 +319,35 @@ fn evaluation_needs_no_tokenizer() {
     let continuation = session.greedy(&TOKENS, 8).unwrap();
     assert_eq!(continuation.len(), 8);
     assert!(continuation.iter().all(|id| (*id as usize) < VOCAB));
+}
+
+#[test]
+fn sizes_count_what_the_cache_holds() {
+    let model = Latent {
+        v3: true,
+        compressed_query: true,
+        nope: 12,
+        v: 20,
+    };
+    let dir = tempdir().unwrap();
+    write_safetensors(&model, dir.path());
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let row = RANK + ROPE;
+    for (kv_type, bytes) in [
+        (KvType::F32, 4 * row),
+        (KvType::Bf16, 2 * row),
+        // Codes, a scale, and the rotary key in bf16.
+        (KvType::Int8, RANK + 4 + 2 * ROPE),
+    ] {
+        let cpu = CpuConfig {
+            n_threads: 1,
+            isa: Isa::Portable,
+            activations: Activations::F32,
+            kv_type,
+        };
+        let sizes = Sizes::of(&checkpoint, Ranks::solo(cpu)).unwrap();
+        assert_eq!(sizes.kv_per_token, (LAYERS * bytes) as u64, "{kv_type:?}");
+    }
 }
 
 #[test]

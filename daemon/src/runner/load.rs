@@ -59,6 +59,34 @@ pub fn kv_bytes_per_token(
     Ok(bytes as u64)
 }
 
+/// Bytes of the weights of all ranks together, mapped or in panels.
+///
+/// # Errors
+/// [`LoadError`].
+pub fn weight_bytes(checkpoint: &Checkpoint, n_ranks: usize) -> Result<u64, LoadError> {
+    let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
+    let mut bytes = 0;
+    for split in splits(checkpoint, &spec, n_ranks)? {
+        let weights = weights_of(checkpoint, &split)?;
+        bytes += weights.mapped + weights.panels;
+    }
+    Ok(bytes)
+}
+
+fn weights_of(checkpoint: &Checkpoint, split: &Split) -> Result<WeightBytes, LoadError> {
+    match of_rank(checkpoint, split.of)? {
+        RankTensors::Pack(rank) => Ok(WeightBytes {
+            mapped: rank.tensor_bytes(),
+            panels: 0,
+        }),
+        source @ RankTensors::Checkpoint(_) => {
+            let tensors = model::tensors(&source, split)?;
+            let format_of = |name: &str| checkpoint.format(name);
+            Ok(WeightBytes::of_checkpoint(&tensors, &format_of))
+        }
+    }
+}
+
 fn splits(
     checkpoint: &Checkpoint,
     spec: &DecoderSpec,
@@ -83,23 +111,9 @@ pub fn plan_cpu(
     available: Option<u64>,
 ) -> Result<ReplicaPlan, LoadError> {
     let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
-    let format_of = |name: &str| checkpoint.format(name);
-    let part = |split: Split| {
-        let weights = match of_rank(checkpoint, split.of)? {
-            RankTensors::Pack(rank) => WeightBytes {
-                mapped: rank.tensor_bytes(),
-                panels: 0,
-            },
-            source @ RankTensors::Checkpoint(_) => {
-                let tensors = model::tensors(&source, &split)?;
-                WeightBytes::of_checkpoint(&tensors, &format_of)
-            }
-        };
-        Ok::<_, LoadError>((split, weights))
-    };
     let parts = splits(checkpoint, &spec, n_ranks)?
         .into_iter()
-        .map(part)
+        .map(|split| weights_of(checkpoint, &split).map(|weights| (split, weights)))
         .collect::<Result<Vec<_>, _>>()?;
     let backend = CpuBackend::new(cpu)?;
     let plans = MemoryPlan::new(&backend, &parts, budget, available)?;

@@ -12,7 +12,9 @@ mod executor;
 mod load;
 
 pub use executor::ModelExecutor;
-pub use load::{LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu};
+pub use load::{
+    LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes,
+};
 pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes, available_bytes};
 pub use plan::{LogitRows, Span, StepPlan};
 

@@ -16,7 +16,7 @@ use std::{
 use dsd_kernels::{
     dtype::Format,
     matrix::{Matrix, TileScales},
-    panel, quant,
+    quant,
 };
 use serde_json::Value;
 
@@ -73,15 +73,6 @@ pub struct MappedFile {
 struct Entry {
     tensor: StoredTensor,
     claimed: AtomicBool,
-}
-
-/// A tensor that kernels read in panels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockTensor {
-    /// As stored.
-    pub bytes: u64,
-    /// In panels.
-    pub panel_bytes: u64,
 }
 
 const CONFIG_NAME: &str = "config.json";
@@ -285,22 +276,6 @@ impl Checkpoint {
     /// Sum of the lengths of the mapped files.
     pub fn bytes_mapped(&self) -> u64 {
         self.files.iter().map(|f| f.bytes).sum()
-    }
-
-    /// The tensors that are quantized in blocks.
-    pub fn block_tensors(&self) -> impl Iterator<Item = BlockTensor> {
-        self.tensors.values().filter_map(|entry| {
-            let tensor = &entry.tensor;
-            let (StoredType::Weights(format), [n_rows, n_cols]) =
-                (tensor.stored_type, tensor.shape.as_slice())
-            else {
-                return None;
-            };
-            Some(BlockTensor {
-                bytes: tensor.data.len() as u64,
-                panel_bytes: panel::bytes(format, *n_rows, *n_cols)? as u64,
-            })
-        })
     }
 
     /// From now on hands linear layers out rounded to the nearest values of `format`

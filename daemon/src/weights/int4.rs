@@ -86,35 +86,32 @@ pub(super) fn repack(
     }
 
     let block_bytes = Format::Int4.block_bytes();
-    let blocks_per_row = n_cols / GROUP_UNIT;
+    let (blocks_per_row, n_eights) = (n_cols / GROUP_UNIT, n_rows / CODES);
     let mut data = vec![0; n_rows * blocks_per_row * block_bytes];
-    let zero_of = |group: usize, row: usize| {
-        let word = zeros[group * (n_rows / CODES) + row / CODES];
-        match scheme.packing {
-            Int4Packing::Awq => nibble(word, AWQ_NIBBLE[row % CODES]),
-            Int4Packing::Gptq { zero_offset } => (nibble(word, row % CODES) + zero_offset) & 15,
-        }
-    };
-    // Block after block of inputs: their words are neighbours in the file.
+    // Block after block of inputs, eight outputs at a time: their words are neighbours in the file.
     for block in 0..blocks_per_row {
         let (first, group) = (block * GROUP_UNIT, block * GROUP_UNIT / group_len);
-        for row in 0..n_rows {
-            let code = |k: usize| match scheme.packing {
-                Int4Packing::Awq => {
-                    let word = codes[(first + k) * (n_rows / CODES) + row / CODES];
-                    nibble(word, AWQ_NIBBLE[row % CODES])
-                }
-                Int4Packing::Gptq { .. } => {
-                    nibble(codes[(first + k) / CODES * n_rows + row], k % CODES)
-                }
+        for eight in 0..n_eights {
+            let zeros = zeros[group * n_eights + eight];
+            let (block_codes, zeros) = match scheme.packing {
+                Int4Packing::Awq => (
+                    awq_block(codes, first * n_eights + eight, n_eights),
+                    AWQ_NIBBLE.map(|i| nibble(zeros, i)),
+                ),
+                Int4Packing::Gptq { zero_offset } => (
+                    gptq_block(codes, first / CODES * n_rows + eight * CODES, n_rows),
+                    std::array::from_fn(|i| (nibble(zeros, i) + zero_offset) & 15),
+                ),
             };
-            let at = (row * blocks_per_row + block) * block_bytes;
-            quant::put_int4(
-                &mut data[at..at + block_bytes],
-                scales[group * n_rows + row],
-                zero_of(group, row),
-                &std::array::from_fn(code),
-            );
+            for (i, codes) in block_codes.iter().enumerate() {
+                let row = eight * CODES + i;
+                let at = (row * blocks_per_row + block) * block_bytes;
+                let (out, scale) = (
+                    &mut data[at..at + block_bytes],
+                    scales[group * n_rows + row],
+                );
+                quant::put_int4(out, scale, zeros[i], codes);
+            }
         }
     }
     Matrix::new(Format::Int4, n_rows, n_cols, data.into(), None).map_err(|source: MatrixError| {
@@ -124,6 +121,29 @@ pub(super) fn repack(
             source,
         }
     })
+}
+
+/// The codes of eight outputs: a word for every input, `stride` words apart.
+fn awq_block(words: &[[u8; 4]], first: usize, stride: usize) -> [[u8; GROUP_UNIT]; CODES] {
+    let mut codes = [[0; GROUP_UNIT]; CODES];
+    for k in 0..GROUP_UNIT {
+        let word = words[first + k * stride];
+        for (codes, index) in codes.iter_mut().zip(AWQ_NIBBLE) {
+            codes[k] = nibble(word, index);
+        }
+    }
+    codes
+}
+
+/// The codes of eight outputs: neighbouring words, those of the next eight inputs `stride` on.
+fn gptq_block(words: &[[u8; 4]], first: usize, stride: usize) -> [[u8; GROUP_UNIT]; CODES] {
+    let mut codes = [[0; GROUP_UNIT]; CODES];
+    for (i, codes) in codes.iter_mut().enumerate() {
+        for (k, code) in codes.iter_mut().enumerate() {
+            *code = nibble(words[first + k / CODES * stride + i], k % CODES);
+        }
+    }
+    codes
 }
 
 fn nibble(word: [u8; 4], index: usize) -> u8 {

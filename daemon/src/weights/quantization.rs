@@ -247,7 +247,7 @@ fn compressed_int8(section: &Section<'_>) -> Result<(), WeightsError> {
         int8_values(&weights)?;
         weights.expect("dynamic", "false", is_false)?;
         weights.expect_word("strategy", &[Some("channel")])?;
-        weights.expect("actorder", "none", |v| is_false(v))?;
+        weights.expect("actorder", "none", is_false)?;
         if let Some(input) = group.field("input_activations") {
             let input = group.section("input_activations", input);
             int8_values(&input)?;
