@@ -60,9 +60,9 @@ def dsd_speed(file, n_prompt, n_output, *more, threads=2, sequences=1, runs=3):
     return {name: rates[name]["median"] for name in ("prefill", "decode", "output")}, ran
 
 
-def llama_bench(file, n_prompt, n_output, threads=2):
+def llama_bench(file, n_prompt, n_output, threads=2, build="build"):
     """One process of llama-bench: prompt and generation, each from an empty context."""
-    ran = checked(machine.run([peers.tool("llama-bench"), "-m", file, "-o", "jsonl", "-t", threads, "-p", n_prompt, "-n", n_output, "-r", 3],
+    ran = checked(machine.run([peers.tool("llama-bench", build), "-m", file, "-o", "jsonl", "-t", threads, "-p", n_prompt, "-n", n_output, "-r", 3],
                               PROGRAM_S_MAX), "llama-bench")
     found = {}
     for line in ran.out.splitlines():
@@ -81,11 +81,11 @@ def offline_dsd(model):
     return found, max(ran.others for ran in (first, second, third))
 
 
-def offline_llama(model):
+def offline_llama(model, build="build"):
     shape, file = MODELS[model], peers.model(MODELS[model]["file"])
-    found, first = llama_bench(file, shape["prompt"], shape["output"])
+    found, first = llama_bench(file, shape["prompt"], shape["output"], build=build)
     n_prompt, n_output = shape["many"]
-    second = checked(machine.run([peers.tool("llama-batched-bench"), "-m", file, "-t", 2, "-tb", 2, "-c", (n_prompt + n_output) * STREAMS + 256,
+    second = checked(machine.run([peers.tool("llama-batched-bench", build), "-m", file, "-t", 2, "-tb", 2, "-c", (n_prompt + n_output) * STREAMS + 256,
                                   "-b", 2048, "-ub", 512, "-npp", n_prompt, "-ntg", n_output, "-npl", STREAMS, "--output-format", "jsonl"],
                                  PROGRAM_S_MAX), "llama-batched-bench")
     for line in second.out.splitlines():
@@ -128,8 +128,8 @@ def http_dsd(model, round_index):
     return over_http(serving.dsd(peers.model(MODELS[model]["file"])), round_index)
 
 
-def http_llama(model, round_index):
-    return over_http(serving.llama_server(peers.tool("llama-server"), peers.model(MODELS[model]["file"]), 2), round_index)
+def http_llama(model, round_index, build="build"):
+    return over_http(serving.llama_server(peers.tool("llama-server", build), peers.model(MODELS[model]["file"]), 2), round_index)
 
 
 def ranks(name):
@@ -251,6 +251,9 @@ def measurements():
         found[f"offline {model} llama.cpp"] = lambda _, m=model: offline_llama(m)
         if model == "smollm2":
             found[f"offline {model} openvino"] = lambda _, m=model: offline_openvino(m)
+        if model == "smollm2" and peers.has_amx():
+            found[f"offline {model} llama.cpp-amx"] = lambda _, m=model: offline_llama(m, "build-amx")
+            found[f"http {model} llama-server-amx"] = lambda i, m=model: http_llama(m, max(i, CURVE_ROUNDS), "build-amx")
         found[f"http {model} dsd"] = lambda i, m=model: http_dsd(m, i)
         found[f"http {model} llama-server"] = lambda i, m=model: http_llama(m, i)
     found["ranks llama"] = lambda _: ranks("llama09b-q4_0")

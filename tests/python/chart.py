@@ -6,14 +6,24 @@ from html import escape
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 66, 132, 46, 50
 # Told apart by people who see colours differently (Okabe and Ito), with enough contrast on both grounds.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLOURS = ("#0072b2", "#c24f00", "#00805d", "#b0568b")
+COLOURS_ON_DARK = ("#56b4e9", "#f0904a", "#3fc79a", "#e39ac4")
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #222 }
+.curve text { fill: currentColor }
 .title { font-weight: 600; font-size: 15px }
 .grid { stroke: #8884; stroke-width: 1 }
 .ground { fill: #fff }
-@media (prefers-color-scheme: dark) { text { fill: #ddd } .ground { fill: #16181c } }
+@media (prefers-color-scheme: dark) { text { fill: #ddd } .ground { fill: #16181c } DARK }
 """.strip()
+
+
+def colours(of):
+    """A rule for each colour: curves are drawn in the colour of their class."""
+    return " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(of))
+
+
+STYLE = f"{colours(COLOURS)}\n{STYLE}".replace("DARK", colours(COLOURS_ON_DARK))
 
 
 @dataclass
@@ -65,13 +75,13 @@ def lines(title, x_label, y_label, curves):
         below = min(at_y(curve.points[-1][1]) + 4, below - 16)
         names[id(curve)] = below
     for curve in curves:
-        colour = COLOURS[curve.colour]
+        out.append(f'<g class="curve c{curve.colour}">')
         dash = ' stroke-dasharray="5 4"' if curve.dashed else ""
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in curve.points)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"{dash}/>')
+        out.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="2.5" stroke-linejoin="round"{dash}/>')
         for x, y in curve.points:
             label = f"{curve.name}, {number(x)}: {y:,.4g}"
-            out.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.5" fill="{colour}"><title>{escape(label)}</title></circle>')
+            out.append(f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3.5" fill="currentColor"><title>{escape(label)}</title></circle>')
         x = at_x(curve.points[-1][0]) + 10
-        out.append(f'<text x="{x:.1f}" y="{names[id(curve)]:.1f}" style="fill:{colour}">{escape(curve.name)}</text>')
+        out.append(f'<text x="{x:.1f}" y="{names[id(curve)]:.1f}">{escape(curve.name)}</text></g>')
     return "\n".join(out + ["</svg>", ""])

@@ -16,13 +16,12 @@ LLAMA = "llama_cpp_python-0.3.36"
 LLAMA_PACKAGE = "llama-cpp-python==0.3.36"
 TOOLS = ("llama-bench", "llama-batched-bench", "llama-quantize", "llama-server")
 PACKAGES = ("cmake", "ninja", "numpy", "gguf", "scikit-build-core", "openvino-genai==2026.4.1.0")
-# GCC 12 drops stores in front of `ldtilecfg`, so that llama.cpp's AMX kernels end in a segmentation fault; and with AMX buffers it refuses
-# MLA's matrices per head. Without AMX both models run.
-NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+# Two builds. GCC 12 drops stores in front of `ldtilecfg`, so that llama.cpp's AMX kernels end in a segmentation fault unless these passes are
+# off; and with AMX it refuses MLA's matrices per head. Without AMX every model runs.
+BUILDS = {"build": "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16", "build-amx": "-fno-tree-dse -fno-dse -fno-tree-sra"}
 CMAKE = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
-    f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}",
 )
 
 
@@ -36,9 +35,14 @@ def python():
     return folder() / "venv/bin/python"
 
 
-def tool(name):
+def has_amx():
+    """Whether the build with AMX runs on this processor."""
+    return "amx_int8" in Path("/proc/cpuinfo").read_text()
+
+
+def tool(name, build="build"):
     """A program of llama.cpp."""
-    return folder() / LLAMA / "build/bin" / name
+    return folder() / LLAMA / build / "bin" / name
 
 
 def model(name):
@@ -52,7 +56,7 @@ def call(*command, **options):
 
 
 def install():
-    """Packages and llama.cpp; about a quarter of an hour on two cores, the first time."""
+    """Packages and llama.cpp; about half an hour on two cores, the first time."""
     here = folder()
     here.mkdir(parents=True, exist_ok=True)
     if not python().exists():
@@ -61,7 +65,15 @@ def install():
     if not mark.exists() or mark.read_text() != " ".join(PACKAGES):
         call(python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES)
         mark.write_text(" ".join(PACKAGES))
-    if all(tool(name).exists() for name in TOOLS):
+    for build, flags in BUILDS.items():
+        if build == "build" or has_amx():
+            build_llama(build, flags)
+
+
+def build_llama(build, flags):
+    """llama.cpp with these compiler flags, once."""
+    here = folder()
+    if all(tool(name, build).exists() for name in TOOLS):
         return
     archive = here / f"{LLAMA}.tar.gz"
     if not archive.exists():
@@ -71,10 +83,10 @@ def install():
         with tarfile.open(archive) as tar:
             safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             tar.extractall(here, **safe)
-    path = f"{here / 'venv/bin'}:{os.environ['PATH']}"
-    build = here / LLAMA / "build"
-    call("cmake", "-G", "Ninja", "-B", build, *CMAKE, here / LLAMA / "vendor/llama.cpp", env=os.environ | {"PATH": path})
-    call("ninja", "-C", build, *TOOLS, env=os.environ | {"PATH": path})
+    environment = os.environ | {"PATH": f"{here / 'venv/bin'}:{os.environ['PATH']}"}
+    flags = (f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}")
+    call("cmake", "-G", "Ninja", "-B", here / LLAMA / build, *CMAKE, *flags, here / LLAMA / "vendor/llama.cpp", env=environment)
+    call("ninja", "-C", here / LLAMA / build, *TOOLS, env=environment)
 
 
 def quantize(source, kind, name):

@@ -205,9 +205,25 @@ impl Node {
         &self.state
     }
 
-    /// Bytes of a field of the process's status, such as `VmRSS`.
+    /// Bytes of a field of the statuses of its processes, such as `RssAnon`, ranks included.
     pub fn memory_bytes(&self, field: &str) -> u64 {
-        process::memory_bytes(self.pid(), field)
+        let of = |pid| process::memory_bytes(pid, field);
+        self.pids().into_iter().map(of).sum()
+    }
+
+    /// Bytes that its processes, ranks included, take of the machine's memory.
+    pub fn proportional_bytes(&self) -> u64 {
+        let of = process::proportional_bytes;
+        self.pids().into_iter().map(of).sum()
+    }
+
+    /// The agent and the ranks of its model's last group.
+    pub fn pids(&self) -> Vec<u32> {
+        let forming = self.records("group forming").pop();
+        let ranks = forming.and_then(|record| serde_json::from_str(record["pids"].as_str()?).ok());
+        let mut pids: Vec<u32> = ranks.unwrap_or_default();
+        pids.push(self.pid());
+        pids
     }
 
     /// A new connection to its HTTP edge.

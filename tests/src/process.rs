@@ -81,9 +81,22 @@ pub fn signal(pid: u32, name: &str) {
     assert!(status.unwrap().success(), "cannot send SIG{name} to {pid}");
 }
 
+/// Bytes of a process' memory, pages shared with others counted in part
+/// (`/proc/<pid>/smaps_rollup`).
+///
+/// # Panics
+/// When the process is gone.
+pub fn proportional_bytes(pid: u32) -> u64 {
+    field_bytes(&format!("/proc/{pid}/smaps_rollup"), "Pss")
+}
+
 /// Bytes of a field of `/proc/<pid>/status`, such as `VmRSS` or `RssAnon`.
 pub fn memory_bytes(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    field_bytes(&format!("/proc/{pid}/status"), field)
+}
+
+fn field_bytes(file: &str, field: &str) -> u64 {
+    let status = fs::read_to_string(file).unwrap();
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));

@@ -120,7 +120,7 @@ mod tests {
             let mut incoming = Incoming::default();
             let mut frames = Vec::new();
             for piece in bytes.chunks(len) {
-                assert!(!incoming.fill(&mut &*piece).unwrap(), "a slice ends");
+                incoming.fill(&mut &*piece).unwrap();
                 while let Some(frame) = incoming.next().unwrap() {
                     frames.push(frame);
                 }

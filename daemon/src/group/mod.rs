@@ -18,11 +18,12 @@ mod frames;
 mod life;
 mod messages;
 mod process;
-pub mod rank;
+mod handle;
 mod supervisor;
+pub mod rank;
 
 pub use frames::SocketError;
-pub use supervisor::{GroupHandle, PostError};
+pub use handle::{GroupHandle, PostError};
 
 use std::{
     io,

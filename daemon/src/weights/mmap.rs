@@ -67,6 +67,16 @@ pub(super) fn lock(piece: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Asks for huge pages: those of the file that are not cached yet are then read into such.
+pub(super) fn prefer_huge(mapping: &Bytes) {
+    // SAFETY: a whole mapping, which begins at a page. Advice changes no content, and where it is
+    // refused everything works in small pages.
+    unsafe {
+        let first = mapping.as_ptr().cast_mut().cast();
+        libc::madvise(first, mapping.len(), libc::MADV_HUGEPAGE);
+    }
+}
+
 /// Asks for a mapping to be read ahead; whoever reads it before that waits.
 pub(super) fn will_need(mapping: &Bytes) {
     // SAFETY: a whole mapping, which begins at a page. Advice changes no content, and where it is

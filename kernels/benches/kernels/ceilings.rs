@@ -19,7 +19,10 @@ const PIECES: usize = 16;
 pub(crate) struct Ceilings {
     /// Operations per second.
     f32: f64,
+    /// Of vector instructions.
     int8: f64,
+    /// Of the matrix unit, where the instruction set has one.
+    matrix_unit: Option<f64>,
     /// Working set in bytes, bytes per second.
     read: Vec<(usize, f64)>,
 }
@@ -49,6 +52,9 @@ impl Ceilings {
             read: read.collect(),
             f32: best(runs, || backend.peak_f32(n_pieces)),
             int8: best(runs, || backend.peak_int8(n_pieces)),
+            matrix_unit: backend
+                .peak_matrix_unit(1)
+                .map(|_| best(runs, || backend.peak_matrix_unit(n_pieces).unwrap_or(0))),
         }
     }
 
@@ -56,7 +62,7 @@ impl Ceilings {
     pub(crate) fn bound(&self, op: &Op<'_>) -> (f64, &'static str) {
         let (rate, name) = match op.arithmetic {
             Arithmetic::F32 => (self.f32, "f32"),
-            Arithmetic::Int8 => (self.int8, "int8"),
+            Arithmetic::Int8 => (self.int8.max(self.matrix_unit.unwrap_or(0.0)), "int8"),
         };
         let (compute, read) = (op.n_ops / rate, op.n_bytes / self.read_rate(op.n_bytes));
         if compute < read {
@@ -85,6 +91,9 @@ impl Ceilings {
         println!("ceilings, best of {RUNS}");
         println!("  f32 multiply-add  {:8.0} Gop/s", self.f32 / 1e9);
         println!("  int8 dot product  {:8.0} Gop/s", self.int8 / 1e9);
+        if let Some(rate) = self.matrix_unit {
+            println!("  int8 matrix unit  {:8.0} Gop/s", rate / 1e9);
+        }
         for (set, rate) in &self.read {
             println!("  reading {:6} KiB {:8.1} GB/s", set >> 10, rate / 1e9);
         }
@@ -96,6 +105,7 @@ impl Ceilings {
         json!({
             "f32_gop_s": self.f32 / 1e9,
             "int8_gop_s": self.int8 / 1e9,
+            "int8_matrix_unit_gop_s": self.matrix_unit.map(|rate| rate / 1e9),
             "read": read.collect::<Vec<_>>(),
         })
     }

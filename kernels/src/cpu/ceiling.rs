@@ -5,7 +5,13 @@
 
 use std::hint::black_box;
 
-use super::{CpuBackend, Isa, simd, simd::Simd};
+use super::{
+    CpuBackend, Isa, simd,
+    simd::{
+        Simd,
+        amx::{N_SLOTS, TILE_COLS, TILE_LEN},
+    },
+};
 use crate::cpu::Portable;
 
 /// Turns of the innermost loops in one piece of work, about a millisecond.
@@ -44,6 +50,20 @@ impl CpuBackend {
             });
         });
         (n_pieces * TURNS * per_turn * 2) as u64
+    }
+
+    /// The same of the matrix unit; `None` without one.
+    pub fn peak_matrix_unit(&self, n_pieces: usize) -> Option<u64> {
+        if self.config.isa != Isa::Amx {
+            return None;
+        }
+        self.pool.run(n_pieces, &|_, _| {
+            dispatch!(self, s => if let Some(amx) = s.amx() {
+                amx.configure().spin(TURNS);
+            });
+        });
+        let per_product = TILE_LEN * TILE_LEN * TILE_COLS;
+        Some((n_pieces * TURNS * N_SLOTS * per_product * 2) as u64)
     }
 
     /// Reads the buffer `n_times`, each thread its own share of it, and does nothing else.
@@ -132,6 +152,7 @@ mod tests {
             let backend = CpuBackend::new(config).unwrap();
             assert!((TURNS * 2) as u64 <= backend.peak_f32(1), "{isa:?}");
             assert_eq!(backend.peak_int8(2), 2 * backend.peak_int8(1), "{isa:?}");
+            assert_eq!(backend.peak_matrix_unit(1).is_some(), isa == Isa::Amx);
             // Two shares of 256 elements of four bytes; what does not fill a turn is left out.
             assert_eq!(backend.peak_read(&backend.buffer(600), 3), 3 * 2 * 256 * 4);
         }

@@ -154,11 +154,11 @@ mod tests {
             })
             .collect::<Vec<_>>();
         let matrix = Matrix::from_f32(2, 192, &values);
-        // The largest magnitude is 1.3. FP8 has 8 steps between 256 and 512, Int8 127 steps on a
+        // The largest magnitude is 1.3. Bf16 has 128 steps between 1 and 2, FP8 has 8 steps between 256 and 512, Int8 127 steps on a
         // side; Int4 has 15 from -0.7 to 1.3, and its zero is rounded too.
         for (format, most) in [
             (Format::F32, 0.0),
-            (Format::Bf16, 1.3 / 512.0),
+            (Format::Bf16, 1.0 / 128.0 / 2.0),
             (Format::F8E4m3, 1.3 / 448.0 * 16.0),
             (Format::Int8, 1.3 / 127.0 / 2.0),
             (Format::Int4, 2.0 / 15.0),

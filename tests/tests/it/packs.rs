@@ -76,7 +76,7 @@ fn a_pack_is_served_like_its_checkpoint_and_a_flipped_bit_takes_it_out() {
         metrics.contains("dsd_pack_scrubs_total{model=\"packed\"} 1")
     });
     let report = tool::dsctl_json(&node, &["model", "verify", "packed"]);
-    assert_eq!(report["findings"], json!([]), "{report}");
+    assert_eq!(report["verified"]["findings"], json!([]), "{report}");
 
     flip_last_bit(&rank_file(&out));
     let outcome = tool::dsctl(&node, &["--json", "model", "verify", "packed"]);

@@ -50,6 +50,7 @@ impl PackedRank {
     /// Maps the file and holds length, header and places against the manifest's `file`.
     pub(super) fn open(path: &Path, folder: &Path, file: &RankFile) -> Result<Self, WeightsError> {
         let bytes = mmap::map_file(path)?;
+        mmap::prefer_huge(&bytes);
         check_length(path, bytes.len() as u64, file.bytes)?;
         let misplaced = |what: String, expected: String, found: u64| {
             WeightsError::from(PackError::Manifest {

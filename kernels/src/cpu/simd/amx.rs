@@ -8,6 +8,8 @@ use std::{arch::asm, sync::OnceLock};
 
 /// Rows of activations, and rows of weights, of a product.
 pub(crate) const TILE_LEN: usize = 16;
+/// Columns, bytes each, of a product.
+pub(crate) const TILE_COLS: usize = 32;
 /// Products that may be under way at once.
 pub(crate) const N_SLOTS: usize = 4;
 
@@ -81,6 +83,22 @@ impl AmxUnit {
                 weight_stride = in(reg) 64usize,
                 options(nostack, readonly, preserves_flags),
             );
+        }
+    }
+
+    /// Products of whatever the registers hold, `n` in every slot, for the unit's ceiling.
+    pub(crate) fn spin(&self, n: usize) {
+        for _ in 0..n {
+            // SAFETY: the registers are set up; no memory is touched.
+            unsafe {
+                asm!(
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tdpbssd tmm1, tmm4, tmm7",
+                    "tdpbssd tmm2, tmm5, tmm6",
+                    "tdpbssd tmm3, tmm5, tmm7",
+                    options(nostack, nomem, preserves_flags),
+                );
+            }
         }
     }
 
