@@ -4,7 +4,11 @@
 //! packed as the format's own tools pack it. What the packed words mean is worked out again from
 //! the words, in f64, by the formula that the tools' dequantizers use, and written as an F32 folder;
 //! both must give the same logits.
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking"
+)]
 
 use std::{
     collections::BTreeMap,

@@ -655,7 +655,7 @@ mod tests {
     fn a_late_rank_is_named_with_the_place_where_it_is_missing() {
         let segment = Segment::create(2).unwrap();
         let deadline = Duration::from_millis(50);
-        let mut first = segment.clone().join(0, deadline);
+        let mut first = segment.join(0, deadline);
         let missing = first.all_reduce(SITE, &mut [1.0]).unwrap_err();
         assert_eq!((missing.rank, missing.site), (1, SITE));
         assert!(matches!(missing.reason, MissingReason::Late(after) if after >= deadline));

@@ -332,12 +332,12 @@ impl Supervisor {
                 self.life.handle_fault(epoch, Blame { rank, what });
             }
             if let Some(how) = ended {
-                self.rank_ended(epoch, rank, how);
+                self.rank_ended(epoch, rank, &how);
             }
         }
     }
 
-    fn rank_ended(&mut self, epoch: u64, rank: usize, how: String) {
+    fn rank_ended(&mut self, epoch: u64, rank: usize, how: &str) {
         if self.shared.lock().stop_at.is_some() {
             // The first rank ends when it has drained; there is nothing left to wait for.
             let now = clock::now();
