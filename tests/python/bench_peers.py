@@ -36,7 +36,7 @@ KERNELS_S_MAX = 1200
 # Clients of the loads over HTTP, and requests of each load.
 CLIENTS = {1: 6, 2: 8, 4: 12, 8: 24, 16: 48, 32: 64}
 # Rounds that load servers with all numbers of clients; later ones only with the one that has a bar.
-CURVE_ROUNDS = 2
+CURVE_ROUNDS = 1
 CLIENTS_OF_BAR = 16
 
 MODELS = {

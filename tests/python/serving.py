@@ -2,6 +2,7 @@
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import machine
 from machine import ROOT
 
-DSD = ROOT / "target/release/dsd"
-DSCTL = ROOT / "target/release/dsctl"
+# DSD_BIN: a folder with other builds of both.
+PROGRAMS = Path(os.environ.get("DSD_BIN") or ROOT / "target/release")
+DSD = PROGRAMS / "dsd"
+DSCTL = PROGRAMS / "dsctl"
 START_S_MAX = 300
 STOP_S_MAX = 40
 LOAD_S_MAX = 600
