@@ -230,7 +230,10 @@ def killed_rank():
             before, old = read_bytes(machine.tree(running.pid)), rank_pids(running.pid)
             if not old:
                 raise Failed("the node has no rank processes")
+            # The way up takes a moment only: who else is there is seen before.
             others, own = machine.Others(), machine.cpu_of(running.pid)
+            time.sleep(1)
+            taken = others.cores(machine.cpu_of(running.pid) - own)
             start = time.monotonic()
             os.kill(old[-1], signal.SIGKILL)
             while not (old[-1] not in rank_pids(running.pid) and len(rank_pids(running.pid)) == len(old) and running.is_ready()):
@@ -240,7 +243,7 @@ def killed_rank():
             again = time.monotonic() - start
             after = read_bytes(machine.tree(running.pid))
             found = {"again_s": again, "read_bytes": sum(n - before.get(pid, 0) for pid, n in after.items())}
-            return found, others.cores(max(0.0, machine.cpu_of(running.pid) - own))
+            return found, taken
 
 
 def measurements():
@@ -266,16 +269,35 @@ def measurements():
 
 
 def kernels():
-    """What `make bench` says of this machine: ceilings and kernels."""
+    """What `make bench` says of this machine, ceilings and kernels, and what others took meanwhile."""
     command = ["cargo", "bench", "--locked", "-q", "-p", "dsd-kernels", "--bench", "kernels", "--", "--threads", "2", "--json"]
-    return json.loads(checked(machine.run(command, KERNELS_S_MAX), "cargo bench").out.strip().splitlines()[-1])
+    ran = checked(machine.run(command, KERNELS_S_MAX), "cargo bench")
+    return json.loads(ran.out.strip().splitlines()[-1]), ran.others
+
+
+def kernels_alone(wait_s):
+    """Kernels and ceilings of a run that others did not disturb; of the least disturbed one of three."""
+    tries = []
+    # The build is no part of what is timed.
+    checked(machine.run(["cargo", "bench", "--locked", "-q", "--no-run", "-p", "dsd-kernels", "--bench", "kernels"], KERNELS_S_MAX), "cargo bench")
+    for _ in range(3):
+        machine.wait_until_quiet(wait_s)
+        report, others = kernels()
+        tries.append((others, report))
+        print(f"kernels: others {others:.2f}", file=sys.stderr, flush=True)
+        if others < OTHERS_MAX:
+            break
+    others, report = min(tries, key=lambda item: item[0])
+    return {"ceilings": report["ceilings"], "cases": report["cases"], "isa": report["isa"], "threads": report["threads"], "kernels_others": others}
 
 
 def measure(chosen, arguments):
     results = {"commit": machine.commit(), "machine": machine.describe(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
                "others_max": OTHERS_MAX, "sizes": {m: peers.sizes(MODELS[m]["file"]) for m in MODELS}, "runs": {}}
+    if arguments.more:
+        results = json.loads(RESULTS.read_text())
     machine.wait_until_quiet(arguments.wait)
-    results |= kernels()
+    results |= kernels_alone(arguments.wait)
     runs = results["runs"]
     end = time.monotonic() + 60 * arguments.minutes
     def n_clean(name):
@@ -313,6 +335,7 @@ def main():
     parser.add_argument("--rounds-max", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--wait", type=float, default=30, help="seconds to wait for a quiet machine before a run")
+    parser.add_argument("--more", action="store_true", help="add runs to the last results")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--no-report", action="store_true", help="measure only")
     arguments = parser.parse_args()

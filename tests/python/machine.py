@@ -39,9 +39,11 @@ class Others:
     def __init__(self):
         self.start = time.monotonic()
         self.cpu = cpu_seconds()
+        self.self_s = time.process_time()
 
     def cores(self, own_s):
-        """Since the start, given the seconds of processor time that the measured programs used."""
+        """Since the start, given the seconds of processor time that the measured programs used; this one's are known."""
+        own_s += time.process_time() - self.self_s
         wall = time.monotonic() - self.start
         busy, _, steal = (after - before for after, before in zip(cpu_seconds(), self.cpu))
         return max(0.0, (busy - own_s) / wall) + steal / wall

@@ -69,7 +69,9 @@ class Row:
             return "not measured"
         def met(limit):
             return limit is not None and (self.ours <= limit if self.falls else limit <= self.ours)
-        return "**aim**" if met(self.aim) else "pass" if met(self.bar) else "**FAIL**"
+        if not met(self.bar):
+            return "**FAIL**"
+        return "**aim**" if met(self.aim) else "pass"
 
 
 def show(value, unit=""):
