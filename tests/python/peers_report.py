@@ -146,7 +146,7 @@ def table(r):
     reads = ", ".join(f"{s['gb_s']:.0f} GB/s from {s['bytes'] / 2**20:g} MiB" for s in c["read"])
     unit = c["int8_matrix_unit_gop_s"]
     matrix_unit = f", matrix unit (AMX) {unit:,.0f} Gop/s" if unit else ""
-    out += [f"Ceilings measured in the same run: int8 dot product {c['int8_gop_s']:,.0f} Gop/s{matrix_unit}, f32 {c['f32_gop_s']:,.0f} Gop/s, reading {reads}.", "",
+    out += [f"Ceilings measured beside it: int8 dot product {c['int8_gop_s']:,.0f} Gop/s{matrix_unit}, f32 {c['f32_gop_s']:,.0f} Gop/s, reading {reads}.", "",
             "| work | dsd (runs) | peers | ratio | ceiling | of it | bar | aim | |", "|---|---|---|---|---|---|---|---|---|"]
     for row in rows(r):
         peers = ", ".join(f"{name} {show(value)}" for name, value in row.peers if value is not None) or "-"
