@@ -53,7 +53,15 @@ pub(super) fn read(from: &mut impl Read) -> Result<Option<Frame>, SocketError> {
     let mut head = [0; HEADER_LEN];
     match from.read_exact(&mut head) {
         Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        // A peer that was killed may leave bytes unread, which resets the socket.
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            return Ok(None);
+        }
         Err(e) => return Err(e.into()),
     }
     let header = Header::from_bytes(&head)?;

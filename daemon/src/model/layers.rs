@@ -184,13 +184,16 @@ impl<B: WeightStore> Gathered<B> {
             let within = |row: usize| row.clamp(first, first + n_rows) - first;
             let rows = within(own.start)..within(own.end);
             first += n_rows;
-            if !rows.is_empty() {
-                pieces.push(Part {
-                    name,
-                    n_rows: *n_rows,
-                    rows,
-                });
+            if rows.is_empty() {
+                let name = format!("{prefix}.{name}.weight");
+                from.source.skip(&name, [*n_rows, n_cols])?;
+                continue;
             }
+            pieces.push(Part {
+                name,
+                n_rows: *n_rows,
+                rows,
+            });
         }
         Ok(Self {
             linear: Linear::by_rows(from, prefix, &pieces, n_cols, bias)?,

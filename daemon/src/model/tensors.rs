@@ -79,6 +79,10 @@ impl TensorSource for Recorder<'_> {
         Ok(ones)
     }
 
+    fn skip(&self, name: &str, shape: [usize; 2]) -> Result<(), WeightsError> {
+        self.source.skip(name, shape)
+    }
+
     fn contains(&self, name: &str) -> bool {
         self.source.contains(name)
     }

@@ -267,7 +267,7 @@ impl<B: Backend> StepExecutor for ModelExecutor<B> {
         };
         match logits
             .chunks_exact(vocab_len)
-            .position(|row| !row.iter().all(|v| v.is_finite()))
+            .position(|row| !row.iter().fold(true, |all, v| all & v.is_finite()))
         {
             Some(row) => Err(StepError::NotFinite { row }),
             None => Ok(logits),

@@ -118,15 +118,37 @@ pub fn sample(
 
 /// The largest logit that is a number, and the smallest id that has it.
 fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
-    let mut best = None;
-    let mut best_logit = f32::NEG_INFINITY;
-    for (id, &logit) in logits.iter().enumerate() {
-        // False for NaN.
-        if best_logit < logit {
-            (best, best_logit) = (Some(id as u32), logit);
+    /// Independent maxima, which is what makes a vector of them.
+    const LANES: usize = 32;
+    // False for NaN.
+    let larger = |best: f32, logit: f32| if best < logit { logit } else { best };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in chunks {
+        for (best, logit) in lanes.iter_mut().zip(chunk) {
+            *best = larger(*best, *logit);
         }
     }
-    best.map(|id| (id, best_logit))
+    let best = lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, larger);
+    if best == f32::NEG_INFINITY {
+        return None;
+    }
+    let has_best = |chunk: &[f32]| {
+        chunk
+            .iter()
+            .fold(false, |has, logit| has | (*logit == best))
+    };
+    let first = chunks
+        .iter()
+        .position(|chunk| has_best(chunk))
+        .unwrap_or(chunks.len())
+        * LANES;
+    let id = first + logits[first..].iter().position(|logit| *logit == best)?;
+    Some((id as u32, logits[id]))
 }
 
 /// Replaces logits by softmax weights relative to the likeliest token, whose weight becomes 1.

@@ -78,6 +78,12 @@ pub trait TensorSource {
     /// NaN or infinity.
     fn vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<Vec<f32>, WeightsError>;
 
+    /// Notes that a matrix of exactly this whole shape is known, though this rank has no piece of it.
+    ///
+    /// # Errors
+    /// [`WeightsError`] when it is missing or has another shape, where whole tensors are at hand.
+    fn skip(&self, name: &str, shape: [usize; 2]) -> Result<(), WeightsError>;
+
     /// True when there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
@@ -114,6 +120,10 @@ impl TensorSource for Checkpoint {
         values.truncate(part.end);
         values.drain(..part.start.min(part.end));
         Ok(values)
+    }
+
+    fn skip(&self, name: &str, [n_rows, n_cols]: [usize; 2]) -> Result<(), WeightsError> {
+        Self::matrix(self, name, n_rows, n_cols).map(drop)
     }
 
     fn contains(&self, name: &str) -> bool {
@@ -164,6 +174,10 @@ impl TensorSource for RankTensors<'_> {
 
     fn vector(&self, name: &str, len: usize, part: Range<usize>) -> Result<Vec<f32>, WeightsError> {
         self.source().vector(name, len, part)
+    }
+
+    fn skip(&self, name: &str, shape: [usize; 2]) -> Result<(), WeightsError> {
+        self.source().skip(name, shape)
     }
 
     fn contains(&self, name: &str) -> bool {

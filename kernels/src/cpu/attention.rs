@@ -397,7 +397,10 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
                 for at in (LANES..block_len).step_by(LANES) {
                     sum = simd.add(sum, simd.load(row.as_ptr().add(at)));
                 }
-                rescale[t] = if largest[t] == f32::NEG_INFINITY {
+                // Most blocks bring no larger score, and a call of `exp` costs as much as the rest.
+                rescale[t] = if largest[t] == new_largest {
+                    1.0
+                } else if largest[t] == f32::NEG_INFINITY {
                     0.0
                 } else {
                     (largest[t] - new_largest).exp()

@@ -431,8 +431,16 @@ impl Backend for CpuBackend {
 
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
         let n = area(&[n_rows, width]);
-        let (x, y) = (&mut x[..n], &y[..n]);
-        dispatch!(self, s => s.vectorize(#[inline(always)] || x.iter_mut().zip(y).for_each(|(a, b)| *a += b)));
+        let (x, y) = (SharedOut::new(&mut x[..n]), &y[..n]);
+        self.for_rows(n_rows, width, &|m| {
+            // SAFETY: rows are disjoint and inside the slice taken above.
+            let row = unsafe { std::slice::from_raw_parts_mut(x.at(m * width), width) };
+            let y = &y[m * width..][..width];
+            dispatch!(self, s => s.vectorize(
+                #[inline(always)]
+                || row.iter_mut().zip(y).for_each(|(a, b)| *a += b)
+            ));
+        });
     }
 
     fn copy_rows(
@@ -474,9 +482,28 @@ impl Backend for CpuBackend {
         angles: &Vec<f32>,
     ) {
         let half = heads.len / 2;
-        for_each_head(x, n_rows, heads, |m, head| {
+        let Some(last_head) = heads.n_heads.checked_sub(1) else {
+            return;
+        };
+        let row_len =
+            area(&[last_head, heads.head_stride]).saturating_add(heads.offset + heads.len);
+        assert!(
+            n_rows == 0
+                || (n_rows <= 1 || row_len - heads.offset <= heads.row_stride)
+                    && area(&[n_rows - 1, heads.row_stride]).saturating_add(row_len) <= x.len(),
+            "heads of {n_rows} rows lie apart and inside the buffer"
+        );
+        let x = SharedOut::new(x);
+        self.for_rows(n_rows, heads.n_heads * heads.len, &|m| {
             let (cos, sin) = angles[m * heads.len..][..heads.len].split_at(half);
-            dispatch!(self, s => s.vectorize(#[inline(always)] || rotate(head, layout, cos, sin)));
+            dispatch!(self, s => s.vectorize(#[inline(always)] || {
+                for h in 0..heads.n_heads {
+                    let at = heads.offset + m * heads.row_stride + h * heads.head_stride;
+                    // SAFETY: inside, as asserted above; rows are disjoint.
+                    let head = unsafe { std::slice::from_raw_parts_mut(x.at(at), heads.len) };
+                    rotate(head, layout, cos, sin);
+                }
+            }));
         });
     }
 

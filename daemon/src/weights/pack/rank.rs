@@ -279,6 +279,11 @@ impl TensorSource for PackedRank {
         }
     }
 
+    fn skip(&self, _name: &str, _shape: [usize; 2]) -> Result<(), WeightsError> {
+        // A pack holds pieces only; there is none of this.
+        Ok(())
+    }
+
     fn contains(&self, name: &str) -> bool {
         self.has(name)
     }

@@ -6,8 +6,8 @@
 use std::sync::Mutex;
 
 use super::{
-    Inputs, Int8Tiles, PASS_ROWS, Panels, Scratch, Unpacked, gated_panels, matrix_unit, n_panels,
-    panels_per_piece, pass, passes,
+    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panels_per_piece,
+    pass, passes,
 };
 use crate::{
     backend::Expert,
@@ -15,7 +15,7 @@ use crate::{
         CpuWeight,
         pool::Pool,
         shared::{SharedOut, area, lock},
-        simd::{LANES, Simd},
+        simd::Simd,
     },
     matrix::{Layout, Matrix},
     panel::PANEL_ROWS,
@@ -114,7 +114,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
     let out = SharedOut::new(out);
     pool.run(panels.div_ceil(per_piece), &|piece, thread| {
         let first = piece * per_piece;
-        let memory = &mut lock(&scratch[thread]).unpacked[0];
+        let scratch = &mut lock(&scratch[thread]);
         for panel in first..(first + per_piece).min(panels) {
             for run in slots.runs {
                 let mut inputs = Inputs::dense(&inner[run.first * inter..], run.n, inter);
@@ -122,7 +122,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
                     inputs = inputs.rounded(tiles, run.first);
                 }
                 let down = of(run).down.single();
-                add_panel(simd, memory, down, panel, &inputs, slots, run, out);
+                add_panel(simd, scratch, down, panel, &inputs, slots, run, out);
             }
         }
     });
@@ -131,7 +131,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
 /// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
 fn add_panel<S: Simd>(
     simd: S,
-    memory: &mut Unpacked,
+    scratch: &mut Scratch,
     down: &Matrix,
     panel: usize,
     inputs: &Inputs<'_>,
@@ -142,12 +142,12 @@ fn add_panel<S: Simd>(
     let hidden = down.n_rows();
     let unit = matrix_unit(simd, inputs);
     let kernels = Panels::new(simd, unit.as_ref(), down, inputs);
-    let weights = [kernels.panel(panel, memory)];
+    let Scratch { unpacked, outs, .. } = scratch;
+    let (weights, outs) = ([kernels.panel(panel, &mut unpacked[0])], &mut *outs.0);
     let first_row = panel * PANEL_ROWS;
     let n_valid = PANEL_ROWS.min(hidden - first_row);
-    let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
     for (first, len) in passes(run.n) {
-        pass(&weights, first, len, &mut outs);
+        pass(&weights, first, len, outs);
         for (t, sums) in outs[0].iter().enumerate().take(len) {
             let slot = run.first + first + t;
             let at = slots.rows[slot] * hidden + first_row;

@@ -40,7 +40,9 @@ use crate::{
 /// Rows of work in a piece, in units of one group of a panel on one row of activations (about 4
 /// ns): enough to amortise handing the piece over, few enough to share out a small layer.
 const PIECE_WORK: usize = 1024;
-/// Reading and unpacking a group's weights, in the same unit.
+/// Elements that are rounded in a piece, about 2 us.
+const ROUND_PIECE: usize = 8_192;
+/// Reading and unpacking a group's weights, in the unit of [`PIECE_WORK`].
 const UNPACK_WORK: usize = 2;
 
 /// Activations as the kernels of panels take them.
@@ -105,21 +107,33 @@ impl<'a> Inputs<'a> {
         memory.reserve(self.n_rows, self.n_cols);
         let tiles = memory.shared();
         let n_groups = self.n_cols / GROUP_LEN;
-        // About 8 Ki elements a piece.
-        let rows_per_piece = (8_192 / self.n_cols.max(1)).max(1);
-        pool.run(self.n_rows.div_ceil(rows_per_piece), &|piece, _| {
-            let first = piece * rows_per_piece;
-            for row in first..(first + rows_per_piece).min(self.n_rows) {
-                let (set_first, set_len) = sets(row);
-                let set = RowSet {
-                    first: set_first,
-                    n_rows: set_len,
-                    n_groups,
-                };
-                // SAFETY: the memory was reserved for all rows; each is rounded by one thread.
-                unsafe { tiles.round_row(simd, self.row(row), row - set_first, set) };
-            }
-        });
+        // A piece is some groups of up to a tile of rows: the groups of a tile are cache lines of
+        // their own, its rows are not, and threads that share lines wait for each other (43 ns a
+        // group in pieces of rows, 9 so).
+        let rows_per_piece = S::TILE_TOKENS.min(self.n_rows).max(1);
+        let groups_per_piece = (ROUND_PIECE / (rows_per_piece * GROUP_LEN)).max(1);
+        let n_ranges = n_groups.div_ceil(groups_per_piece);
+        let groups_per_piece = n_groups.div_ceil(n_ranges.max(1));
+        pool.run(
+            self.n_rows.div_ceil(rows_per_piece) * n_ranges,
+            &|piece, _| {
+                let (first, range) = (piece / n_ranges * rows_per_piece, piece % n_ranges);
+                let groups =
+                    range * groups_per_piece..((range + 1) * groups_per_piece).min(n_groups);
+                for row in first..(first + rows_per_piece).min(self.n_rows) {
+                    let (set_first, set_len) = sets(row);
+                    let set = RowSet {
+                        first: set_first,
+                        n_rows: set_len,
+                        n_groups,
+                    };
+                    let x = self.row(row);
+                    // SAFETY: the memory was reserved for all rows; each group is rounded by one
+                    // thread.
+                    unsafe { tiles.round_groups(simd, x, row - set_first, set, groups.clone()) };
+                }
+            },
+        );
         tiles
     }
 
@@ -178,6 +192,17 @@ struct Panel<'a, S> {
 const PASS_ROWS: usize = 2 * TILE_LEN;
 /// What a pass computes: 16 rows of the weight for every row of activations.
 type PassOut = [[f32; LANES]; PASS_ROWS];
+
+/// A thread's room for what a pass computes: zeroing it anew for every piece is a tenth of a small
+/// one.
+#[derive(Debug)]
+struct PassOuts(Box<[PassOut; 2]>);
+
+impl Default for PassOuts {
+    fn default() -> Self {
+        Self(Box::new([[[0.0; LANES]; PASS_ROWS]; 2]))
+    }
+}
 
 /// Rows from which unpacking a panel for the matrix unit pays: 16 rows take as long without it,
 /// 64 take a third longer.
@@ -386,9 +411,9 @@ pub(super) fn stacked<S: Simd>(
         }
         let unit = matrix_unit(simd, inputs);
         let kernels = Panels::new(simd, unit.as_ref(), weight, inputs);
-        let [memory_a, memory_b] = &mut lock(&scratch[thread]).unpacked;
+        let Scratch { unpacked, outs, .. } = &mut *lock(&scratch[thread]);
+        let ([memory_a, memory_b], outs) = (unpacked, &mut *outs.0);
         let end = ((piece + 1) * per_piece).min(n_panels(weight));
-        let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
         for index in (piece * per_piece..end).step_by(2) {
             let a = kernels.panel(index, memory_a);
             let b = kernels.panel((index + 1).min(end - 1), memory_b);
@@ -397,7 +422,7 @@ pub(super) fn stacked<S: Simd>(
             for (first, len) in passes(inputs.n_rows) {
                 let to = out.place(first * stride + offset + index * PANEL_ROWS);
                 expect(simd, pair.len(), to, stride, len);
-                pass(pair, first, len, &mut outs);
+                pass(pair, first, len, outs);
                 for (p, outs) in outs.iter_mut().enumerate().take(pair.len()) {
                     let first_row = (index + p) * PANEL_ROWS;
                     let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
@@ -461,8 +486,8 @@ fn gated_panels<S: Simd>(
         Panels::new(simd, unit.as_ref(), gate, inputs),
         Panels::new(simd, unit.as_ref(), up, inputs),
     );
-    let [gate_memory, up_memory] = &mut scratch.unpacked;
-    let mut outs = [[[0.0; LANES]; PASS_ROWS]; 2];
+    let Scratch { unpacked, outs, .. } = scratch;
+    let ([gate_memory, up_memory], outs) = (unpacked, &mut *outs.0);
     for panel in panels {
         let first_row = panel * PANEL_ROWS;
         let n_valid = PANEL_ROWS.min(inter - first_row);
@@ -470,8 +495,8 @@ fn gated_panels<S: Simd>(
         for (first, len) in passes(inputs.n_rows) {
             let to = out.place((first_out + first) * inter + first_row);
             expect(simd, 1, to, inter, len);
-            pass(&pair, first, len, &mut outs);
-            let [gates, ups] = &mut outs;
+            pass(&pair, first, len, outs);
+            let [gates, ups] = &mut *outs;
             simd.vectorize(
                 #[inline(always)]
                 || {

@@ -14,7 +14,7 @@ use crate::{
     panel::{GROUP_LEN, GROUPS_PER_BLOCK, PANEL_ROWS, PanelLayout},
 };
 
-/// How far ahead weights are asked for where they are read only once, into the second-level cache:
+/// How far ahead weights are asked for, into the second-level cache:
 /// its outstanding misses are many more than the first level's, and a short distance leaves them
 /// idle (12 GB/s at 4 KiB, 28 GB/s at 32 KiB).
 const PREFETCH_BYTES: usize = 32_768;
@@ -386,6 +386,14 @@ impl PanelFormat for Q6K {
     }
 }
 
+/// Asks for as many bytes as a group has, [`PREFETCH_BYTES`] behind `codes`.
+#[inline(always)]
+fn ask_ahead<S: Simd>(simd: S, codes: *const u8, layout: PanelLayout) {
+    for line in (0..layout.code_bytes + layout.scale_bytes).step_by(64) {
+        simd.prefetch(codes.wrapping_add(PREFETCH_BYTES + line));
+    }
+}
+
 const fn layout<P: PanelFormat>() -> PanelLayout {
     match PanelLayout::of(P::FORMAT) {
         Some(layout) => layout,
@@ -456,10 +464,8 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize>(
                 let mut sums = [simd.splat(0.0); R];
                 for group in 0..n_groups {
                     let codes = panel.codes.add(group * layout.code_bytes);
-                    if T == 1 {
-                        for line in (0..layout.code_bytes + layout.scale_bytes).step_by(64) {
-                            simd.prefetch(codes.wrapping_add(PREFETCH_BYTES + line));
-                        }
+                    if first == 0 {
+                        ask_ahead(simd, codes, layout);
                     }
                     let w = P::codes(simd, codes);
                     let s = P::scales(simd, &panel, group);
@@ -536,6 +542,7 @@ unsafe fn unpack<S: Simd, P: PanelFormat>(simd: S, panel: *const u8, n_groups: u
                 let scales = to.add(n_groups * CODE_BYTES);
                 let minima = scales.add(n_groups * SCALE_BYTES);
                 for group in 0..n_groups {
+                    ask_ahead(simd, panel.codes.add(group * layout.code_bytes), layout);
                     let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
                     for (q, quad) in w.into_iter().enumerate() {
                         let quad = simd.recenter(quad, P::ZERO);

@@ -8,6 +8,7 @@
 use bytemuck::cast_slice;
 
 use super::{
+    PassOuts,
     decode::{self, Decode, GROUP_LEN, WeightRow},
     unpacked::Unpacked,
 };
@@ -40,6 +41,7 @@ pub(in crate::cpu) struct Scratch {
     padded: Vec<f32>,
     /// Panels for the matrix unit: two, for layers whose outputs are multiplied.
     pub(super) unpacked: [Unpacked; 2],
+    pub(super) outs: PassOuts,
 }
 
 impl Scratch {

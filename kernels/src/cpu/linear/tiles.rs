@@ -3,6 +3,8 @@
 //!
 //! Rounding is that of [`crate::quant::int8::round_group`].
 
+use std::ops::Range;
+
 use crate::{
     cpu::simd::{LANES, Simd},
     panel::GROUP_LEN,
@@ -112,19 +114,27 @@ impl SharedTiles {
         self.first.wrapping_add(at).cast_const()
     }
 
-    /// Rounds `x` into row `row` of `set`.
+    /// Rounds groups `groups` of `x` into row `row` of `set`.
     ///
     /// # Safety
-    /// The set fits the memory and no other thread touches the row.
-    pub(super) unsafe fn round_row<S: Simd>(self, simd: S, x: &[f32], row: usize, set: RowSet) {
+    /// The set fits the memory and no other thread touches those groups of the row.
+    pub(super) unsafe fn round_groups<S: Simd>(
+        self,
+        simd: S,
+        x: &[f32],
+        row: usize,
+        set: RowSet,
+        groups: Range<usize>,
+    ) {
         assert_eq!(x.len(), set.n_groups * GROUP_LEN, "a row of whole groups");
         let (first, len) = tile_of(row, set.n_rows, S::TILE_TOKENS);
         let t = row - first;
         let tile = self.tile(set, first).cast_mut();
+        let values = &x.as_chunks::<GROUP_LEN>().0[groups.clone()];
         simd.vectorize(
             #[inline(always)]
             || {
-                for (group, values) in x.as_chunks::<GROUP_LEN>().0.iter().enumerate() {
+                for (group, values) in groups.zip(values) {
                     // SAFETY: the caller promises the set's memory.
                     unsafe {
                         let block = tile.add(group * len * ROW_BYTES);
