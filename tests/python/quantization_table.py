@@ -106,31 +106,40 @@ def measure(arguments):
                 speed.append(dsd("speed", model, *more, *act, *SPEED, times=index))
             for speed, cache in zip(cache_speeds, caches):
                 speed.append(dsd("speed", arguments.model, *cache, *LONG, times=index))
-    def rate(speed, what):
-        return statistics.median(run[what]["median"] for run in speed)
+
+    def rates(speed):
+        """Cells of prefill and decode; none without rounds."""
+        return [f"{statistics.median(run[what]['median'] for run in speed):,.0f}" for what in ("prefill", "decode") if speed]
+
+    def row(*cells):
+        return f"| {' | '.join(cells)} |"
+
+    def table(*heads):
+        return ["", row(*heads), "|" + "---|" * len(heads)]
+
     base = found[0]["perplexity"]
+    speed_heads = ["prefill 512, tokens/s", "decode 64 behind 512, tokens/s"] if arguments.rounds else []
+    long_heads = ["prefill 1,920, tokens/s", "decode 64 behind 1,920, tokens/s"] if arguments.rounds else []
     lines = [
         MARKS[0], "",
         f"Commit {results.kept['commit']}; {machine()}; {found[0]['scored']:,} tokens scored in windows of {found[0]['window']} of the first {TEXT_CHARACTERS:,} characters of Python "
-        f"{platform.python_version()}'s `pydoc_data.topics` (sha256 {digest}..); speeds are medians of {arguments.rounds} rounds over all rows.", "",
-        "| weights of linear layers | activations | weights, MB | perplexity | against the file in f32 | prefill 512, tokens/s | decode 64 behind 512, tokens/s |",
-        "|---|---|---|---|---|---|---|",
+        f"{platform.python_version()}'s `pydoc_data.topics` (sha256 {digest}..)" + (f"; speeds are medians of {arguments.rounds} rounds over all rows." if arguments.rounds else ". No speeds were taken."),
+        *table("weights of linear layers", "activations", "weights, MB", "perplexity", "against the file in f32", *speed_heads),
     ]
     for (name, _, _, act), result, speed in zip(runs, found, speeds):
         value = result["perplexity"]
-        lines.append(f"| {name} | {act[1]} | {result['weight_bytes'] / 1e6:.1f} | {value:.3f} | {percent(value, base)} | {rate(speed, 'prefill'):,.0f} | {rate(speed, 'decode'):.0f} |")
-    lines += ["", "| KV cache of the published file, int8 activations | bytes a token | perplexity | against f32 | prefill 1,920, tokens/s | decode 64 behind 1,920, tokens/s |",
-              "|---|---|---|---|---|---|"]
+        lines.append(row(name, act[1], f"{result['weight_bytes'] / 1e6:.1f}", f"{value:.3f}", percent(value, base), *rates(speed)))
+    lines += table("KV cache of the published file, int8 activations", "bytes a token", "perplexity", "against f32", *long_heads)
     for cache, result, speed in zip(caches, of_caches, cache_speeds):
         value = result["perplexity"]
-        lines.append(f"| {cache[3]} | {result['kv_bytes_per_token']:,} | {value:.3f} | {percent(value, of_caches[0]['perplexity'])} | {rate(speed, 'prefill'):,.0f} | {rate(speed, 'decode'):.0f} |")
+        lines.append(row(cache[3], f"{result['kv_bytes_per_token']:,}", f"{value:.3f}", percent(value, of_caches[0]["perplexity"]), *rates(speed)))
     return "\n".join([*lines, "", MARKS[1]])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL), help="GGUF file to start from")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of speeds; 0 leaves them out")
     parser.add_argument("--llama-quantize", metavar="PROGRAM", help="adds rows of files that it makes")
     parser.add_argument("--print", action="store_true", help="to standard output, and leave the document alone")
     arguments = parser.parse_args()

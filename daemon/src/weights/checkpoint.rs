@@ -490,14 +490,6 @@ impl Checkpoint {
         tensor.to_f32()
     }
 
-    /// Marks a tensor as known though not needed (copies, layers of another stage).
-    ///
-    /// # Errors
-    /// [`WeightsError::MissingTensor`].
-    pub fn skip(&self, name: &str) -> Result<(), WeightsError> {
-        self.claim(name).map(|_| ())
-    }
-
     /// Names of the tensors that nothing took, sorted.
     pub fn unclaimed(&self) -> Vec<String> {
         self.tensors
