@@ -34,7 +34,8 @@ use crate::runtime::clock;
 
 /// f32 elements of a slot: 1 MiB. Longer exchanges go in pieces.
 const SLOT_LEN: usize = 1 << 18;
-/// Checks of a flag before the waiting rank sleeps, about 50 us: an exchange in step takes 2.
+/// Checks of a flag before the waiting rank sleeps: long enough for ranks that are in step, short
+/// enough that a preempted one gets the core.
 const SPINS_BEFORE_SLEEP: usize = 1_000;
 /// How long a sleep on a flag lasts at most before deaths are looked for again.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
