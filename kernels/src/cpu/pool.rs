@@ -1,8 +1,12 @@
 //! A few threads that share out numbered pieces of work.
 //!
 //! The caller works too. Idle threads spin briefly (a step has hundreds of short parts), then sleep,
-//! so that another program on the core is not starved; work goes to whichever thread runs. Nothing
-//! is locked between threads that are awake: a layer of a small model is 10 us of work.
+//! so that another program on the core is not starved. Nothing is locked between threads that are
+//! awake: a layer of a small model is 10 us of work.
+//!
+//! Every thread has a run of neighbouring pieces of its own, so that what it asks its cache for ahead
+//! of time, and what it wrote in the job before, is its own; one that has none left takes half of
+//! another's, so work goes to whichever thread runs.
 
 use std::{
     cell::UnsafeCell,
@@ -10,7 +14,7 @@ use std::{
     sync::{
         Arc, Condvar, Mutex,
         atomic::{
-            AtomicBool, AtomicUsize,
+            AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release, SeqCst},
         },
     },
@@ -28,7 +32,50 @@ type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 #[derive(Clone, Copy)]
 struct Job {
     task: *const Task<'static>,
-    n_tasks: usize,
+}
+
+/// A thread's run of pieces: the next one in the high half, the end in the low half.
+#[derive(Default)]
+struct Run(AtomicU64);
+
+impl Run {
+    /// Pieces `start..end`. Whoever takes pieces off a run exchanges it whole, and the pieces of a
+    /// job are in a run once, so an exchange never mistakes one run for another.
+    fn set(&self, start: u32, end: u32) {
+        self.0.store(u64::from(start) << 32 | u64::from(end), Relaxed);
+    }
+
+    /// Takes pieces `start..end` off the run as `split(start, end)` says: what is left and what is
+    /// taken. None when the run is empty.
+    fn take(&self, split: impl Fn(u32, u32) -> [(u32, u32); 2]) -> Option<(u32, u32)> {
+        let mut seen = self.0.load(Relaxed);
+        loop {
+            let (start, end) = ((seen >> 32) as u32, seen as u32);
+            if start >= end {
+                return None;
+            }
+            let [(left_start, left_end), taken] = split(start, end);
+            let left = u64::from(left_start) << 32 | u64::from(left_end);
+            match self.0.compare_exchange_weak(seen, left, Relaxed, Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// The next piece.
+    fn first(&self) -> Option<u32> {
+        self.take(|start, end| [(start + 1, end), (start, start + 1)])
+            .map(|(piece, _)| piece)
+    }
+
+    /// The later half, at least one piece.
+    fn half(&self) -> Option<(u32, u32)> {
+        self.take(|start, end| {
+            let middle = start + (end - start) / 2;
+            [(start, middle), (middle, end)]
+        })
+    }
 }
 
 /// A cache line of its own, so that threads do not pull it from each other for a neighbour.
@@ -39,8 +86,8 @@ struct Line<T>(T);
 struct Shared {
     /// Odd while a job is open; every opening and every closing adds one. What threads watch.
     generation: Line<AtomicUsize>,
-    /// The next piece of work.
-    next: Line<AtomicUsize>,
+    /// What each thread has to do. Written by `Pool::run` while no job is open, then by the threads.
+    runs: Box<[Line<Run>]>,
     /// Threads inside the job, or finding out whether there is one.
     n_inside: Line<AtomicUsize>,
     /// Threads that sleep or are about to.
@@ -75,7 +122,7 @@ impl Pool {
     pub(crate) fn new(n_threads: usize) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             generation: Line::default(),
-            next: Line::default(),
+            runs: (0..n_threads.max(1)).map(|_| Line::default()).collect(),
             n_inside: Line::default(),
             n_sleeping: Line::default(),
             job: UnsafeCell::new(None),
@@ -102,7 +149,8 @@ impl Pool {
     }
 
     /// Calls `task(piece, thread)` once for every piece `0..n_tasks`; returns when all are done.
-    /// No two calls with the same `thread` overlap.
+    /// No two calls with the same `thread` overlap. While nothing is in a thread's way it is dealt
+    /// the same share of the pieces in every job, in ascending order.
     ///
     /// # Panics
     /// When a job runs already: two at once would deal out each other's pieces, some of them twice
@@ -118,14 +166,18 @@ impl Pool {
         // SAFETY: only the lifetime changes; `run` does not return before the job is closed and
         // no thread is inside it.
         let erased = unsafe { mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
-        shared.next.0.store(0, Relaxed);
+        let Ok(n_pieces) = u32::try_from(n_tasks) else {
+            unreachable!("{n_tasks} pieces of work are fewer than the elements they compute")
+        };
+        let n_threads = shared.runs.len() as u64;
+        let cut = |thread: u64| (u64::from(n_pieces) * thread / n_threads) as u32;
+        for (thread, run) in (0..).zip(&shared.runs) {
+            run.0.set(cut(thread), cut(thread + 1));
+        }
         // SAFETY: `is_busy` keeps other callers out; the last job was closed and left by all (see
         // `Open`), and a thread that enters now reads nothing before the job is open.
         unsafe {
-            *shared.job.get() = Some(Job {
-                task: erased,
-                n_tasks,
-            });
+            *shared.job.get() = Some(Job { task: erased });
         }
         shared.generation.0.fetch_add(1, SeqCst);
         let open = Open(shared);
@@ -134,7 +186,7 @@ impl Pool {
             drop(lock(&shared.sleep));
             shared.wake.notify_all();
         }
-        drain(shared, task, n_tasks, 0);
+        drain(shared, task, 0);
         drop(open);
         assert!(
             !shared.panicked.load(Acquire),
@@ -176,13 +228,22 @@ impl Drop for Pool {
     }
 }
 
-fn drain(shared: &Shared, task: &Task<'_>, n_tasks: usize, thread: usize) {
+/// Works until no run has a piece left: what is in nobody's run is in the hands of a thread inside.
+fn drain(shared: &Shared, task: &Task<'_>, thread: usize) {
+    let own = &shared.runs[thread].0;
+    let others = || {
+        let (before, behind) = shared.runs.split_at(thread);
+        behind[1..].iter().chain(before)
+    };
     loop {
-        let piece = shared.next.0.fetch_add(1, Relaxed);
-        if piece >= n_tasks {
-            return;
+        while let Some(piece) = own.first() {
+            task(piece as usize, thread);
         }
-        task(piece, thread);
+        match others().find_map(|run| run.0.half()) {
+            // Nobody takes off an empty run, so it is this thread's to fill.
+            Some((start, end)) => own.set(start, end),
+            None => return,
+        }
     }
 }
 
@@ -242,10 +303,10 @@ fn work(shared: &Shared, thread: usize) {
         // SAFETY: the job was open after this thread was counted inside, so nobody writes it and
         // `run` keeps its closure alive until the thread has left.
         let job = unsafe { *shared.job.get() };
-        if let Some(Job { task, n_tasks }) = job {
+        if let Some(Job { task }) = job {
             // SAFETY: as above.
             let task = unsafe { &*task };
-            drain(shared, task, n_tasks, thread);
+            drain(shared, task, thread);
         }
     }
 }
@@ -258,7 +319,7 @@ mod tests {
     fn every_piece_is_done_once_whatever_the_number_of_threads() {
         for n_threads in [1, 2, 5] {
             let pool = Pool::new(n_threads).unwrap();
-            for n_tasks in [0, 1, 2, 7, 1000] {
+            for n_tasks in [0, 1, 2, 3, 7, 1000] {
                 let done = (0..n_tasks)
                     .map(|_| AtomicUsize::new(0))
                     .collect::<Vec<_>>();
