@@ -225,8 +225,8 @@ pub enum RopeLayout {
     Pairs,
 }
 
-/// The heads to rotate inside rows: head `h` of a row is `len` elements from
-/// `offset + h * head_stride`.
+/// Heads inside rows: head `h` of row `m` is `len` elements from
+/// `offset + m * row_stride + h * head_stride`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadView {
     /// Start of head 0 in row 0.
@@ -237,7 +237,7 @@ pub struct HeadView {
     pub n_heads: usize,
     /// Elements between heads.
     pub head_stride: usize,
-    /// Elements that are rotated, even.
+    /// Elements of a head that are meant.
     pub len: usize,
 }
 
@@ -329,6 +329,8 @@ pub struct StepShape {
     pub n_rows_max: usize,
     /// Inputs of the widest linear layer.
     pub width_max: usize,
+    /// Inputs of all heads of a row, for [`Backend::per_head_linear`]; 0 where there is none.
+    pub heads_width_max: usize,
     /// The expert layers.
     pub experts: Option<ExpertShape>,
 }
@@ -352,7 +354,8 @@ pub trait WeightStore {
     /// Takes matrices of equal width over as one weight, whose outputs are theirs side by side.
     /// Shares their bytes where the backend can read them as they are.
     fn weight(&self, parts: Vec<Matrix>) -> Self::Weight;
-    /// Takes `kv_b_proj` over, for [`Backend::absorb_keys`] and [`Backend::expand_values`].
+    /// Takes a `kv_b_proj` of keys and values over, for [`Backend::absorb_keys`] and
+    /// [`Backend::per_head_linear`].
     fn latent_weight(&self, matrix: Matrix) -> Self::Weight;
 }
 
@@ -499,15 +502,18 @@ pub trait Backend: WeightStore + Send + 'static {
         out_stride: usize,
         n_rows: usize,
     );
-    /// MLA's value expansion: `out[m, h, d] = W[h * rows_per_head + first_row + d] . x[m, h]`,
-    /// dense `x [m, n_heads, R]` and `out [m, n_heads, head_dim]`.
-    fn expand_values(
+    /// A linear layer for every head: `out[m, h] = W[rows of head h] x[m, h]`, where `from` views the
+    /// inputs and `to` the outputs, which lie apart. Activations are rounded as in
+    /// [`Backend::linear`].
+    fn per_head_linear(
         &self,
         x: &Self::Buffer,
-        weight: &Self::Weight,
-        heads: ValueHeads,
-        out: &mut Self::Buffer,
+        from: HeadView,
         n_rows: usize,
+        weight: &Self::Weight,
+        rows: HeadRows,
+        out: &mut Self::Buffer,
+        to: HeadView,
     );
 
     /// Chooses experts for every row from gate logits `[m, n_experts]`.
@@ -530,15 +536,18 @@ pub trait Backend: WeightStore + Send + 'static {
     );
 }
 
-/// Where a head's value rows lie inside `kv_b_proj`.
+/// Which rows of a weight are a head's; how many, the view of the outputs tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ValueHeads {
-    /// Heads.
-    pub n_heads: usize,
-    /// Rows of the weight per head, `qk_nope_head_dim + v_head_dim`.
+pub struct HeadRows {
+    /// Rows of the weight per head.
     pub rows_per_head: usize,
-    /// First value row of a head, `qk_nope_head_dim`.
+    /// The first of them that is meant: with keys in front of values, `qk_nope_head_dim`.
     pub first_row: usize,
-    /// Value rows of a head, `v_head_dim`.
-    pub head_dim: usize,
+}
+
+impl HeadRows {
+    /// The first row that is meant of head `head`.
+    pub const fn first_of(&self, head: usize) -> usize {
+        head * self.rows_per_head + self.first_row
+    }
 }

@@ -182,7 +182,7 @@ pub enum SpeedCase {
     },
 }
 
-/// `m` rows through the two halves of `kv_b_proj`.
+/// `m` rows through keys and values of `kv_b_proj`.
 #[derive(Debug, Clone, Copy)]
 pub struct LatentCase {
     /// Weight format.
@@ -195,6 +195,8 @@ pub struct LatentCase {
     pub d: usize,
     /// Elements of the latent.
     pub latent_len: usize,
+    /// Keys and values in one matrix, as published, instead of two.
+    pub joined: bool,
 }
 
 /// `m` rows through a layer of experts.
@@ -261,14 +263,17 @@ pub fn speed() -> Vec<SpeedCase> {
             cases.push(SpeedCase::Attention(case, n_sequences));
         }
     }
-    for m in STEPS {
-        cases.push(SpeedCase::Latent(LatentCase {
-            format,
-            m,
-            h: 8,
-            d: 128,
-            latent_len: 512,
-        }));
+    for (format, joined) in [(format, false), (Format::F8E4m3, true)] {
+        for m in STEPS {
+            cases.push(SpeedCase::Latent(LatentCase {
+                format,
+                m,
+                h: 8,
+                d: 128,
+                latent_len: 512,
+                joined,
+            }));
+        }
     }
     let gate = GateShape {
         n_experts: 64,

@@ -6,7 +6,7 @@
 use crate::{
     backend::{
         AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, GateShape, GroupScore,
-        HeadView, KvType, RopeLayout, RowView, Scoring, StepInputs, StepShape, ValueHeads,
+        HeadRows, HeadView, KvType, RopeLayout, RowView, Scoring, StepInputs, StepShape,
         WeightStore,
     },
     matrix::Matrix,
@@ -318,22 +318,23 @@ impl Backend for Reference {
         }
     }
 
-    fn expand_values(
+    fn per_head_linear(
         &self,
         x: &Vec<f32>,
-        weight: &Vec<Matrix>,
-        heads: ValueHeads,
-        out: &mut Vec<f32>,
+        from: HeadView,
         n_rows: usize,
+        weight: &Vec<Matrix>,
+        rows: HeadRows,
+        out: &mut Vec<f32>,
+        to: HeadView,
     ) {
-        let weight = &weight[0];
-        let rank = weight.n_cols();
-        for h in 0..heads.n_heads {
-            for d in 0..heads.head_dim {
-                let row = decoded(weight, h * heads.rows_per_head + heads.first_row + d);
+        for h in 0..from.n_heads {
+            for d in 0..to.len {
+                let row = decoded(&weight[0], rows.first_of(h) + d);
                 for m in 0..n_rows {
-                    let head = m * heads.n_heads + h;
-                    out[head * heads.head_dim + d] = dot(&row, &x[head * rank..][..rank]);
+                    let start = from.offset + m * from.row_stride + h * from.head_stride;
+                    let at = to.offset + m * to.row_stride + h * to.head_stride + d;
+                    out[at] = dot(&row, &x[start..][..from.len]);
                 }
             }
         }

@@ -4,8 +4,8 @@
 use dsd_kernels::{
     backend::{
         Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape,
-        GateGroups, GateShape, GroupScore, HeadView, KvType, RopeLayout, RowView, Scoring,
-        StepInputs, StepSpan, ValueHeads, WeightStore,
+        GateGroups, GateShape, GroupScore, HeadRows, HeadView, KvType, RopeLayout, RowView,
+        Scoring, StepInputs, StepSpan, WeightStore,
     },
     cases,
     cpu::{CpuBackend, CpuConfig, Isa},
@@ -570,11 +570,16 @@ fn latent_projections_agree_for_every_format() {
             len: nope,
         };
         let latent = random.values(n_rows * n_heads * rank);
-        let values = ValueHeads {
-            n_heads,
+        let values = HeadRows {
             rows_per_head: nope + value,
             first_row: nope,
-            head_dim: value,
+        };
+        let dense = |len| HeadView {
+            offset: 0,
+            row_stride: n_heads * len,
+            n_heads,
+            head_stride: len,
+            len,
         };
         let stride = rank + 5;
         let mut absorbed = vec![0.0; n_rows * n_heads * stride];
@@ -588,7 +593,15 @@ fn latent_projections_agree_for_every_format() {
             stride,
             n_rows,
         );
-        Reference.expand_values(&latent, &parts, values, &mut expanded, n_rows);
+        Reference.per_head_linear(
+            &latent,
+            dense(rank),
+            n_rows,
+            &parts,
+            values,
+            &mut expanded,
+            dense(value),
+        );
         for backend in backends(Activations::F32) {
             let weight = backend.latent_weight(matrix.clone());
             let mut found = vec![0.0; absorbed.len()];
@@ -608,13 +621,71 @@ fn latent_projections_agree_for_every_format() {
                 2e-5,
             );
             let mut found = vec![0.0; expanded.len()];
-            backend.expand_values(&latent, &weight, values, &mut found, n_rows);
+            backend.per_head_linear(
+                &latent,
+                dense(rank),
+                n_rows,
+                &weight,
+                values,
+                &mut found,
+                dense(value),
+            );
             check(
                 &format!("expand {format} {:?}", backend.config()),
                 &found,
                 &expanded,
                 2e-5,
             );
+        }
+    }
+}
+
+/// Heads begin and end inside panels; inputs and outputs have room between them.
+#[test]
+fn layers_of_heads_agree_for_every_format_and_have_the_same_bits_in_any_batch() {
+    let mut random = Random(17);
+    let (n_heads, n_cols, rows_per_head, n_out, n_rows_max) = (3, 256, 50, 37, 70);
+    let rows = HeadRows {
+        rows_per_head,
+        first_row: 9,
+    };
+    let view = |len, between, n_heads| HeadView {
+        offset: 3,
+        row_stride: n_heads * (len + between) + 2,
+        n_heads,
+        head_stride: len + between,
+        len,
+    };
+    let (from, to) = (view(n_cols, 5, n_heads), view(n_out, 4, n_heads));
+    let x = random.values(3 + n_rows_max * from.row_stride);
+    for format in Format::ALL {
+        let matrix = random.matrix(format, n_heads * rows_per_head, n_cols);
+        let parts = vec![matrix.clone()];
+        let len = 3 + n_rows_max * to.row_stride;
+        let mut expected = vec![7.0; len];
+        Reference.per_head_linear(&x, from, n_rows_max, &parts, rows, &mut expected, to);
+        for activations in [Activations::F32, Activations::Int8] {
+            for backend in backends(activations) {
+                let weight = backend.weight(parts.clone());
+                let run = |n_rows| {
+                    let mut found = vec![7.0; len];
+                    backend.per_head_linear(&x, from, n_rows, &weight, rows, &mut found, to);
+                    found
+                };
+                let what = format!("heads {format} {:?}", backend.config());
+                let found = run(n_rows_max);
+                let tolerance = match activations {
+                    Activations::F32 => 2e-5,
+                    Activations::Int8 => 1e-2,
+                };
+                check(&what, &found, &expected, tolerance);
+                for n_rows in [1, 2, 5, 16, 33] {
+                    let few = run(n_rows);
+                    let end = 3 + (n_rows - 1) * to.row_stride + n_heads * to.head_stride - 4;
+                    assert!(few[..end] == found[..end], "{what}: {n_rows} rows");
+                    assert!(few[end..].iter().all(|v| *v == 7.0), "{what}: beyond");
+                }
+            }
         }
     }
 }

@@ -20,8 +20,7 @@ pub struct Workspace<B: Backend> {
     pub(super) q: B::Buffer,
     /// MLA: normalised latent `[m, kv_lora_rank]`.
     pub(super) latent: B::Buffer,
-    /// Attention's result before the output projection; before that, MLA's queries without their
-    /// rotated part.
+    /// Attention's result before the output projection.
     pub(super) o: B::Buffer,
     /// MLA: normalised compressed query `[m, q_lora_rank]`.
     pub(super) q_a: B::Buffer,
@@ -77,7 +76,7 @@ impl Sizes {
                 qkv: a.q_lora_rank.unwrap_or(0) + a.kv_lora_rank + a.qk_rope_head_dim,
                 q: a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim),
                 latent: a.kv_lora_rank,
-                o: a.n_heads * a.v_head_dim.max(a.qk_nope_head_dim),
+                o: a.n_heads * a.v_head_dim,
                 q_a: a.q_lora_rank.unwrap_or(0),
                 q_absorbed: a.n_heads * (a.kv_lora_rank + a.qk_rope_head_dim),
                 o_latent: a.n_heads * a.kv_lora_rank,
@@ -109,6 +108,7 @@ impl Sizes {
         StepShape {
             n_rows_max,
             width_max: self.width_max(spec.hidden),
+            heads_width_max: self.q.max(self.o_latent),
             experts: self.experts,
         }
     }
@@ -120,6 +120,7 @@ impl Sizes {
             .max(self.q_a)
             .max(self.latent)
             .max(self.inter)
+            .max(self.experts.map_or(0, |experts| experts.inter))
     }
 
     fn per_row(&self) -> usize {

@@ -52,7 +52,7 @@ impl Cut {
 pub enum Role {
     /// A linear layer or an embedding: panels, where its format has them.
     Linear,
-    /// `kv_b_proj`, which is walked across its rows: rows.
+    /// A `kv_b_proj` of keys and values, which is walked across its rows: rows.
     Latent,
 }
 

@@ -5,8 +5,8 @@
 
 use dsd_kernels::{
     backend::{
-        Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, HeadView,
-        KvType, RopeLayout, RowView, StepInputs, StepShape, StepSpan, ValueHeads, WeightStore,
+        Activations, AttentionShape, Backend, CacheRows, CacheShape, Expert, ExpertShape, HeadRows,
+        HeadView, KvType, RopeLayout, RowView, StepInputs, StepShape, StepSpan, WeightStore,
     },
     cases::{AttentionCase, ExpertsCase, LatentCase, LinearCase, SpeedCase},
     cpu::{CpuBackend, CpuWeight},
@@ -47,12 +47,15 @@ impl<'a> Op<'a> {
             SpeedCase::Linear(case) if !rounds || is_block(case.format) => linear(backend, case)?,
             SpeedCase::Gated(case) if !rounds || is_block(case.format) => gated(backend, case)?,
             SpeedCase::Experts(case) if !rounds || is_block(case.format) => experts(backend, case)?,
+            SpeedCase::Latent(case) if !rounds || !case.joined => latent(backend, case)?,
             _ if rounds => return None,
             SpeedCase::Attention(case, n_sequences) => attention(backend, case, n_sequences),
-            SpeedCase::Latent(case) => latent(backend, case)?,
             SpeedCase::RmsNorm { m, k } => rms_norm(backend, m, k),
             SpeedCase::Rope { m, h, d } => rope(backend, m, h, d),
-            SpeedCase::Linear(_) | SpeedCase::Gated(_) | SpeedCase::Experts(_) => return None,
+            SpeedCase::Linear(_)
+            | SpeedCase::Gated(_)
+            | SpeedCase::Experts(_)
+            | SpeedCase::Latent(_) => return None,
         };
         if rounds {
             op.arithmetic = Arithmetic::Int8;
@@ -105,6 +108,7 @@ fn reserve(backend: &CpuBackend, m: usize, k: usize, experts: Option<ExpertShape
     backend.reserve(&StepShape {
         n_rows_max: m,
         width_max: k,
+        heads_width_max: 0,
         experts,
     });
 }
@@ -244,43 +248,50 @@ fn latent(backend: &CpuBackend, case: LatentCase) -> Option<Op<'_>> {
         h,
         d,
         latent_len,
+        joined,
     } = case;
-    let weight = backend.latent_weight(zeros(format, 2 * h * d, latent_len)?);
     reserve(backend, m * h, latent_len, None);
     let queries = backend.upload(&activations(m * h * d));
-    let heads = HeadView {
+    let dense = |len| HeadView {
         offset: 0,
-        row_stride: h * d,
+        row_stride: h * len,
         n_heads: h,
-        head_stride: d,
-        len: d,
+        head_stride: len,
+        len,
     };
-    let values = ValueHeads {
-        n_heads: h,
-        rows_per_head: 2 * d,
-        first_row: d,
-        head_dim: d,
+    let (heads, latents) = (dense(d), dense(latent_len));
+    let rows = |rows_per_head, first_row| HeadRows {
+        rows_per_head,
+        first_row,
     };
     let mut absorbed = backend.buffer(m * h * latent_len);
     let mut expanded = backend.buffer(m * h * d);
+    let call: Box<dyn FnMut() + '_> = if joined {
+        let weight = backend.latent_weight(zeros(format, 2 * h * d, latent_len)?);
+        Box::new(move || {
+            let out = &mut absorbed;
+            backend.absorb_keys(&queries, heads, &weight, 2 * d, out, latent_len, m);
+            let rows = rows(2 * d, d);
+            backend.per_head_linear(out, latents, m, &weight, rows, &mut expanded, heads);
+        })
+    } else {
+        let keys = weight(backend, format, h * latent_len, d)?;
+        let values = weight(backend, format, h * d, latent_len)?;
+        Box::new(move || {
+            let (out, rows_of_keys) = (&mut absorbed, rows(latent_len, 0));
+            backend.per_head_linear(&queries, heads, m, &keys, rows_of_keys, out, latents);
+            let rows = rows(d, 0);
+            backend.per_head_linear(out, latents, m, &values, rows, &mut expanded, heads);
+        })
+    };
+    let name = if joined { "latent" } else { "latent split" };
     Some(Op {
-        name: format!("latent {format} m{m} h{h} d{d} k{latent_len}"),
+        name: format!("{name} {format} m{m} h{h} d{d} k{latent_len}"),
         arithmetic: Arithmetic::F32,
         n_ops: 4.0 * (m * h * d * latent_len) as f64,
         n_bytes: weight_bytes(format, 2 * h * d, latent_len)
             + f32_bytes(2 * m * h * (d + latent_len)),
-        call: Box::new(move || {
-            backend.absorb_keys(
-                &queries,
-                heads,
-                &weight,
-                2 * d,
-                &mut absorbed,
-                latent_len,
-                m,
-            );
-            backend.expand_values(&absorbed, &weight, values, &mut expanded, m);
-        }),
+        call,
     })
 }
 

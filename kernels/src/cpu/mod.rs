@@ -27,8 +27,8 @@ use self::{
 };
 use crate::{
     backend::{
-        Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadView,
-        KvType, RopeLayout, RowView, StepInputs, StepShape, ValueHeads, WeightStore,
+        Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadRows,
+        HeadView, KvType, RopeLayout, RowView, StepInputs, StepShape, WeightStore,
     },
     matrix::{Layout, Matrix},
     panel::{self, PANEL_ROWS},
@@ -182,8 +182,8 @@ impl CpuBackend {
         self.config
     }
 
-    /// Rows and columns that are rounded to int8 at once: of a linear layer, and of the experts'
-    /// two passes.
+    /// Rows and columns that are rounded to int8 at once: of a linear layer, in heads or not, and of
+    /// the experts' two passes.
     fn int8_rows(&self, shape: &StepShape) -> [(usize, usize); 3] {
         if self.config.activations == Activations::F32 {
             return [(0, 0); 3];
@@ -191,7 +191,7 @@ impl CpuBackend {
         let slots = shape.experts.map_or(0, |e| e.n_rows_max * e.top_k);
         let (hidden, inter) = shape.experts.map_or((0, 0), |e| (e.hidden, e.inter));
         [
-            (shape.n_rows_max, shape.width_max),
+            (shape.n_rows_max, shape.width_max.max(shape.heads_width_max)),
             (slots, hidden),
             (slots, inter),
         ]
@@ -244,6 +244,27 @@ impl CpuBackend {
             (first..(first + rows_per_piece).min(n_rows)).for_each(body);
         });
     }
+}
+
+/// Where the last of `n_rows` rows of heads ends; a view of no heads or rows ends where it begins.
+fn extent(heads: HeadView, n_rows: usize) -> usize {
+    let (Some(last_head), Some(last_row)) = (heads.n_heads.checked_sub(1), n_rows.checked_sub(1))
+    else {
+        return heads.offset;
+    };
+    area(&[last_head, heads.head_stride])
+        .saturating_add(area(&[last_row, heads.row_stride]))
+        .saturating_add(heads.offset)
+        .saturating_add(heads.len)
+}
+
+/// Panics unless rows of heads lie apart and inside a buffer of `len` elements.
+fn assert_rows_apart(heads: HeadView, n_rows: usize, len: usize) {
+    let row_len = extent(heads, 1) - heads.offset;
+    assert!(
+        (n_rows <= 1 || row_len <= heads.row_stride) && extent(heads, n_rows) <= len,
+        "heads of {n_rows} rows lie apart and inside the buffer"
+    );
 }
 
 impl WeightStore for CpuBackend {
@@ -451,10 +472,29 @@ impl Backend for CpuBackend {
         to_rows: RowView,
         n_rows: usize,
     ) {
-        for m in 0..n_rows {
-            let row = &from[from_rows.offset + m * from_rows.stride..][..from_rows.width];
-            to[to_rows.offset + m * to_rows.stride..][..to_rows.width].copy_from_slice(row);
-        }
+        let width = from_rows.width;
+        assert_eq!(width, to_rows.width, "rows as wide as their copies");
+        let as_heads = |rows: RowView| HeadView {
+            offset: rows.offset,
+            row_stride: rows.stride,
+            n_heads: 1,
+            head_stride: 0,
+            len: rows.width,
+        };
+        assert!(
+            extent(as_heads(from_rows), n_rows) <= from.len(),
+            "rows to copy"
+        );
+        assert_rows_apart(as_heads(to_rows), n_rows, to.len());
+        let to = SharedOut::new(to);
+        self.for_rows(n_rows, width, &|m| {
+            let row = &from[from_rows.offset + m * from_rows.stride..][..width];
+            // SAFETY: rows lie apart and inside, as asserted above.
+            unsafe {
+                let to = to.at(to_rows.offset + m * to_rows.stride);
+                to.copy_from_nonoverlapping(row.as_ptr(), width);
+            }
+        });
     }
 
     fn gather_rows(&self, from: &Vec<f32>, rows: &[usize], width: usize, to: &mut Vec<f32>) {
@@ -482,17 +522,10 @@ impl Backend for CpuBackend {
         angles: &Vec<f32>,
     ) {
         let half = heads.len / 2;
-        let Some(last_head) = heads.n_heads.checked_sub(1) else {
+        if heads.n_heads == 0 {
             return;
-        };
-        let row_len =
-            area(&[last_head, heads.head_stride]).saturating_add(heads.offset + heads.len);
-        assert!(
-            n_rows == 0
-                || (n_rows <= 1 || row_len - heads.offset <= heads.row_stride)
-                    && area(&[n_rows - 1, heads.row_stride]).saturating_add(row_len) <= x.len(),
-            "heads of {n_rows} rows lie apart and inside the buffer"
-        );
+        }
+        assert_rows_apart(heads, n_rows, x.len());
         let x = SharedOut::new(x);
         self.for_rows(n_rows, heads.n_heads * heads.len, &|m| {
             let (cos, sin) = angles[m * heads.len..][..heads.len].split_at(half);
@@ -575,34 +608,58 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn expand_values(
+    fn per_head_linear(
         &self,
         x: &Vec<f32>,
-        weight: &CpuWeight,
-        heads: ValueHeads,
-        out: &mut Vec<f32>,
+        from: HeadView,
         n_rows: usize,
+        weight: &CpuWeight,
+        rows: HeadRows,
+        out: &mut Vec<f32>,
+        to: HeadView,
     ) {
-        let weight = weight.single();
-        let rank = weight.n_cols();
-        let x = &x[..area(&[n_rows, heads.n_heads, rank])];
-        let out = SharedOut::new(&mut out[..area(&[n_rows, heads.n_heads, heads.head_dim])]);
-        self.pool.run(heads.n_heads, &|h, thread| {
+        let (matrix, n_heads) = (weight.single(), from.n_heads);
+        assert_eq!(n_heads, to.n_heads, "heads of inputs and outputs");
+        assert_eq!(from.len, matrix.n_cols(), "a head's inputs");
+        let Some(last_head) = n_heads.checked_sub(1).filter(|_| n_rows > 0) else {
+            return;
+        };
+        assert!(
+            rows.first_of(last_head) + to.len <= matrix.n_rows(),
+            "the weight has every head's rows"
+        );
+        assert!(extent(from, n_rows) <= x.len(), "inputs of every row");
+        assert!(
+            n_heads == 1 || to.len <= to.head_stride,
+            "heads of outputs lie apart"
+        );
+        assert_rows_apart(to, n_rows, out.len());
+        if matrix.layout() == Layout::Panels {
+            let mut memory = lock(&self.int8);
+            let memory = self.rounds(&weight.parts).then_some(&mut memory[0]);
+            let (x, out) = ((&x[..], from), (&mut out[..], to));
+            dispatch!(self, s => linear::per_head(
+                s, &self.pool, &self.scratch, matrix, rows, x, n_rows, memory, out,
+            ));
+            return;
+        }
+        let out = SharedOut::new(out);
+        self.pool.run(n_heads, &|h, thread| {
             let job = Job {
-                weight,
-                first_row: h * heads.rows_per_head + heads.first_row,
-                n_rows: heads.head_dim,
+                weight: matrix,
+                first_row: rows.first_of(h),
+                n_rows: to.len,
                 x,
-                x_offset: h * rank,
-                x_stride: heads.n_heads * rank,
+                x_offset: from.offset + h * from.head_stride,
+                x_stride: from.row_stride,
                 n_tokens: n_rows,
                 bias: None,
-                out_offset: h * heads.head_dim,
-                out_stride: heads.n_heads * heads.head_dim,
+                out_offset: to.offset + h * to.head_stride,
+                out_stride: to.row_stride,
             };
             let mut scratch = lock(&self.scratch[thread]);
             for piece in 0..job.n_pieces() {
-                // SAFETY: heads write disjoint outputs inside the slice taken above.
+                // SAFETY: heads write disjoint outputs inside the buffer, as asserted above.
                 dispatch!(self, s => unsafe {
                     linear::linear_piece(s, &mut scratch, &job, piece, out);
                 });

@@ -42,7 +42,8 @@ impl Run {
     /// Pieces `start..end`. Whoever takes pieces off a run exchanges it whole, and the pieces of a
     /// job are in a run once, so an exchange never mistakes one run for another.
     fn set(&self, start: u32, end: u32) {
-        self.0.store(u64::from(start) << 32 | u64::from(end), Relaxed);
+        self.0
+            .store(u64::from(start) << 32 | u64::from(end), Relaxed);
     }
 
     /// Takes pieces `start..end` off the run as `split(start, end)` says: what is left and what is

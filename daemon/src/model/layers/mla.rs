@@ -1,6 +1,6 @@
 //! Multi-head latent attention (DeepSeek-V2, section 2.1).
 
-use dsd_kernels::backend::{AttentionShape, Backend, HeadView, RowView, ValueHeads, WeightStore};
+use dsd_kernels::backend::{AttentionShape, Backend, HeadRows, HeadView, RowView, WeightStore};
 
 use super::{
     super::{ModelError, spec::MlaSpec, workspace::Workspace},
@@ -94,20 +94,23 @@ impl<B: WeightStore> Mla<B> {
                 },
             ),
         };
-        let expansion = |name: &str, rows_per_head, n_cols| {
+        let expansion = |name: &str, rows_per_head, n_cols, role| {
             let n_rows = n_heads * rows_per_head;
             let cut = Cut::rows(&per_head(rows_per_head), n_rows);
-            let name = format!("{prefix}.{name}");
-            let matrix = from.matrix(&name, [n_rows, n_cols], &cut, Role::Latent)?;
-            Ok::<_, ModelError>(from.store.latent_weight(matrix))
+            let matrix = from.matrix(&format!("{prefix}.{name}"), [n_rows, n_cols], &cut, role)?;
+            Ok::<_, ModelError>(match role {
+                Role::Linear => from.store.weight(vec![matrix]),
+                Role::Latent => from.store.latent_weight(matrix),
+            })
         };
         let kv_b = if from.source.contains(&format!("{prefix}.k_b_proj.weight")) {
             KvExpansion::Split {
-                keys: expansion("k_b_proj", rank, nope)?,
-                values: expansion("v_b_proj", full.v_head_dim, rank)?,
+                keys: expansion("k_b_proj", rank, nope, Role::Linear)?,
+                values: expansion("v_b_proj", full.v_head_dim, rank, Role::Linear)?,
             }
         } else {
-            KvExpansion::Joined(expansion("kv_b_proj", nope + full.v_head_dim, rank)?)
+            let rows_per_head = nope + full.v_head_dim;
+            KvExpansion::Joined(expansion("kv_b_proj", rows_per_head, rank, Role::Latent)?)
         };
         Ok(Self {
             spec: local.clone(),
@@ -231,27 +234,26 @@ impl<B: Backend> Mla<B> {
             ),
             KvExpansion::Split { keys, .. } => {
                 // Transposed, a key half is a linear layer of the head's plain part.
-                let from = RowView {
-                    offset: 0,
-                    stride: head_len,
-                    width: qk_nope_head_dim,
-                };
-                let to = RowView::dense(qk_nope_head_dim);
-                b.copy_rows(&ws.q, from, &mut ws.o, to, n_rows * n_heads);
-                let heads = ValueHeads {
-                    n_heads,
+                let rows = HeadRows {
                     rows_per_head: kv_lora_rank,
                     first_row: 0,
-                    head_dim: kv_lora_rank,
                 };
-                b.expand_values(&ws.o, keys, heads, &mut ws.o_latent, n_rows);
-                let from = RowView::dense(kv_lora_rank);
-                let to = RowView {
+                let absorbed = HeadView {
                     offset: 0,
-                    stride: row_len,
-                    width: kv_lora_rank,
+                    row_stride: n_heads * row_len,
+                    n_heads,
+                    head_stride: row_len,
+                    len: kv_lora_rank,
                 };
-                b.copy_rows(&ws.o_latent, from, &mut ws.q_absorbed, to, n_rows * n_heads);
+                b.per_head_linear(
+                    &ws.q,
+                    plain,
+                    n_rows,
+                    keys,
+                    rows,
+                    &mut ws.q_absorbed,
+                    absorbed,
+                );
             }
         }
         let from = RowView {
@@ -283,13 +285,26 @@ impl<B: Backend> Mla<B> {
             KvExpansion::Joined(kv_b) => (kv_b, rows_per_head, qk_nope_head_dim),
             KvExpansion::Split { values, .. } => (values, self.spec.v_head_dim, 0),
         };
-        let values = ValueHeads {
-            n_heads,
+        let rows = HeadRows {
             rows_per_head,
             first_row,
-            head_dim: self.spec.v_head_dim,
         };
-        b.expand_values(&ws.o_latent, kv_b, values, &mut ws.o, n_rows);
+        let dense = |len| HeadView {
+            offset: 0,
+            row_stride: n_heads * len,
+            n_heads,
+            head_stride: len,
+            len,
+        };
+        b.per_head_linear(
+            &ws.o_latent,
+            dense(kv_lora_rank),
+            n_rows,
+            kv_b,
+            rows,
+            &mut ws.o,
+            dense(self.spec.v_head_dim),
+        );
         self.o.run(b, &ws.o, n_rows, &mut ws.y);
         Ok(())
     }

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// Version of manifest and files; another one is refused.
-pub(crate) const LAYOUT_VERSION: u32 = 1;
+pub(crate) const LAYOUT_VERSION: u32 = 2;
 /// The manifest's name in the folder of a pack.
 pub(crate) const MANIFEST_NAME: &str = "manifest.json";
 /// The metadata of a GGUF source, which hold its tokenizer.

@@ -3,11 +3,11 @@
 //! The (row, expert) pairs of a step are its slots, sorted by expert. First every slot's
 //! `silu(G x) * U x`; then every piece of the output adds up its slots, experts in ascending order.
 
-use std::sync::Mutex;
+use std::{ptr, sync::Mutex};
 
 use super::{
-    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panels_per_piece,
-    pass, passes,
+    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panel_of,
+    panels_ahead, panels_per_piece, pass, passes,
 };
 use crate::{
     backend::Expert,
@@ -100,33 +100,60 @@ pub(in crate::cpu) fn experts<S: Simd>(
                 inputs = inputs.rounded(tiles, run.first);
             }
             let panels = first..(first + per_piece).min(panels);
-            let (gate, up) = (of(run).gate.single(), of(run).up.single());
+            let pair = |run: &ExpertRun| [of(run).gate.single(), of(run).up.single()];
+            let next = slots.runs.get(piece / pieces_per_run + 1).map(pair);
+            let (rows, at) = (0..run.n, run.first);
             let scratch = &mut lock(&scratch[thread]);
-            gated_panels(simd, scratch, gate, up, &inputs, panels, run.first, inner);
+            gated_panels(
+                simd,
+                scratch,
+                pair(run),
+                next,
+                &inputs,
+                panels,
+                rows,
+                at,
+                inner,
+            );
         });
     }
     let inner = &*inner;
     let tiles_inner = int8
         .as_mut()
         .map(|m| Inputs::dense(inner, slots.rows.len(), inter).round(simd, pool, &mut m[1], &sets));
-    let per_piece = panels_per_piece(inter, slots.rows.len());
+    // Few pieces, so that what is read of an expert at once is long.
     let panels = n_panels(of(run).down.single());
+    let n_pieces = panels
+        .div_ceil(DOWN_PANELS_MAX)
+        .max(PIECES_PER_THREAD * pool.n_threads());
+    let per_piece = panels.div_ceil(n_pieces);
     let out = SharedOut::new(out);
     pool.run(panels.div_ceil(per_piece), &|piece, thread| {
-        let first = piece * per_piece;
+        let panels = piece * per_piece..((piece + 1) * per_piece).min(panels);
         let scratch = &mut lock(&scratch[thread]);
-        for panel in first..(first + per_piece).min(panels) {
-            for run in slots.runs {
-                let mut inputs = Inputs::dense(&inner[run.first * inter..], run.n, inter);
-                if let Some(tiles) = tiles_inner {
-                    inputs = inputs.rounded(tiles, run.first);
-                }
-                let down = of(run).down.single();
-                add_panel(simd, scratch, down, panel, &inputs, slots, run, out);
+        for (index, run) in slots.runs.iter().enumerate() {
+            let mut inputs = Inputs::dense(&inner[run.first * inter..], run.n, inter);
+            if let Some(tiles) = tiles_inner {
+                inputs = inputs.rounded(tiles, run.first);
+            }
+            let down = of(run).down.single();
+            for panel in panels.clone() {
+                // What is read after some panels more, of this expert or of another.
+                let steps = panel - panels.start + panels_ahead(down);
+                let run_ahead = slots.runs.get(index + steps / panels.len());
+                let ahead = run_ahead.map_or(ptr::null(), |run| {
+                    panel_of(of(run).down.single(), panels.start + steps % panels.len())
+                });
+                add_panel(simd, scratch, down, panel, ahead, &inputs, slots, run, out);
             }
         }
     });
 }
+
+/// Panels of an expert's output layer that are read one after the other at most.
+const DOWN_PANELS_MAX: usize = 16;
+/// Pieces of the output layers for every thread at least.
+const PIECES_PER_THREAD: usize = 4;
 
 /// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
 fn add_panel<S: Simd>(
@@ -134,6 +161,7 @@ fn add_panel<S: Simd>(
     scratch: &mut Scratch,
     down: &Matrix,
     panel: usize,
+    ahead: *const u8,
     inputs: &Inputs<'_>,
     slots: Slots<'_>,
     run: &ExpertRun,
@@ -143,20 +171,25 @@ fn add_panel<S: Simd>(
     let unit = matrix_unit(simd, inputs);
     let kernels = Panels::new(simd, unit.as_ref(), down, inputs);
     let Scratch { unpacked, outs, .. } = scratch;
-    let (weights, outs) = ([kernels.panel(panel, &mut unpacked[0])], &mut *outs.0);
+    let weights = [kernels.panel(panel, &mut unpacked[0], ahead)];
+    let outs = &mut *outs.0;
     let first_row = panel * PANEL_ROWS;
     let n_valid = PANEL_ROWS.min(hidden - first_row);
-    for (first, len) in passes(run.n) {
-        pass(&weights, first, len, outs);
+    for (first, len) in passes(0..run.n) {
+        pass(&weights, first == 0, first, len, outs);
         for (t, sums) in outs[0].iter().enumerate().take(len) {
             let slot = run.first + first + t;
             let at = slots.rows[slot] * hidden + first_row;
             // SAFETY: this piece owns these columns of every row.
             let to = unsafe { std::slice::from_raw_parts_mut(out.at(at), n_valid) };
             let weight = slots.weights[slot];
-            to.iter_mut()
-                .zip(sums)
-                .for_each(|(o, sum)| *o += weight * sum);
+            simd.vectorize(
+                #[inline(always)]
+                || {
+                    let sums = to.iter_mut().zip(sums);
+                    sums.for_each(|(o, sum)| *o += weight * sum);
+                },
+            );
         }
     }
 }

@@ -17,10 +17,10 @@ pub(super) use self::{
     tiles::Int8Tiles,
 };
 
-use std::{ptr, sync::Mutex};
+use std::{ops::Range, ptr, sync::Mutex};
 
 use self::{
-    panels::{F32_TILE_TOKENS, TileFn, TileInput, UnpackFn, tile_fns},
+    panels::{F32_TILE_TOKENS, PREFETCH_BYTES, TileFn, TileInput, UnpackFn, tile_fns},
     tiles::{RowSet, SharedTiles, tiles},
     unpacked::{Product, Unpacked},
 };
@@ -33,6 +33,7 @@ use super::{
     },
 };
 use crate::{
+    backend::{HeadRows, HeadView},
     matrix::{Layout, Matrix},
     panel::{GROUP_LEN, PANEL_ROWS},
 };
@@ -42,6 +43,9 @@ use crate::{
 const PIECE_WORK: usize = 1024;
 /// Elements that are rounded in a piece, about 2 us.
 const ROUND_PIECE: usize = 8_192;
+/// Rows of activations from which a thread unpacks weights for itself: unpacking is a tenth of the
+/// work then.
+const SHARE_ROWS_MIN: usize = 2 * PASS_ROWS;
 /// Reading and unpacking a group's weights, in the unit of [`PIECE_WORK`].
 const UNPACK_WORK: usize = 2;
 
@@ -51,9 +55,19 @@ pub(super) struct Inputs<'a> {
     x: &'a [f32],
     n_cols: usize,
     n_rows: usize,
-    /// Where row `i` is in `x`; row `i` itself where there is no list.
-    picked: Option<&'a [usize]>,
+    places: Places<'a>,
     int8: Option<(SharedTiles, RowSet)>,
+}
+
+/// Where rows of activations are.
+#[derive(Clone, Copy)]
+enum Places<'a> {
+    /// Row `i` at `first + i * stride`.
+    Strided { first: usize, stride: usize },
+    /// Row `i` is row `picked[i]` of dense ones.
+    Picked(&'a [usize]),
+    /// Row `h * n_rows + m` is head `h` of row `m`.
+    Heads { view: HeadView, n_rows: usize },
 }
 
 impl<'a> Inputs<'a> {
@@ -67,7 +81,10 @@ impl<'a> Inputs<'a> {
             x,
             n_cols,
             n_rows,
-            picked: None,
+            places: Places::Strided {
+                first: 0,
+                stride: n_cols,
+            },
             int8: None,
         }
     }
@@ -80,14 +97,46 @@ impl<'a> Inputs<'a> {
             x,
             n_cols,
             n_rows: picked.len(),
-            picked: Some(picked),
+            places: Places::Picked(picked),
+            int8: None,
+        }
+    }
+
+    /// The heads of `n_rows` rows of `x`, head after head.
+    fn heads(x: &'a [f32], view: HeadView, n_rows: usize) -> Self {
+        Self {
+            x,
+            n_cols: view.len,
+            n_rows: area(&[view.n_heads, n_rows]),
+            places: Places::Heads { view, n_rows },
+            int8: None,
+        }
+    }
+
+    /// Head `head` of `n_rows` rows of `x`.
+    fn head(x: &'a [f32], view: HeadView, n_rows: usize, head: usize) -> Self {
+        Self {
+            x,
+            n_cols: view.len,
+            n_rows,
+            places: Places::Strided {
+                first: view.offset + head * view.head_stride,
+                stride: view.row_stride,
+            },
             int8: None,
         }
     }
 
     fn row(&self, row: usize) -> &'a [f32] {
-        let row = self.picked.map_or(row, |picked| picked[row]);
-        &self.x[row * self.n_cols..][..self.n_cols]
+        let start = match self.places {
+            Places::Strided { first, stride } => first + row * stride,
+            Places::Picked(picked) => picked[row] * self.n_cols,
+            Places::Heads { view, n_rows } => {
+                let (head, row) = (row / n_rows, row % n_rows);
+                view.offset + row * view.row_stride + head * view.head_stride
+            }
+        };
+        &self.x[start..][..self.n_cols]
     }
 
     /// Rounds all rows to int8, as one set.
@@ -186,6 +235,8 @@ struct Panel<'a, S> {
     of: &'a Panels<'a, S>,
     codes: *const u8,
     unpacked: Option<(&'a AmxUnit, *const u8)>,
+    /// A panel to ask for while this one is read; null where it was asked for already.
+    ahead: *const u8,
 }
 
 /// Rows of activations of one [`pass`] at most: two tiles.
@@ -229,43 +280,90 @@ impl<'a, S: Simd> Panels<'a, S> {
         }
     }
 
-    /// Panel `index`; `memory` holds what is unpacked of it, until it is used for another.
-    fn panel(&self, index: usize, memory: &mut Unpacked) -> Panel<'_, S> {
-        let codes = self.weight.panel(index).as_ptr();
+    /// Panel `index`; `memory` holds what is unpacked of it, until it is used for another. `ahead` is
+    /// what the thread will read soon.
+    fn panel(&self, index: usize, memory: &mut Unpacked, ahead: *const u8) -> Panel<'_, S> {
+        let codes = panel_of(self.weight, index);
         let unpacked = self.unpack.map(|(unit, unpack)| {
             let n_cols = self.weight.n_cols();
             let room = memory.room(n_cols);
             // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made, and
             // the room is made for as many.
-            unsafe { unpack(self.simd, codes, n_cols / GROUP_LEN, room) };
+            unsafe { unpack(self.simd, codes, n_cols / GROUP_LEN, room, ahead) };
             (unit, room.cast_const())
         });
         Panel {
             of: self,
             codes,
             unpacked,
+            ahead: match unpacked {
+                Some(_) => ptr::null(),
+                None => ahead,
+            },
         }
     }
 }
 
-/// Rows `first..first + len` in passes.
-fn passes(n_rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    let starts = (0..n_rows).step_by(PASS_ROWS);
-    starts.map(move |first| (first, PASS_ROWS.min(n_rows - first)))
+fn panel_of(weight: &Matrix, index: usize) -> *const u8 {
+    weight.panel(index).as_ptr()
+}
+
+/// How many panels ahead of the one it computes with a thread asks for.
+fn panels_ahead(weight: &Matrix) -> usize {
+    PREFETCH_BYTES.div_ceil(weight.panel(0).len().max(1))
+}
+
+/// Panel `index`, or if the matrix ends before, as far into the one that is read `next`; null if
+/// nothing is known of it.
+fn panel_or_next(weight: &Matrix, index: usize, next: Option<&Matrix>) -> *const u8 {
+    match index.checked_sub(n_panels(weight)) {
+        None => panel_of(weight, index),
+        Some(over) => match next {
+            Some(next) if next.layout() == Layout::Panels => {
+                panel_of(next, over.min(n_panels(next) - 1))
+            }
+            _ => ptr::null(),
+        },
+    }
+}
+
+/// Rows in passes: first row and length.
+fn passes(rows: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
+    let end = rows.end;
+    let starts = rows.step_by(PASS_ROWS);
+    starts.map(move |first| (first, PASS_ROWS.min(end - first)))
+}
+
+/// Rows of activations that a piece of work is about, from where the threads' shares are long enough
+/// for their own: what a thread wrote is then in its own caches when it goes on with it, instead of
+/// in another's.
+fn rows_per_piece(pool: &Pool, n_rows: usize) -> usize {
+    let share = n_rows.div_ceil(pool.n_threads());
+    share
+        .next_multiple_of(PASS_ROWS)
+        .max(SHARE_ROWS_MIN)
+        .min(n_rows.max(1))
 }
 
 /// `outs[p][t]` for rows `first..first + len` of the inputs against one panel or two: what is read
 /// of a row is used for both.
-fn pass<S: Simd>(panels: &[Panel<'_, S>], first: usize, len: usize, outs: &mut [PassOut; 2]) {
+/// Panels are asked for in the first pass over them only.
+fn pass<S: Simd>(
+    panels: &[Panel<'_, S>],
+    is_first: bool,
+    first: usize,
+    len: usize,
+    outs: &mut [PassOut; 2],
+) {
     let (&[Panel { of, unpacked, .. }] | &[Panel { of, unpacked, .. }, _]) = panels else {
         unreachable!("one panel or two")
     };
     if let [a, b] = panels
         && a.of.weight.format() != b.of.weight.format()
     {
-        pass(&[*a], first, len, outs);
+        pass(&[*a], is_first, first, len, outs);
         outs.swap(0, 1);
-        pass(&[*b], first, len, outs);
+        pass(&[*b], is_first, first, len, outs);
         outs.swap(0, 1);
         return;
     }
@@ -302,6 +400,10 @@ fn pass<S: Simd>(panels: &[Panel<'_, S>], first: usize, len: usize, outs: &mut [
         }
     }
     let codes = [panels[0].codes, panels[panels.len() - 1].codes];
+    let mut ahead = match is_first {
+        true => [panels[0].ahead, panels[panels.len() - 1].ahead],
+        false => [ptr::null(); 2],
+    };
     for (start, tile_len) in tiles(len - done, inputs.tile_len_max::<S>()) {
         let start = done + start;
         let kernel = of.fns[tile_len.ilog2() as usize];
@@ -309,7 +411,8 @@ fn pass<S: Simd>(panels: &[Panel<'_, S>], first: usize, len: usize, outs: &mut [
         let outs = outs.map(|out| out.wrapping_add(start));
         // SAFETY: a panel is checked to hold its matrix' groups when the matrix is made, the
         // input has `tile_len` rows of as many, and the outputs are as long as the pass.
-        unsafe { kernel(simd, &codes[..panels.len()], n_groups, input, outs) };
+        unsafe { kernel(simd, &codes[..panels.len()], n_groups, input, outs, ahead) };
+        ahead = [ptr::null(); 2];
     }
 }
 
@@ -326,7 +429,7 @@ fn expect<S: Simd>(simd: S, n_panels: usize, to: *const f32, stride: usize, n_ro
     }
 }
 
-/// Writes the first `n_valid` outputs of every row of a tile, rows `stride` apart.
+/// Writes outputs `valid` of every row of a tile, rows `stride` apart.
 ///
 /// # Safety
 /// They lie inside the memory that `to` points into, and no other thread touches them.
@@ -335,7 +438,7 @@ unsafe fn put<S: Simd>(
     tile: &[[f32; LANES]],
     to: *mut f32,
     stride: usize,
-    n_valid: usize,
+    valid: Range<usize>,
 ) {
     simd.vectorize(
         #[inline(always)]
@@ -344,10 +447,11 @@ unsafe fn put<S: Simd>(
                 // SAFETY: promised by the caller.
                 unsafe {
                     let to = to.add(t * stride);
-                    if n_valid == LANES {
+                    if valid.len() == LANES {
                         simd.store(to, simd.load(sums.as_ptr()));
                     } else {
-                        to.copy_from_nonoverlapping(sums.as_ptr(), n_valid);
+                        let sums = &sums[valid.clone()];
+                        to.copy_from_nonoverlapping(sums.as_ptr(), sums.len());
                     }
                 }
             }
@@ -377,8 +481,9 @@ pub(super) fn stacked<S: Simd>(
 ) {
     let stride = parts.iter().map(Matrix::n_rows).sum::<usize>();
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]);
+    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
     // Pairs of panels share what they read of the activations.
-    let per_piece = panels_per_piece(inputs.n_cols, inputs.n_rows).next_multiple_of(2);
+    let per_piece = panels_per_piece(inputs.n_cols, rows_per_piece).next_multiple_of(2);
     let job = |part: usize, offset: usize| Job {
         weight: &parts[part],
         first_row: 0,
@@ -395,8 +500,14 @@ pub(super) fn stacked<S: Simd>(
         Layout::Rows => job(part, 0).n_pieces(),
         Layout::Panels => n_panels(&parts[part]).div_ceil(per_piece),
     };
-    pool.run((0..parts.len()).map(n_pieces).sum(), &|piece, thread| {
-        let (mut part, mut piece, mut offset) = (0, piece, 0);
+    let n_pieces_of_rows = (0..parts.len()).map(n_pieces).sum::<usize>();
+    let n_shares = match parts.iter().all(|p| p.layout() == Layout::Panels) {
+        true => inputs.n_rows.div_ceil(rows_per_piece),
+        false => 1,
+    };
+    pool.run(n_shares * n_pieces_of_rows, &|piece, thread| {
+        let (share, mut piece) = (piece / n_pieces_of_rows, piece % n_pieces_of_rows);
+        let (mut part, mut offset) = (0, 0);
         while piece >= n_pieces(part) {
             piece -= n_pieces(part);
             offset += parts[part].n_rows();
@@ -409,38 +520,130 @@ pub(super) fn stacked<S: Simd>(
             unsafe { linear_piece(simd, &mut scratch, &job(part, offset), piece, out) };
             return;
         }
+        let rows = match n_shares {
+            1 => 0..inputs.n_rows,
+            _ => share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows),
+        };
+        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(weight));
         let unit = matrix_unit(simd, inputs);
         let kernels = Panels::new(simd, unit.as_ref(), weight, inputs);
-        let Scratch { unpacked, outs, .. } = &mut *lock(&scratch[thread]);
-        let ([memory_a, memory_b], outs) = (unpacked, &mut *outs.0);
-        let end = ((piece + 1) * per_piece).min(n_panels(weight));
-        for index in (piece * per_piece..end).step_by(2) {
-            let a = kernels.panel(index, memory_a);
-            let b = kernels.panel((index + 1).min(end - 1), memory_b);
-            let pair = [a, b];
-            let pair = &pair[..2.min(end - index)];
-            for (first, len) in passes(inputs.n_rows) {
-                let to = out.place(first * stride + offset + index * PANEL_ROWS);
-                expect(simd, pair.len(), to, stride, len);
-                pass(pair, first, len, outs);
-                for (p, outs) in outs.iter_mut().enumerate().take(pair.len()) {
-                    let first_row = (index + p) * PANEL_ROWS;
-                    let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
-                    let at = offset + first_row;
-                    if let Some(bias) = bias {
-                        for sums in &mut outs[..len] {
-                            let bias = &bias[at..at + n_valid];
-                            sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
-                        }
-                    }
-                    // SAFETY: this piece owns these outputs, and `out` holds all of every row's.
-                    unsafe {
-                        let to = out.at(first * stride + at);
-                        put(simd, &outs[..len], to, stride, n_valid);
+        let scratch = &mut *lock(&scratch[thread]);
+        let expect = |index: usize, n: usize, first: usize, len: usize| {
+            let to = out.place(first * stride + offset + index * PANEL_ROWS);
+            expect(simd, n, to, stride, len);
+        };
+        let next = parts.get(part + 1);
+        by_pairs(
+            scratch,
+            &kernels,
+            panels,
+            rows,
+            next,
+            expect,
+            |index, first, sums| {
+                let first_row = index * PANEL_ROWS;
+                let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
+                let at = offset + first_row;
+                if let Some(bias) = bias {
+                    for sums in &mut *sums {
+                        let bias = &bias[at..at + n_valid];
+                        sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
                     }
                 }
+                // SAFETY: this piece owns these outputs, and `out` holds all of every row's.
+                unsafe { put(simd, sums, out.at(first * stride + at), stride, 0..n_valid) };
+            },
+        );
+    });
+}
+
+/// Panels `panels` in pairs against rows `rows` of the inputs: before each pass
+/// `expect(panel, panels, first row, rows)`, after it `write(panel, first row, sums)` for each panel.
+fn by_pairs<S: Simd>(
+    scratch: &mut Scratch,
+    kernels: &Panels<'_, S>,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    next: Option<&Matrix>,
+    expect: impl Fn(usize, usize, usize, usize),
+    write: impl Fn(usize, usize, &mut [[f32; LANES]]),
+) {
+    let Scratch { unpacked, outs, .. } = scratch;
+    let ([memory_a, memory_b], outs) = (unpacked, &mut *outs.0);
+    let weight = kernels.weight;
+    let distance = panels_ahead(weight);
+    for index in panels.clone().step_by(2) {
+        let n = 2.min(panels.end - index);
+        let ahead = |index| panel_or_next(weight, index + distance, next);
+        let a = kernels.panel(index, memory_a, ahead(index));
+        let pair = match n {
+            1 => [a; 2],
+            _ => [a, kernels.panel(index + 1, memory_b, ahead(index + 1))],
+        };
+        for (first, len) in passes(rows.clone()) {
+            expect(index, n, first, len);
+            pass(&pair[..n], first == rows.start, first, len, outs);
+            for (p, outs) in outs.iter_mut().enumerate().take(n) {
+                write(index + p, first, &mut outs[..len]);
             }
         }
+    }
+}
+
+/// `out[m, h, ..] = W[rows of head h] x[m, h]` for a weight in panels; `from` views the inputs and
+/// `to` the outputs. With `memory` the inputs are rounded.
+pub(super) fn per_head<S: Simd>(
+    simd: S,
+    pool: &Pool,
+    scratch: &[Mutex<Scratch>],
+    weight: &Matrix,
+    rows: HeadRows,
+    (x, from): (&[f32], HeadView),
+    n_rows: usize,
+    memory: Option<&mut Int8Tiles>,
+    (out, to): (&mut [f32], HeadView),
+) {
+    let tiles = memory.map(|memory| {
+        let sets = |row: usize| (row / n_rows * n_rows, n_rows);
+        Inputs::heads(x, from, n_rows).round(simd, pool, memory, &sets)
+    });
+    let out = SharedOut::new(out);
+    let per_piece = panels_per_piece(from.len, n_rows).next_multiple_of(2);
+    // A head's rows may begin and end inside a panel.
+    let panels_max = to.len.div_ceil(PANEL_ROWS) + 1;
+    let pieces_per_head = panels_max.div_ceil(per_piece);
+    pool.run(from.n_heads * pieces_per_head, &|piece, thread| {
+        let (head, piece) = (piece / pieces_per_head, piece % pieces_per_head);
+        let first_row = rows.first_of(head);
+        let end_row = first_row + to.len;
+        let end = end_row.div_ceil(PANEL_ROWS);
+        let first = first_row / PANEL_ROWS + piece * per_piece;
+        let panels = first.min(end)..(first + per_piece).min(end);
+        let mut inputs = Inputs::head(x, from, n_rows, head);
+        if let Some(tiles) = tiles {
+            inputs = inputs.rounded(tiles, head * n_rows);
+        }
+        let unit = matrix_unit(simd, &inputs);
+        let kernels = Panels::new(simd, unit.as_ref(), weight, &inputs);
+        let scratch = &mut *lock(&scratch[thread]);
+        let expect = |_, _, _, _| {};
+        by_pairs(
+            scratch,
+            &kernels,
+            panels,
+            0..n_rows,
+            None,
+            expect,
+            |index, first, sums| {
+                let start = index * PANEL_ROWS;
+                let valid = first_row.max(start) - start..end_row.min(start + PANEL_ROWS) - start;
+                let at = start + valid.start - first_row;
+                let at = to.offset + first * to.row_stride + head * to.head_stride + at;
+                // SAFETY: the caller has checked that the outputs lie apart and inside; this piece owns
+                // these.
+                unsafe { put(simd, sums, out.at(at), to.row_stride, valid) };
+            },
+        );
     });
 }
 
@@ -461,22 +664,39 @@ pub(super) fn gated<S: Simd>(
     out: &mut [f32],
 ) {
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
-    let per_piece = panels_per_piece(2 * inputs.n_cols, inputs.n_rows);
-    pool.run(n_panels(gate).div_ceil(per_piece), &|piece, thread| {
+    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
+    let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
+    let n_pieces = n_panels(gate).div_ceil(per_piece);
+    let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
+    pool.run(n_shares * n_pieces, &|piece, thread| {
+        let (share, piece) = (piece / n_pieces, piece % n_pieces);
+        let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
         let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
         let scratch = &mut lock(&scratch[thread]);
-        gated_panels(simd, scratch, gate, up, inputs, panels, 0, out);
+        gated_panels(
+            simd,
+            scratch,
+            [gate, up],
+            None,
+            inputs,
+            panels,
+            rows,
+            0,
+            out,
+        );
     });
 }
 
-/// Panels `panels` of [`gated`]; row `m` goes to row `first_out + m` of `out`.
+/// Panels `panels` of [`gated`] for rows `rows`; row `m` goes to row `first_out + m` of `out`. `next`
+/// is the pair that the thread goes on with.
 fn gated_panels<S: Simd>(
     simd: S,
     scratch: &mut Scratch,
-    gate: &Matrix,
-    up: &Matrix,
+    [gate, up]: [&Matrix; 2],
+    next: Option<[&Matrix; 2]>,
     inputs: &Inputs<'_>,
-    panels: std::ops::Range<usize>,
+    panels: Range<usize>,
+    rows: Range<usize>,
     first_out: usize,
     out: SharedOut<'_>,
 ) {
@@ -488,14 +708,22 @@ fn gated_panels<S: Simd>(
     );
     let Scratch { unpacked, outs, .. } = scratch;
     let ([gate_memory, up_memory], outs) = (unpacked, &mut *outs.0);
+    // Two streams at once.
+    let distance = panels_ahead(gate.weight).div_ceil(2);
     for panel in panels {
         let first_row = panel * PANEL_ROWS;
         let n_valid = PANEL_ROWS.min(inter - first_row);
-        let pair = [gate.panel(panel, gate_memory), up.panel(panel, up_memory)];
-        for (first, len) in passes(inputs.n_rows) {
+        let ahead = |of: &Panels<'_, S>, which: usize| {
+            panel_or_next(of.weight, panel + distance, next.map(|next| next[which]))
+        };
+        let pair = [
+            gate.panel(panel, gate_memory, ahead(&gate, 0)),
+            up.panel(panel, up_memory, ahead(&up, 1)),
+        ];
+        for (first, len) in passes(rows.clone()) {
             let to = out.place((first_out + first) * inter + first_row);
             expect(simd, 1, to, inter, len);
-            pass(&pair, first, len, outs);
+            pass(&pair, first == rows.start, first, len, outs);
             let [gates, ups] = &mut *outs;
             simd.vectorize(
                 #[inline(always)]
@@ -512,7 +740,7 @@ fn gated_panels<S: Simd>(
             );
             let at = (first_out + first) * inter + first_row;
             // SAFETY: this piece owns these outputs.
-            unsafe { put(simd, &gates[..len], out.at(at), inter, n_valid) };
+            unsafe { put(simd, &gates[..len], out.at(at), inter, 0..n_valid) };
         }
     }
 }

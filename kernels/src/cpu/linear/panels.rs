@@ -4,6 +4,8 @@
 //! group is added in f32, groups in column order; in f32, every column is one fused multiply-add,
 //! columns in order. Neither depends on how many rows of activations share the pass.
 
+use std::ptr;
+
 use super::{
     tiles::ROW_BYTES,
     unpacked::{CODE_BYTES, SCALE_BYTES},
@@ -17,7 +19,7 @@ use crate::{
 /// How far ahead weights are asked for, into the second-level cache:
 /// its outstanding misses are many more than the first level's, and a short distance leaves them
 /// idle (12 GB/s at 4 KiB, 28 GB/s at 32 KiB).
-const PREFETCH_BYTES: usize = 32_768;
+pub(super) const PREFETCH_BYTES: usize = 32_768;
 /// Rows of f32 activations that share a pass at most: more addresses than this do not stay in
 /// registers.
 pub(super) const F32_TILE_TOKENS: usize = 8;
@@ -37,9 +39,15 @@ pub(super) enum TileInput {
 /// two.
 ///
 /// Panels and input must hold that many groups; input and outputs as many rows as the function was
-/// made for.
-pub(super) type TileFn<S> =
-    unsafe fn(S, &[*const u8], usize, TileInput, outs: [*mut [f32; LANES]; 2]);
+/// made for. `ahead` are panels to ask for meanwhile, or null.
+pub(super) type TileFn<S> = unsafe fn(
+    S,
+    &[*const u8],
+    usize,
+    TileInput,
+    outs: [*mut [f32; LANES]; 2],
+    ahead: [*const u8; 2],
+);
 
 /// The kernels of a format for tiles of 1, 2, 4, 8 and 16 rows.
 pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TILE_LENS] {
@@ -58,8 +66,9 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
 }
 
 /// Writes a panel of so many groups where [`super::unpacked`] reads it, in as much room as its
-/// [`Unpacked::bytes`](super::unpacked::Unpacked::bytes).
-pub(super) type UnpackFn<S> = unsafe fn(S, *const u8, usize, *mut u8);
+/// [`Unpacked::bytes`](super::unpacked::Unpacked::bytes); the last argument is a panel to ask for
+/// meanwhile, or null.
+pub(super) type UnpackFn<S> = unsafe fn(S, *const u8, usize, *mut u8, *const u8);
 
 /// How a format is unpacked; `None` for formats with halves, whose products are too short for the
 /// matrix unit.
@@ -386,11 +395,15 @@ impl PanelFormat for Q6K {
     }
 }
 
-/// Asks for as many bytes as a group has, [`PREFETCH_BYTES`] behind `codes`.
+/// Asks for group `group`'s share of the panel `ahead`, which may be null.
 #[inline(always)]
-fn ask_ahead<S: Simd>(simd: S, codes: *const u8, layout: PanelLayout) {
-    for line in (0..layout.code_bytes + layout.scale_bytes).step_by(64) {
-        simd.prefetch(codes.wrapping_add(PREFETCH_BYTES + line));
+fn ask<S: Simd>(simd: S, ahead: *const u8, group: usize, layout: PanelLayout) {
+    if ahead.is_null() {
+        return;
+    }
+    let bytes = layout.code_bytes + layout.scale_bytes;
+    for line in (0..bytes).step_by(64) {
+        simd.prefetch(ahead.wrapping_add(group * bytes + line));
     }
 }
 
@@ -423,19 +436,20 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
     n_groups: usize,
     input: TileInput,
     outs: [*mut [f32; LANES]; 2],
+    ahead: [*const u8; 2],
 ) {
     let TileInput::Int8(x) = input else {
         unreachable!("int8 kernels get int8 tiles")
     };
-    for (panel, out) in panels.iter().zip(outs) {
+    for ((panel, out), ahead) in panels.iter().zip(outs).zip(ahead) {
         // SAFETY: passed on from the caller. Sums, products and weights of 16 rows at once do not
         // fit the registers: two passes of eight (350 Gop/s so, 410 in two).
         unsafe {
             if T == 16 {
-                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 0, out);
-                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 8, out);
+                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 0, out, ahead);
+                int8_pass::<S, P, T, 8>(simd, *panel, n_groups, x, 8, out, ptr::null());
             } else {
-                int8_pass::<S, P, T, T>(simd, *panel, n_groups, x, 0, out);
+                int8_pass::<S, P, T, T>(simd, *panel, n_groups, x, 0, out, ahead);
             }
         }
     }
@@ -453,6 +467,7 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize>(
     mut x: *const u8,
     first: usize,
     out: *mut [f32; LANES],
+    ahead: *const u8,
 ) {
     simd.vectorize(
         #[inline(always)]
@@ -464,9 +479,7 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize>(
                 let mut sums = [simd.splat(0.0); R];
                 for group in 0..n_groups {
                     let codes = panel.codes.add(group * layout.code_bytes);
-                    if first == 0 {
-                        ask_ahead(simd, codes, layout);
-                    }
+                    ask(simd, ahead, group, layout);
                     let w = P::codes(simd, codes);
                     let s = P::scales(simd, &panel, group);
                     let x_scales = x.add(T * GROUP_LEN).cast::<f32>().add(first);
@@ -531,7 +544,13 @@ unsafe fn halves<S: Simd, P: PanelFormat>(
 }
 
 /// See [`UnpackFn`].
-unsafe fn unpack<S: Simd, P: PanelFormat>(simd: S, panel: *const u8, n_groups: usize, to: *mut u8) {
+unsafe fn unpack<S: Simd, P: PanelFormat>(
+    simd: S,
+    panel: *const u8,
+    n_groups: usize,
+    to: *mut u8,
+    ahead: *const u8,
+) {
     simd.vectorize(
         #[inline(always)]
         || {
@@ -542,7 +561,7 @@ unsafe fn unpack<S: Simd, P: PanelFormat>(simd: S, panel: *const u8, n_groups: u
                 let scales = to.add(n_groups * CODE_BYTES);
                 let minima = scales.add(n_groups * SCALE_BYTES);
                 for group in 0..n_groups {
-                    ask_ahead(simd, panel.codes.add(group * layout.code_bytes), layout);
+                    ask(simd, ahead, group, layout);
                     let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
                     for (q, quad) in w.into_iter().enumerate() {
                         let quad = simd.recenter(quad, P::ZERO);
@@ -566,6 +585,7 @@ unsafe fn f32_tiles<S: Simd, P: PanelFormat, const T: usize>(
     n_groups: usize,
     input: TileInput,
     outs: [*mut [f32; LANES]; 2],
+    _ahead: [*const u8; 2],
 ) {
     let TileInput::F32(x) = input else {
         unreachable!("f32 kernels get f32 rows")
