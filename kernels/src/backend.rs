@@ -7,6 +7,8 @@
 //! Invariant: every output row depends on its own input row, its sequence's cache and the weights,
 //! bit for bit; never on the other rows of the call.
 
+use std::sync::Arc;
+
 use crate::matrix::Matrix;
 
 /// How activations enter linear layers with quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K,
@@ -359,6 +361,36 @@ pub trait WeightStore {
     fn latent_weight(&self, matrix: Matrix) -> Self::Weight;
 }
 
+/// Threads of the host that share out rows of work.
+pub trait Workers: Send + Sync {
+    /// Threads that work at once, at least one.
+    fn n_threads(&self) -> usize;
+    /// Calls `task(row, thread, values of the row)` once for every whole row of `row_len` values. No
+    /// two calls with the same `thread` overlap.
+    ///
+    /// # Panics
+    /// Inside a call of the backend's, or of its own.
+    fn for_each_row(&self, values: &mut [f32], row_len: usize, task: &RowTask<'_>);
+}
+
+/// What [`Workers`] do.
+pub type RowTask<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
+
+/// Workers that are the caller alone.
+#[derive(Debug, Clone, Copy)]
+pub struct CallerOnly;
+
+impl Workers for CallerOnly {
+    fn n_threads(&self) -> usize {
+        1
+    }
+
+    fn for_each_row(&self, values: &mut [f32], row_len: usize, task: &RowTask<'_>) {
+        let rows = values.chunks_exact_mut(row_len).enumerate();
+        rows.for_each(|(row, values)| task(row, 0, values));
+    }
+}
+
 /// Device arithmetic. Rows beyond those of the call are left as they are.
 pub trait Backend: WeightStore + Send + 'static {
     /// Chosen experts and their weights per row, and the scratch to run them.
@@ -515,6 +547,11 @@ pub trait Backend: WeightStore + Send + 'static {
         out: &mut Self::Buffer,
         to: HeadView,
     );
+
+    /// Threads for what the host does between two calls.
+    fn workers(&self) -> Arc<dyn Workers> {
+        Arc::new(CallerOnly)
+    }
 
     /// Chooses experts for every row from gate logits `[m, n_experts]`.
     fn gate(

@@ -2,19 +2,21 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::Ordering,
         mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     },
     time::{Duration, Instant},
 };
 
+use dsd_kernels::backend::Workers;
+
 use crate::{
     flow::{FinishReason, RequestId, SamplingParams, StreamItem, TokenEvent, TokenSink},
     kv_cache::BlockKey,
     runner::{StepError, StepExecutor, StepPlan},
     runtime::clock,
-    sampler::{self, SampleContext, Scratch},
+    sampler::{self, SampleContext, Sampled, Scratch},
     scheduler::{EndReason, Ended, Scheduler, SequenceSpec, Slot},
 };
 
@@ -42,8 +44,8 @@ pub(super) struct StepLoop {
     clients: Vec<Option<Client>>,
     plan: StepPlan,
     sampled: Vec<Option<u32>>,
+    draws: Draws,
     ended: Vec<Ended>,
-    scratch: Scratch,
     is_stopping: bool,
     /// Set when the executor is of no use any more.
     fatal: Option<StepError>,
@@ -52,6 +54,34 @@ pub(super) struct StepLoop {
     last_token_at: Option<Instant>,
     last_departure_at: Option<Instant>,
     n_preemptions_counted: u64,
+}
+
+/// What drawing the tokens of a step takes, by several threads at once.
+struct Draws {
+    workers: Arc<dyn Workers>,
+    /// One per thread; a lock is never contended.
+    scratches: Vec<Mutex<Scratch>>,
+    /// Whose the rows of logits are.
+    slots: Vec<Slot>,
+    /// What was drawn from them; `None` where the row holds no number.
+    tokens: Vec<Mutex<Option<Sampled>>>,
+}
+
+impl Draws {
+    fn new(workers: Arc<dyn Workers>, vocab_len: usize, n_rows_max: usize) -> Self {
+        let scratch = |_| Mutex::new(Scratch::new(vocab_len));
+        Self {
+            scratches: (0..workers.n_threads()).map(scratch).collect(),
+            workers,
+            slots: Vec::with_capacity(n_rows_max),
+            tokens: (0..n_rows_max).map(|_| Mutex::new(None)).collect(),
+        }
+    }
+}
+
+/// Locks, whatever became of an earlier holder: what is inside is overwritten before it is read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the scheduler does not need to know of a request.
@@ -91,7 +121,7 @@ impl StepLoop {
             },
             sampled: Vec::with_capacity(limits.running_max),
             ended: Vec::with_capacity(scheduler.n_slots()),
-            scratch: Scratch::new(limits.vocab_len),
+            draws: Draws::new(executor.workers(), limits.vocab_len, limits.running_max),
             model: cfg.model,
             is_stopping: false,
             fatal: None,
@@ -155,9 +185,11 @@ impl StepLoop {
 
     /// Runs the canary and notes what it showed.
     pub(super) fn run_canary(&mut self) -> Result<(), StepError> {
-        let verdict = self
-            .canary
-            .run(clock::now(), &mut *self.executor, &mut self.scratch);
+        let verdict = self.canary.run(
+            clock::now(),
+            &mut *self.executor,
+            &mut lock(&self.draws.scratches[0]),
+        );
         match &verdict {
             Ok(Verdict::Right) => self.meter.canaries_right.increment(1),
             Ok(Verdict::Wrong { expected, found }) => {
@@ -281,17 +313,31 @@ impl StepLoop {
                     n_rows * vocab_len,
                     "the executor gives the rows asked for"
                 );
-                self.sampled.clear();
-                let rows = logits.chunks_exact_mut(vocab_len);
-                let slots = self.scheduler.scheduled().iter().filter(|s| s.is_sampled);
-                for (row, scheduled) in rows.zip(slots) {
-                    let Some(client) = &mut self.clients[scheduled.slot.idx()] else {
+                let Draws {
+                    workers,
+                    scratches,
+                    slots,
+                    tokens: drawn,
+                } = &mut self.draws;
+                let sampled = self.scheduler.scheduled().iter().filter(|s| s.is_sampled);
+                slots.clear();
+                slots.extend(sampled.map(|s| s.slot));
+                let (clients, scheduler) = (&self.clients, &self.scheduler);
+                let sampleable_len = self.limits.sampleable_len;
+                workers.for_each_row(logits, vocab_len, &|row, thread, logits| {
+                    let Some(client) = &clients[slots[row].idx()] else {
                         unreachable!("a running sequence has a client");
                     };
-                    let tokens = self.scheduler.tokens(scheduled.slot);
-                    let scratch = &mut self.scratch;
-                    let token = client.sample(scratch, row, tokens, self.limits.sampleable_len);
-                    self.sampled.push(token);
+                    let scratch = &mut lock(&scratches[thread]);
+                    let tokens = scheduler.tokens(slots[row]);
+                    *lock(&drawn[row]) = client.draw(scratch, logits, tokens, sampleable_len);
+                });
+                self.sampled.clear();
+                for (slot, drawn) in slots.iter().zip(drawn) {
+                    let token = lock(drawn).take();
+                    let client = self.clients[slot.idx()].as_mut();
+                    let sent = client.zip(token).map(|(client, token)| client.send(token));
+                    self.sampled.push(sent);
                 }
                 self.note_step(done_at - now);
                 self.note_emissions(done_at);
@@ -465,14 +511,15 @@ impl StepLoop {
 }
 
 impl Client {
-    /// Chooses the next token and sends it off; `None` when the row holds no number.
-    fn sample(
-        &mut self,
+    /// Chooses the next token; `None` when the row holds no number.
+    fn draw(
+        &self,
         scratch: &mut Scratch,
         logits: &mut [f32],
         (prompt, output): (&[u32], &[u32]),
         sampleable_len: usize,
-    ) -> Option<u32> {
+    ) -> Option<Sampled> {
+        assert_eq!(self.n_emitted, output.len(), "one event per output token");
         let ctx = SampleContext {
             params: &self.sampling,
             prompt,
@@ -480,16 +527,19 @@ impl Client {
             top_logprobs: self.top_logprobs,
             sampleable_len,
         };
-        let sampled = sampler::sample(scratch, logits, &ctx).ok()?;
+        sampler::sample(scratch, logits, &ctx).ok()
+    }
+
+    /// Sends a token off; its id.
+    fn send(&mut self, sampled: Sampled) -> u32 {
         let event = TokenEvent {
             index: self.n_emitted,
             token: sampled.token,
             logprobs: sampled.logprobs,
         };
-        assert_eq!(self.n_emitted, output.len(), "one event per output token");
         // A reader that left is found before the next step.
         self.sink.send(StreamItem::Token(event));
         self.n_emitted += 1;
-        Some(sampled.token)
+        sampled.token
     }
 }

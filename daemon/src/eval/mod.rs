@@ -16,6 +16,7 @@ use crate::{
     group::{self, Followers, GroupConfig, GroupError},
     runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
     runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes},
+    sampler,
     weights::{Checkpoint, WeightsError},
 };
 use dsd_kernels::cpu::CpuConfig;
@@ -212,7 +213,7 @@ impl Session {
                 LogitRows::Skip
             };
             let logits = self.step(span.start, &tokens[span], wanted)?;
-            next = likeliest(logits);
+            next = sampler::likeliest(logits);
         }
         let mut output = Vec::with_capacity(n_new);
         while let Some(token) = next
@@ -222,7 +223,7 @@ impl Session {
             if output.len() < n_new {
                 let position = tokens.len() + output.len() - 1;
                 let logits = self.step(position, &[token], LogitRows::Last)?;
-                next = likeliest(logits);
+                next = sampler::likeliest(logits);
             }
         }
         Ok(output)
@@ -320,17 +321,6 @@ pub fn write_logits(session: &mut Session, tokens: &[u32], out: &Path) -> Result
     let file =
         safetensors::serialize([("logits", view)], None).map_err(|e| fail(io::Error::other(e)))?;
     fs::write(out, file).map_err(fail)
-}
-
-/// The index of the largest value, the smallest index among equals.
-fn likeliest(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(usize, f32)> = None;
-    for (index, value) in logits.iter().copied().enumerate() {
-        if best.is_none_or(|(_, largest)| largest < value) {
-            best = Some((index, value));
-        }
-    }
-    best.and_then(|(index, _)| u32::try_from(index).ok())
 }
 
 fn log_probability(logits: &[f32], token: usize) -> f64 {

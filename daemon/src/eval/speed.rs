@@ -1,9 +1,12 @@
 //! Tokens per second of a checkpoint, without queue or network.
 
-use super::{EvalError, Model, Ranks, STEP_TOKENS, likeliest};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use super::{EvalError, Model, Ranks, STEP_TOKENS};
 use crate::{
     runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepPlan, kv_bytes_per_token},
     runtime::clock,
+    sampler,
     weights::Checkpoint,
 };
 
@@ -39,6 +42,8 @@ pub struct SpeedTest {
     tables: Vec<Vec<u32>>,
     /// Tokens of every sequence so far.
     tokens: Vec<Vec<u32>>,
+    /// What follows the rows of a step.
+    likeliest: Vec<AtomicU32>,
 }
 
 impl SpeedTest {
@@ -82,6 +87,7 @@ impl SpeedTest {
             plan: StepPlan::default(),
             tables,
             tokens: vec![Vec::with_capacity(n_tokens); case.n_sequences],
+            likeliest: (0..case.n_sequences).map(|_| AtomicU32::new(0)).collect(),
         })
     }
 
@@ -151,12 +157,18 @@ impl SpeedTest {
 
     /// Runs the step and continues the sequences whose logits it has.
     fn step(&mut self, vocab_len: usize) -> Result<(), EvalError> {
-        let logits = self.model.executor.execute(&self.plan)?;
+        let executor = &mut self.model.executor;
+        let workers = executor.workers();
+        let logits = executor.execute(&self.plan)?;
+        workers.for_each_row(logits, vocab_len, &|row, _, logits| {
+            let next = sampler::likeliest(logits).unwrap_or(0);
+            self.likeliest[row].store(next, Relaxed);
+        });
         let spans = self.plan.spans.iter();
         let continued = spans.filter(|span| span.logits == LogitRows::Last);
-        for (span, row) in continued.zip(logits.chunks_exact(vocab_len)) {
+        for (span, next) in continued.zip(&self.likeliest) {
             let sequence = usize::try_from(span.seq).unwrap_or(usize::MAX);
-            self.tokens[sequence].extend(likeliest(row));
+            self.tokens[sequence].push(next.load(Relaxed));
         }
         self.plan.clear();
         Ok(())

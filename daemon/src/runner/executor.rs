@@ -1,9 +1,15 @@
 //! The executor that drives one rank's part of a model on a backend: the first rank's runs what the
 //! engine plans and tells the others, which follow.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
-use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan};
+use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan, Workers};
 
 use super::{ExecutorLimits, LogitRows, RankPlan, StepError, StepExecutor, StepPlan};
 use crate::{
@@ -28,6 +34,8 @@ pub struct ModelExecutor<B: Backend> {
     gathered: Vec<f32>,
     /// The plan as it travels between ranks.
     words: Vec<u32>,
+    /// The backend's threads.
+    workers: Arc<dyn Workers>,
 }
 
 /// A plan flattened into rows; refilled every step.
@@ -90,6 +98,7 @@ impl<B: Backend> ModelExecutor<B> {
             context_len_max: plan.context_len,
         };
         Self {
+            workers: backend.workers(),
             backend,
             decoder,
             cache_shape,
@@ -265,12 +274,20 @@ impl<B: Backend> StepExecutor for ModelExecutor<B> {
                 .download(self.workspace.logits(), n_rows * vocab_len),
             Collective::Shm(_) => &mut self.gathered[..n_rows * vocab_len],
         };
-        match logits
-            .chunks_exact(vocab_len)
-            .position(|row| !row.iter().fold(true, |all, v| all & v.is_finite()))
-        {
-            Some(row) => Err(StepError::NotFinite { row }),
-            None => Ok(logits),
+        let first_bad = AtomicUsize::new(usize::MAX);
+        self.workers
+            .for_each_row(logits, vocab_len, &|row, _, values| {
+                if !values.iter().fold(true, |all, v| all & v.is_finite()) {
+                    first_bad.fetch_min(row, Relaxed);
+                }
+            });
+        match first_bad.into_inner() {
+            usize::MAX => Ok(logits),
+            row => Err(StepError::NotFinite { row }),
         }
+    }
+
+    fn workers(&self) -> Arc<dyn Workers> {
+        Arc::clone(&self.workers)
     }
 }

@@ -4,6 +4,10 @@
 //!
 //! Invariant: nothing is allocated after construction; every plan within [`ExecutorLimits`] fits.
 
+use std::sync::Arc;
+
+use dsd_kernels::backend::{CallerOnly, Workers};
+
 use crate::collective::Missing;
 
 pub mod plan;
@@ -79,4 +83,9 @@ pub trait StepExecutor: Send {
     /// # Errors
     /// [`StepError`]; the KV contents of the plan's positions are then undefined.
     fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError>;
+
+    /// Threads for what is done with the logits; not for use while a step runs.
+    fn workers(&self) -> Arc<dyn Workers> {
+        Arc::new(CallerOnly)
+    }
 }

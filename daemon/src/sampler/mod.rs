@@ -116,6 +116,11 @@ pub fn sample(
     Ok(Sampled { token, logprobs })
 }
 
+/// The id of the largest logit that is a number, the smallest id among equals.
+pub fn likeliest(logits: &[f32]) -> Option<u32> {
+    argmax(logits).map(|(id, _)| id)
+}
+
 /// The largest logit that is a number, and the smallest id that has it.
 fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
     /// Independent maxima, which is what makes a vector of them.
@@ -154,16 +159,34 @@ fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
 /// Replaces logits by softmax weights relative to the likeliest token, whose weight becomes 1.
 fn weigh(logits: &mut [f32], best_logit: f32, temperature: f32) {
     for logit in logits {
-        // Subtract first: `best / temperature` may overflow. exp(-104) is below the least f32.
+        // Subtract first: `best / temperature` may overflow.
         let exponent = (*logit - best_logit) / temperature;
-        *logit = if *logit == best_logit {
-            1.0
-        } else if -104.0 < exponent {
-            exponent.exp()
-        } else {
-            0.0
-        };
+        let weight = exp(exponent);
+        *logit = if *logit == best_logit { 1.0 } else { weight };
     }
+}
+
+/// `e^x` for `x <= 0` to 2 units in the last place; 0 below -87, where `e^x` is no normal number, and
+/// for NaN. Without a branch, so that a vector of them is computed at once.
+fn exp(x: f32) -> f32 {
+    /// `ln 2` in two parts, the first of which times a small integer is exact.
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    /// Adding and subtracting it rounds to an integer.
+    const ROUND: f32 = 12_582_912.0;
+    let inside = if x > -87.0 { x } else { -87.0 };
+    let shifted = inside * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = inside - n * LN_2[0] - n * LN_2[1];
+    // Cephes' expf polynomial.
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        p = p * r + c;
+    }
+    let value = p * r * r + r + 1.0;
+    // 2^n, as the bits of a float; `shifted` has n in its last bits.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+    let scale = f32::from_bits(n.wrapping_add(127) << 23);
+    if x > -87.0 { value * scale } else { 0.0 }
 }
 
 fn token_logprobs(

@@ -328,3 +328,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn weights_are_exponentials_to_a_few_units_in_the_last_place() {
+    let mut x = 0.0f32;
+    while -87.0 < x {
+        let (found, expected) = (exp(x), f64::from(x).exp());
+        let error = (f64::from(found) - expected).abs() / expected;
+        assert!(error < 3.0 * f64::from(f32::EPSILON), "exp({x}) = {found}");
+        x -= 0.003;
+    }
+    assert_eq!(exp(0.0), 1.0);
+    for none in [-87.0, -88.0, -1e30, f32::NEG_INFINITY, f32::NAN] {
+        assert_eq!(exp(none), 0.0, "exp({none})");
+    }
+}

@@ -15,7 +15,10 @@ mod simd;
 
 pub use self::{kv_cache::CpuCache, routes::CpuRoutes};
 
-use std::{io, sync::Mutex};
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
 
 use self::{
     elementwise::{for_each_head, rms_norm_row, rotate, swiglu_row},
@@ -28,7 +31,7 @@ use self::{
 use crate::{
     backend::{
         Activations, AttentionShape, Backend, CacheShape, Expert, ExpertShape, GateShape, HeadRows,
-        HeadView, KvType, RopeLayout, RowView, StepInputs, StepShape, WeightStore,
+        HeadView, KvType, RopeLayout, RowView, StepInputs, StepShape, WeightStore, Workers,
     },
     matrix::{Layout, Matrix},
     panel::{self, PANEL_ROWS},
@@ -101,7 +104,7 @@ pub enum CpuError {
 /// Threads, scratch and instruction set.
 pub struct CpuBackend {
     config: CpuConfig,
-    pool: Pool,
+    pool: Arc<Pool>,
     /// One per thread; a lock is never contended.
     scratch: Vec<Mutex<Scratch>>,
     /// Weights in panels.
@@ -167,6 +170,7 @@ impl CpuBackend {
             return Err(CpuError::IsaMissing(config.isa));
         }
         let pool = Pool::new(config.n_threads.max(1)).map_err(CpuError::Thread)?;
+        let pool = Arc::new(pool);
         let scratch = (0..pool.n_threads()).map(|_| Mutex::default()).collect();
         Ok(Self {
             config,
@@ -665,6 +669,10 @@ impl Backend for CpuBackend {
                 });
             }
         });
+    }
+
+    fn workers(&self) -> Arc<dyn Workers> {
+        Arc::<Pool>::clone(&self.pool)
     }
 
     fn gate(

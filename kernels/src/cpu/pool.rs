@@ -21,7 +21,8 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
-use super::shared::lock;
+use super::shared::{SharedOut, lock};
+use crate::backend::{RowTask, Workers};
 
 /// Checks of the job number before an idle thread sleeps, about 50 us.
 const SPINS_BEFORE_SLEEP: usize = 4_000;
@@ -193,6 +194,23 @@ impl Pool {
             !shared.panicked.load(Acquire),
             "a piece of work panicked on its thread"
         );
+    }
+}
+
+impl Workers for Pool {
+    fn n_threads(&self) -> usize {
+        self.n_threads()
+    }
+
+    fn for_each_row(&self, values: &mut [f32], row_len: usize, task: &RowTask<'_>) {
+        let n_rows = values.len() / row_len;
+        let values = SharedOut::new(values);
+        self.run(n_rows, &|row, thread| {
+            // SAFETY: rows are disjoint and inside; each is a piece of its own.
+            let row_values =
+                unsafe { std::slice::from_raw_parts_mut(values.at(row * row_len), row_len) };
+            task(row, thread, row_values);
+        });
     }
 }
 
