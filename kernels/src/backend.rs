@@ -489,7 +489,8 @@ pub trait Backend: WeightStore + Send + 'static {
         angles: &Self::Buffer,
     );
 
-    /// Writes rows of keys and values, `n_kv_heads * head_dim` wide each, into the cache.
+    /// Writes rows of keys and values, `n_kv_heads * head_dim` wide each, into the cache. No two rows
+    /// of a step have the same place in it.
     fn store_heads(
         &self,
         x: &Self::Buffer,
@@ -499,7 +500,7 @@ pub trait Backend: WeightStore + Send + 'static {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     );
-    /// Writes rows of `[c | rope key]` into the cache.
+    /// Writes rows of `[c | rope key]` into the cache, likewise.
     fn store_latent(
         &self,
         rows: &Self::Buffer,

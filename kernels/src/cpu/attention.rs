@@ -5,6 +5,8 @@
 //! Invariant: a query walks its blocks in order from position 0 with the same operations whatever
 //! queries share its pass, so its result depends on nothing but itself and the cache.
 
+use std::ptr;
+
 use super::{
     kv_cache::{BlockLayout, CpuCache},
     pool::Pool,
@@ -18,6 +20,11 @@ use crate::{
 
 /// Largest block the scores buffer takes.
 pub(super) const BLOCK_LEN_MAX: usize = 64;
+/// Blocks that share a softmax, the first of them an even one: fewer sums over lanes and fewer
+/// changes of scale.
+const STRIPE: usize = 2;
+/// A query's scores of a stripe.
+type Scores = [f32; STRIPE * BLOCK_LEN_MAX];
 /// Positions whose scores are computed together; a block is a multiple.
 const CHUNK_LEN: usize = 2 * LANES;
 /// Queries that share a pass at most.
@@ -191,6 +198,17 @@ struct Cached<'a> {
     rows: KvRows,
     blocks: &'a [u32],
     scale: f32,
+    /// Blocks that the thread reads next, null where that is not known or where they are read again
+    /// and again.
+    next: [*const u8; STRIPE],
+}
+
+impl Cached<'_> {
+    /// Block `index` of the sequence.
+    fn block(&self, index: usize) -> *const u8 {
+        let block = self.blocks[index] as usize;
+        self.cache.wrapping_add(block * self.rows.block_bytes)
+    }
 }
 
 /// See [`crate::backend::Backend::attention`].
@@ -261,13 +279,19 @@ pub(super) fn attention<S: Simd>(
     let tiles_of = |span: usize| (inputs.spans[span].n_rows * group).div_ceil(tile_max);
     let n_tiles = (0..inputs.spans.len()).map(tiles_of).sum::<usize>();
     let out = SharedOut::new(out);
-    pool.run(n_tiles * n_kv_heads, &|piece, _| {
+    let n_pieces = n_tiles * n_kv_heads;
+    // Span and tile of a piece, and its KV head.
+    let place_of = |piece: usize| {
         let (mut tile, kv_head) = (piece / n_kv_heads, piece % n_kv_heads);
         let mut span = 0;
         while tile >= tiles_of(span) {
             tile -= tiles_of(span);
             span += 1;
         }
+        (span, tile, kv_head)
+    };
+    pool.run(n_pieces, &|piece, _| {
+        let (span, tile, kv_head) = place_of(piece);
         let span = &inputs.spans[span];
         let first = tile * tile_max;
         let n = tile_max.min(span.n_rows * group - first);
@@ -293,13 +317,30 @@ pub(super) fn attention<S: Simd>(
         for (i, slot) in tile.iter_mut().enumerate().take(n).skip(1) {
             *slot = query(i);
         }
-        let cached = Cached {
+        let mut cached = Cached {
             cache: cache.as_ptr(),
             block_len: shape.block_len,
             rows,
-            blocks: &inputs.blocks[span.first_block..],
+            blocks: inputs.blocks_of_row(span.first_row),
             scale: attention.scale,
+            next: [ptr::null(); STRIPE],
         };
+        // A sequence's first row of several reads what its other rows have read.
+        if span.n_rows == 1 && piece + 1 < n_pieces {
+            let (span, _, kv_head) = place_of(piece + 1);
+            let row = inputs.spans[span].first_row;
+            let n_blocks = inputs.positions[row] / shape.block_len + 1;
+            let next = Cached {
+                rows: KvRows::of(shape, kv_type, kv_head),
+                blocks: &inputs.blocks_of_row(row)[..n_blocks],
+                ..cached
+            };
+            // Offsets inside a block are added as for this piece's head.
+            let shift = next.rows.keys.wrapping_sub(rows.keys);
+            for (to, index) in cached.next.iter_mut().zip(0..n_blocks) {
+                *to = next.block(index).wrapping_add(shift);
+            }
+        }
         // SAFETY: as above; block ids were checked.
         unsafe {
             match kv_type {
@@ -349,13 +390,11 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
     cached: &Cached<'_>,
 ) {
     let Cached {
-        block_len,
-        rows,
-        blocks,
-        ..
+        block_len, rows, ..
     } = *cached;
     let n_most = queries.iter().fold(0, |n, q| n.max(q.n_positions));
-    let mut weights = [[0f32; BLOCK_LEN_MAX]; T];
+    let n_blocks = n_most.div_ceil(block_len);
+    let mut weights: [Scores; T] = [[0f32; STRIPE * BLOCK_LEN_MAX]; T];
     let mut largest = [f32::NEG_INFINITY; T];
     let mut total = [0f32; T];
     let mut rescale = [0f32; T];
@@ -364,40 +403,56 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
         for query in queries {
             query.out.write_bytes(0, rows.value_len);
         }
-        for (index, block) in blocks.iter().take(n_most.div_ceil(block_len)).enumerate() {
+        for index in (0..n_blocks).step_by(STRIPE) {
             let first = index * block_len;
-            let n_most = block_len.min(n_most - first);
-            let base = cached.cache.add(*block as usize * rows.block_bytes);
+            let n_here = STRIPE.min(n_blocks - index);
+            let width = n_here * block_len;
+            let block = |i: usize| Block {
+                first: cached.block(index + i),
+                n_positions: block_len.min(n_most - first - i * block_len),
+                ahead: match index + STRIPE + i < n_blocks {
+                    // Only who reads a block for the first time waits for it.
+                    true if !cached.next[0].is_null() => cached.block(index + STRIPE + i),
+                    true => ptr::null(),
+                    false => cached.next[i],
+                },
+            };
+            let both = [block(0), block(n_here - 1)];
+            let blocks = &both[..n_here];
             if rows.keys_in_rows {
-                score_rows::<S, K, T>(simd, queries, base, n_most, cached, &mut weights);
+                for (i, block) in blocks.iter().enumerate() {
+                    score_rows::<S, K, T>(simd, queries, *block, cached, i, &mut weights);
+                }
+            } else if n_here == STRIPE {
+                score_columns::<S, K, T, STRIPE>(simd, queries, both, cached, &mut weights);
             } else {
-                score_columns::<S, K, T>(simd, queries, base, n_most, cached, &mut weights);
+                score_columns::<S, K, T, 1>(simd, queries, [both[0]], cached, &mut weights);
             }
             for t in 0..T {
-                let n = queries[t].n_positions.saturating_sub(first).min(block_len);
-                let row = &mut weights[t];
-                row[n..].fill(f32::NEG_INFINITY);
+                let n = queries[t].n_positions.saturating_sub(first).min(width);
+                let row = &mut weights[t][..width];
                 if n == 0 {
                     row.fill(0.0);
                     rescale[t] = 1.0;
                     continue;
                 }
+                row[n..].fill(f32::NEG_INFINITY);
                 let mut most = simd.load(row.as_ptr());
-                for at in (LANES..block_len).step_by(LANES) {
+                for at in (LANES..width).step_by(LANES) {
                     most = simd.max(simd.load(row.as_ptr().add(at)), most);
                 }
                 let new_largest = largest[t].max(simd.largest(most));
-                for at in (0..block_len).step_by(LANES) {
+                for at in (0..width).step_by(LANES) {
                     let p = row.as_mut_ptr().add(at);
                     let shifted = simd.sub(simd.load(p), simd.splat(new_largest));
                     simd.store(p, simd.exp(shifted));
                 }
                 row[n..].fill(0.0);
                 let mut sum = simd.load(row.as_ptr());
-                for at in (LANES..block_len).step_by(LANES) {
+                for at in (LANES..width).step_by(LANES) {
                     sum = simd.add(sum, simd.load(row.as_ptr().add(at)));
                 }
-                // Most blocks bring no larger score, and a call of `exp` costs as much as the rest.
+                // Most stripes bring no larger score, and a call of `exp` costs as much as the rest.
                 rescale[t] = if largest[t] == new_largest {
                     1.0
                 } else if largest[t] == f32::NEG_INFINITY {
@@ -409,21 +464,43 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
                 largest[t] = new_largest;
                 if K::SCALED {
                     // A value's scale goes into its weight: codes are added up as they are.
-                    let scales = base.add(rows.value_scales);
-                    for at in (0..block_len).step_by(LANES) {
-                        let p = row.as_mut_ptr().add(at);
-                        let scale = F32::load(simd, scales, at);
-                        simd.store(p, simd.mul(simd.load(p), scale));
+                    for (row, block) in row.chunks_exact_mut(block_len).zip(blocks) {
+                        let scales = block.first.add(rows.value_scales);
+                        for at in (0..block_len).step_by(LANES) {
+                            let p = row.as_mut_ptr().add(at);
+                            let scale = F32::load(simd, scales, at);
+                            simd.store(p, simd.mul(simd.load(p), scale));
+                        }
                     }
                 }
             }
-            let values = base.add(rows.values);
-            accumulate::<S, K::Main, T>(simd, queries, &weights, &rescale, values, n_most, rows);
+            accumulate::<S, K::Main, T>(simd, queries, &weights, &rescale, blocks, cached);
         }
         for (query, total) in queries.iter().zip(total) {
             let inverse = 1.0 / total;
-            for i in 0..rows.value_len {
-                *query.out.add(i) *= inverse;
+            let out = std::slice::from_raw_parts_mut(query.out, rows.value_len);
+            out.iter_mut().for_each(|value| *value *= inverse);
+        }
+    }
+}
+
+/// A block under way.
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    first: *const u8,
+    /// Positions that a query sees.
+    n_positions: usize,
+    /// A block to ask for while this one is read, or null.
+    ahead: *const u8,
+}
+
+impl Block {
+    /// Asks for `len` bytes from `at` on of the block ahead.
+    #[inline(always)]
+    fn ask<S: Simd>(&self, simd: S, at: usize, len: usize) {
+        if !self.ahead.is_null() {
+            for line in (0..len).step_by(64) {
+                simd.prefetch(self.ahead.wrapping_add(at + line));
             }
         }
     }
@@ -431,42 +508,56 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
 
 /// Scores where keys lie dimension after dimension: lanes are positions.
 #[inline(always)]
-unsafe fn score_columns<S: Simd, K: Stored, const T: usize>(
+unsafe fn score_columns<S: Simd, K: Stored, const T: usize, const N: usize>(
     simd: S,
     queries: &[Query; T],
-    base: *const u8,
-    n_positions: usize,
+    blocks: [Block; N],
     cached: &Cached<'_>,
-    scores: &mut [[f32; BLOCK_LEN_MAX]; T],
+    scores: &mut [Scores; T],
 ) {
     let scale = simd.splat(cached.scale);
-    for chunk in (0..n_positions).step_by(CHUNK_LEN) {
-        let mut sums = [[simd.splat(0.0); 2]; T];
+    let (block_len, keys) = (cached.block_len, cached.rows.keys);
+    let row_bytes = block_len * K::Main::BYTES;
+    for chunk in (0..block_len).step_by(CHUNK_LEN) {
+        let mut sums = [[[simd.splat(0.0); 2]; N]; T];
         // SAFETY: a block holds whole chunks of every dimension; queries hold every dimension.
         unsafe {
-            let keys = base.add(cached.rows.keys);
             for d in 0..cached.rows.key_len {
-                let key = d * cached.block_len + chunk;
-                let low = K::Main::load(simd, keys, key);
-                let high = K::Main::load(simd, keys, key + LANES);
+                let mut key = [[simd.splat(0.0); 2]; N];
+                for (key, block) in key.iter_mut().zip(&blocks) {
+                    let (keys, at) = (block.first.add(keys), d * block_len + chunk);
+                    *key = [
+                        K::Main::load(simd, keys, at),
+                        K::Main::load(simd, keys, at + LANES),
+                    ];
+                }
+                if chunk == 0 {
+                    for block in &blocks {
+                        block.ask(simd, keys + d * row_bytes, row_bytes);
+                    }
+                }
                 for (sums, query) in sums.iter_mut().zip(queries) {
                     let q = simd.splat(*query.query.add(d));
-                    sums[0] = simd.fma(q, low, sums[0]);
-                    sums[1] = simd.fma(q, high, sums[1]);
+                    for (sums, key) in sums.iter_mut().zip(key) {
+                        sums[0] = simd.fma(q, key[0], sums[0]);
+                        sums[1] = simd.fma(q, key[1], sums[1]);
+                    }
                 }
             }
-            let mut factors = [scale; 2];
-            if K::SCALED {
-                let scales = base.add(cached.rows.scales);
-                for (i, factor) in factors.iter_mut().enumerate() {
-                    let of_keys = F32::load(simd, scales, chunk + i * LANES);
-                    *factor = simd.mul(*factor, of_keys);
+            for (i, block) in blocks.iter().enumerate() {
+                let mut factors = [scale; 2];
+                if K::SCALED {
+                    let scales = block.first.add(cached.rows.scales);
+                    for (i, factor) in factors.iter_mut().enumerate() {
+                        let of_keys = F32::load(simd, scales, chunk + i * LANES);
+                        *factor = simd.mul(*factor, of_keys);
+                    }
                 }
-            }
-            for (row, sums) in scores.iter_mut().zip(sums) {
-                let to = row.as_mut_ptr().add(chunk);
-                simd.store(to, simd.mul(sums[0], factors[0]));
-                simd.store(to.add(LANES), simd.mul(sums[1], factors[1]));
+                for (row, sums) in scores.iter_mut().zip(sums) {
+                    let to = row.as_mut_ptr().add(i * block_len + chunk);
+                    simd.store(to, simd.mul(sums[i][0], factors[0]));
+                    simd.store(to.add(LANES), simd.mul(sums[i][1], factors[1]));
+                }
             }
         }
     }
@@ -477,19 +568,28 @@ unsafe fn score_columns<S: Simd, K: Stored, const T: usize>(
 unsafe fn score_rows<S: Simd, K: Stored, const T: usize>(
     simd: S,
     queries: &[Query; T],
-    base: *const u8,
-    n_positions: usize,
+    block: Block,
     cached: &Cached<'_>,
-    scores: &mut [[f32; BLOCK_LEN_MAX]; T],
+    index: usize,
+    scores: &mut [Scores; T],
 ) {
+    let (base, n_positions) = (block.first, block.n_positions);
     let rows = cached.rows;
     let (latent_len, rope_len) = (rows.value_len, rows.key_len - rows.value_len);
     for first in (0..n_positions).step_by(TILE_ROWS) {
         let mut sums = [[simd.splat(0.0); TILE_ROWS]; T];
         // SAFETY: blocks are whole tiles of positions, each `key_len` long as queries are.
         unsafe {
-            let latents = base.add(rows.keys + first * latent_len * K::Main::BYTES);
-            let rope = base.add(rows.rope + first * rope_len * K::Rope::BYTES);
+            let latent_bytes = latent_len * K::Main::BYTES;
+            let rope_bytes = rope_len * K::Rope::BYTES;
+            let latents = base.add(rows.keys + first * latent_bytes);
+            let rope = base.add(rows.rope + first * rope_bytes);
+            block.ask(
+                simd,
+                rows.keys + first * latent_bytes,
+                TILE_ROWS * latent_bytes,
+            );
+            block.ask(simd, rows.rope + first * rope_bytes, TILE_ROWS * rope_bytes);
             let scale = |i: usize| match K::SCALED {
                 true => F32::one(base.add(rows.scales), first + i),
                 false => 1.0,
@@ -508,7 +608,7 @@ unsafe fn score_rows<S: Simd, K: Stored, const T: usize>(
                     let latent = dot_rest::<K::Main>(query.query, latents, i, latent_len);
                     let rope = dot_rest::<K::Rope>(query.query.add(latent_len), rope, i, rope_len);
                     let total = simd.sum(sum) + latent * scale(i) + rope;
-                    row[first + i] = total * cached.scale;
+                    row[index * cached.block_len + first + i] = total * cached.scale;
                 }
             }
         }
@@ -567,48 +667,33 @@ unsafe fn dot_rest<E: Element>(query: *const f32, rows: *const u8, row: usize, l
 unsafe fn accumulate<S: Simd, E: Element, const T: usize>(
     simd: S,
     queries: &[Query; T],
-    weights: &[[f32; BLOCK_LEN_MAX]; T],
+    weights: &[Scores; T],
     rescale: &[f32; T],
-    values: *const u8,
-    n_positions: usize,
-    rows: KvRows,
+    blocks: &[Block],
+    cached: &Cached<'_>,
 ) {
     const WIDE: usize = 4;
+    let rows = cached.rows;
     let whole = rows.value_len / LANES * LANES;
     let mut at = 0;
-    // SAFETY: `values` has a row of `value_len` elements per position, outputs have as many.
+    // SAFETY: values have a row of `value_len` elements per position, outputs have as many.
     unsafe {
         while at + WIDE * LANES <= whole {
-            columns::<S, E, T, WIDE>(
-                simd,
-                queries,
-                weights,
-                rescale,
-                values,
-                n_positions,
-                rows.value_len,
-                at,
-            );
+            columns::<S, E, T, WIDE>(simd, queries, weights, rescale, blocks, cached, at);
             at += WIDE * LANES;
         }
         while at < whole {
-            columns::<S, E, T, 1>(
-                simd,
-                queries,
-                weights,
-                rescale,
-                values,
-                n_positions,
-                rows.value_len,
-                at,
-            );
+            columns::<S, E, T, 1>(simd, queries, weights, rescale, blocks, cached, at);
             at += LANES;
         }
         for i in whole..rows.value_len {
             for (t, query) in queries.iter().enumerate() {
                 let mut sum = *query.out.add(i) * rescale[t];
-                for (p, weight) in weights[t].iter().enumerate().take(n_positions) {
-                    sum += weight * E::one(values, p * rows.value_len + i);
+                for (block, weights) in blocks.iter().zip(weights[t].chunks(cached.block_len)) {
+                    let values = block.first.add(rows.values);
+                    for (p, weight) in weights.iter().enumerate().take(block.n_positions) {
+                        sum += weight * E::one(values, p * rows.value_len + i);
+                    }
                 }
                 *query.out.add(i) = sum;
             }
@@ -621,13 +706,14 @@ unsafe fn accumulate<S: Simd, E: Element, const T: usize>(
 unsafe fn columns<S: Simd, E: Element, const T: usize, const WIDE: usize>(
     simd: S,
     queries: &[Query; T],
-    weights: &[[f32; BLOCK_LEN_MAX]; T],
+    weights: &[Scores; T],
     rescale: &[f32; T],
-    values: *const u8,
-    n_positions: usize,
-    stride: usize,
+    blocks: &[Block],
+    cached: &Cached<'_>,
     at: usize,
 ) {
+    let rows = cached.rows;
+    let (stride, bytes) = (rows.value_len, WIDE * LANES * E::BYTES);
     let mut sums = [[simd.splat(0.0); WIDE]; T];
     // SAFETY: promised by the caller; a block has at most as many positions as `weights`.
     unsafe {
@@ -637,15 +723,21 @@ unsafe fn columns<S: Simd, E: Element, const T: usize, const WIDE: usize>(
                 *sum = simd.mul(simd.load(query.out.add(at + i * LANES)), factor);
             }
         }
-        for p in 0..n_positions {
-            let mut v = [simd.splat(0.0); WIDE];
-            for (i, v) in v.iter_mut().enumerate() {
-                *v = E::load(simd, values, p * stride + at + i * LANES);
-            }
-            for (sums, weights) in sums.iter_mut().zip(weights) {
-                let weight = simd.splat(*weights.as_ptr().add(p));
-                for (sum, v) in sums.iter_mut().zip(v) {
-                    *sum = simd.fma(weight, v, *sum);
+        for (b, block) in blocks.iter().enumerate() {
+            let values = block.first.add(rows.values);
+            for p in 0..block.n_positions {
+                let mut v = [simd.splat(0.0); WIDE];
+                for (i, v) in v.iter_mut().enumerate() {
+                    *v = E::load(simd, values, p * stride + at + i * LANES);
+                }
+                if !rows.keys_in_rows {
+                    block.ask(simd, rows.values + (p * stride + at) * E::BYTES, bytes);
+                }
+                for (sums, weights) in sums.iter_mut().zip(weights) {
+                    let weight = simd.splat(*weights.as_ptr().add(b * cached.block_len + p));
+                    for (sum, v) in sums.iter_mut().zip(v) {
+                        *sum = simd.fma(weight, v, *sum);
+                    }
                 }
             }
         }

@@ -6,16 +6,18 @@
 //! for latent rows the latents `[l, latent]`, the rotary keys `[l, rope]`, and with int8 the
 //! latents' scales `[l]`. Scales are f32.
 //!
-//! Knows nothing of threads. [`super::attention`] reads what is written here.
+//! [`super::attention`] reads what is written here.
 //!
 //! Invariant: a position's bytes depend on its own row alone.
 
-use std::mem;
-
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::cast_slice;
 use half::bf16;
 
-use super::memory;
+use super::{
+    memory,
+    pool::Pool,
+    shared::{SharedBytes, area},
+};
 use crate::{
     backend::{CacheRows, CacheShape, KvType, RowView, StepInputs},
     quant::int8,
@@ -27,9 +29,11 @@ pub struct CpuCache {
     /// f32 for their alignment; read and written as bytes.
     words: Vec<f32>,
     kv_type: KvType,
-    /// Room for one row's codes, so that storing allocates nothing.
-    codes: Vec<i8>,
 }
+
+/// Elements of keys and values that a thread writes in one piece of work: neighbouring ones of a key
+/// lie in cache lines of their own.
+const STORE_PIECE: usize = 512;
 
 /// Byte offsets inside a block.
 #[derive(Debug, Clone, Copy)]
@@ -80,14 +84,9 @@ impl CpuCache {
     /// Zeroed, resident memory.
     pub(super) fn new(shape: CacheShape, kv_type: KvType) -> Self {
         let n_bytes = shape.block_bytes(kv_type) * shape.n_blocks;
-        let row_len = match shape.rows {
-            CacheRows::Heads { head_dim, .. } => head_dim,
-            CacheRows::Latent { latent_len, .. } => latent_len,
-        };
         Self {
             words: memory::resident(n_bytes.div_ceil(size_of::<f32>())),
             kv_type,
-            codes: vec![0; row_len],
         }
     }
 
@@ -102,9 +101,9 @@ impl CpuCache {
     /// See [`crate::backend::Backend::store_heads`].
     pub(super) fn store_heads(
         &mut self,
+        pool: &Pool,
         x: &[f32],
-        keys: RowView,
-        values: RowView,
+        [keys, values]: [RowView; 2],
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
@@ -117,35 +116,28 @@ impl CpuCache {
         };
         let (kv_type, n) = (self.kv_type, shape.block_len);
         let (layout, element) = (BlockLayout::of(shape, kv_type), kv_type.element_bytes());
-        let mut codes = mem::take(&mut self.codes);
-        for m in 0..inputs.n_rows() {
-            let (block, t) = self.block(shape, layout, inputs, m);
+        self.for_rows(pool, shape, inputs, &|m, t, block| {
             for head in 0..n_kv_heads {
                 let row = |view: RowView| {
                     &x[view.offset + m * view.stride + head * head_dim..][..head_dim]
                 };
                 let scale_at = (head * n + t) * kv_type.scale_bytes();
-                let (at, place) = (head * n * head_dim * element, layout.scales + scale_at);
-                write(
-                    block,
-                    row(keys),
-                    kv_type,
-                    at + t * element,
-                    n * element,
-                    place,
-                    &mut codes,
-                );
+                let at = head * n * head_dim * element + t * element;
+                let place = layout.scales + scale_at;
+                // SAFETY: places are the layout's, inside the block.
+                unsafe { write(block, row(keys), kv_type, at, n * element, place) };
                 let at = layout.second + (head * n + t) * head_dim * element;
                 let place = layout.value_scales + scale_at;
-                write(block, row(values), kv_type, at, element, place, &mut codes);
+                // SAFETY: as above.
+                unsafe { write(block, row(values), kv_type, at, element, place) };
             }
-        }
-        self.codes = codes;
+        });
     }
 
     /// See [`crate::backend::Backend::store_latent`].
     pub(super) fn store_latent(
         &mut self,
+        pool: &Pool,
         rows: &[f32],
         view: RowView,
         shape: CacheShape,
@@ -165,68 +157,88 @@ impl CpuCache {
             KvType::F32 => KvType::F32,
             KvType::Bf16 | KvType::Int8 => KvType::Bf16,
         };
-        let mut codes = mem::take(&mut self.codes);
-        for m in 0..inputs.n_rows() {
-            let (block, t) = self.block(shape, layout, inputs, m);
+        self.for_rows(pool, shape, inputs, &|m, t, block| {
             let row = &rows[view.offset + m * view.stride..][..view.width];
             let (latent, rope) = row.split_at(latent_len);
-            let (at, place) = (
-                t * latent_len * element,
-                layout.scales + t * kv_type.scale_bytes(),
-            );
-            write(block, latent, kv_type, at, element, place, &mut codes);
+            let at = t * latent_len * element;
+            let place = layout.scales + t * kv_type.scale_bytes();
+            // SAFETY: places are the layout's, inside the block.
+            unsafe { write(block, latent, kv_type, at, element, place) };
             let element = kv_type.rope_bytes();
             let at = layout.second + t * rope_len * element;
-            write(block, rope, rope_type, at, element, 0, &mut []);
-        }
-        self.codes = codes;
+            // SAFETY: as above.
+            unsafe { write(block, rope, rope_type, at, element, 0) };
+        });
     }
 
-    /// The block that row `m` of the step goes to, and its position in there.
-    fn block(
+    /// `store(row, position in the block, block)` for every row of the step, dealt to the threads.
+    fn for_rows(
         &mut self,
+        pool: &Pool,
         shape: CacheShape,
-        layout: BlockLayout,
         inputs: &StepInputs<'_>,
-        m: usize,
-    ) -> (&mut [u8], usize) {
-        let position = inputs.positions[m];
-        let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
-        let bytes: &mut [u8] = cast_slice_mut(&mut self.words);
-        let block = &mut bytes[block * layout.block_bytes..][..layout.block_bytes];
-        (block, position % shape.block_len)
+        store: &(dyn Fn(usize, usize, *mut u8) + Sync),
+    ) {
+        let block_bytes = shape.block_bytes(self.kv_type);
+        assert!(
+            area(&[shape.n_blocks, block_bytes]) <= size_of_val(self.words.as_slice()),
+            "the cache has all its blocks"
+        );
+        let blocks = SharedBytes(self.words.as_mut_ptr().cast());
+        let rows_per_piece = (STORE_PIECE / shape.rows.row_len().max(1)).max(1);
+        let n_rows = inputs.n_rows();
+        pool.run(n_rows.div_ceil(rows_per_piece), &|piece, _| {
+            let first = piece * rows_per_piece;
+            for m in first..(first + rows_per_piece).min(n_rows) {
+                let position = inputs.positions[m];
+                let block = inputs.blocks_of_row(m)[position / shape.block_len] as usize;
+                assert!(block < shape.n_blocks, "block ids are of the pool");
+                // SAFETY: the block is inside, as asserted; rows of a step go to places of their own.
+                let block = unsafe { blocks.at(block * block_bytes) };
+                store(m, position % shape.block_len, block);
+            }
+        });
     }
 }
 
-/// Writes `values` from byte `at` on, elements `step` bytes apart, and the scale at `scale_at` where
-/// the type has one. All four are multiples of the element's size.
-fn write(
-    block: &mut [u8],
+/// Writes `values` from byte `at` of a block on, elements `step` bytes apart, and the scale at
+/// `scale_at` where the type has one.
+///
+/// # Safety
+/// All that lies inside the block, aligned to its elements, and no other thread touches it.
+unsafe fn write(
+    block: *mut u8,
     values: &[f32],
     kv_type: KvType,
     at: usize,
     step: usize,
     scale_at: usize,
-    codes: &mut [i8],
 ) {
-    match kv_type {
-        KvType::F32 => {
-            let to: &mut [f32] = cast_slice_mut(block);
-            let to = to[at / 4..].iter_mut().step_by(step / 4);
-            to.zip(values).for_each(|(to, v)| *to = *v);
-        }
-        KvType::Bf16 => {
-            let to: &mut [u16] = cast_slice_mut(block);
-            let to = to[at / 2..].iter_mut().step_by(step / 2);
-            to.zip(values)
-                .for_each(|(to, v)| *to = bf16::from_f32(*v).to_bits());
-        }
-        KvType::Int8 => {
-            let scale = int8::round_row(values, codes);
-            block[scale_at..][..4].copy_from_slice(&scale.to_ne_bytes());
-            let to = block[at..].iter_mut().step_by(step);
-            to.zip(&*codes)
-                .for_each(|(to, code)| *to = code.cast_unsigned());
+    // SAFETY: promised by the caller.
+    unsafe {
+        match kv_type {
+            KvType::F32 if step == 4 => {
+                let to = block.add(at).cast::<f32>();
+                to.copy_from_nonoverlapping(values.as_ptr(), values.len());
+            }
+            KvType::F32 => {
+                for (i, value) in values.iter().enumerate() {
+                    block.add(at + i * step).cast::<f32>().write(*value);
+                }
+            }
+            KvType::Bf16 => {
+                for (i, value) in values.iter().enumerate() {
+                    let bits = bf16::from_f32(*value).to_bits();
+                    block.add(at + i * step).cast::<u16>().write(bits);
+                }
+            }
+            KvType::Int8 => {
+                let (scale, codes) = int8::rounded_row(values);
+                block.add(scale_at).cast::<f32>().write_unaligned(scale);
+                for (i, code) in codes.enumerate() {
+                    block.add(at + i * step).cast::<i8>().write(code);
+                }
+            }
         }
     }
 }

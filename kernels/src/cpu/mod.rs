@@ -39,6 +39,9 @@ use crate::{
     reference::{self, GateScratch},
 };
 
+/// Decoding an element on its own, in elements of a vector.
+const DECODE_WORK: usize = 16;
+
 /// An instruction set the kernels are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
@@ -357,12 +360,17 @@ impl Backend for CpuBackend {
 
     fn embed(&self, table: &CpuWeight, first: usize, tokens: &[u32], out: &mut Vec<f32>) {
         let table = table.single();
-        for (row, token) in out.chunks_exact_mut(table.n_cols()).zip(tokens) {
-            match (*token as usize).checked_sub(first) {
+        let width = table.n_cols();
+        let out = SharedOut::new(&mut out[..area(&[tokens.len(), width])]);
+        // An element is a few operations of its own, not part of a vector's.
+        self.for_rows(tokens.len(), DECODE_WORK * width, &|m| {
+            // SAFETY: rows are disjoint and inside the slice taken above.
+            let row = unsafe { std::slice::from_raw_parts_mut(out.at(m * width), width) };
+            match (tokens[m] as usize).checked_sub(first) {
                 Some(index) if index < table.n_rows() => quant::decode_row(table, index, row),
                 _ => row.fill(0.0),
             }
-        }
+        });
     }
 
     fn linear(
@@ -553,7 +561,7 @@ impl Backend for CpuBackend {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        cache.store_heads(x, keys, values, shape, inputs);
+        cache.store_heads(&self.pool, x, [keys, values], shape, inputs);
     }
 
     fn store_latent(
@@ -564,7 +572,7 @@ impl Backend for CpuBackend {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        cache.store_latent(rows, view, shape, inputs);
+        cache.store_latent(&self.pool, rows, view, shape, inputs);
     }
 
     fn attention(

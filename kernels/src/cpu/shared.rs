@@ -63,12 +63,19 @@ pub(super) fn area(factors: &[usize]) -> usize {
 #[derive(Clone, Copy)]
 pub(super) struct SharedBytes(pub(super) *mut u8);
 
-// SAFETY: threads write disjoint bytes; the one method is unsafe and says so.
+// SAFETY: threads write disjoint bytes; the methods are unsafe and say so.
 unsafe impl Send for SharedBytes {}
 // SAFETY: as above.
 unsafe impl Sync for SharedBytes {}
 
 impl SharedBytes {
+    /// # Safety
+    /// `at` is inside.
+    pub(super) unsafe fn at(self, at: usize) -> *mut u8 {
+        // SAFETY: promised by the caller.
+        unsafe { self.0.add(at) }
+    }
+
     /// # Safety
     /// The range is inside, and no other thread touches it.
     pub(super) unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [u8] {
