@@ -156,6 +156,10 @@ const DOWN_PANELS_MAX: usize = 16;
 const PIECES_PER_THREAD: usize = 4;
 
 /// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 fn add_panel<S: Simd>(
     simd: S,
     scratch: &mut Scratch,

@@ -592,6 +592,10 @@ fn by_pairs<S: Simd>(
 
 /// `out[m, h, ..] = W[rows of head h] x[m, h]` for a weight in panels; `from` views the inputs and
 /// `to` the outputs. With `memory` the inputs are rounded.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 pub(super) fn per_head<S: Simd>(
     simd: S,
     pool: &Pool,
@@ -689,6 +693,10 @@ pub(super) fn gated<S: Simd>(
 
 /// Panels `panels` of [`gated`] for rows `rows`; row `m` goes to row `first_out + m` of `out`. `next`
 /// is the pair that the thread goes on with.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 fn gated_panels<S: Simd>(
     simd: S,
     scratch: &mut Scratch,
