@@ -198,8 +198,10 @@ struct Cached<'a> {
     rows: KvRows,
     blocks: &'a [u32],
     scale: f32,
-    /// Blocks that the thread reads next, null where that is not known or where they are read again
-    /// and again.
+    /// Whether blocks are worth asking for ahead: keys of a row alone are read once, those of many
+    /// rows are in the caches after the first.
+    asks: bool,
+    /// Blocks that the thread reads after these, or null.
     next: [*const u8; STRIPE],
 }
 
@@ -323,22 +325,20 @@ pub(super) fn attention<S: Simd>(
             rows,
             blocks: inputs.blocks_of_row(span.first_row),
             scale: attention.scale,
+            asks: span.n_rows == 1,
             next: [ptr::null(); STRIPE],
         };
-        // A sequence's first row of several reads what its other rows have read.
-        if span.n_rows == 1 && piece + 1 < n_pieces {
+        if cached.asks && piece + 1 < n_pieces {
             let (span, _, kv_head) = place_of(piece + 1);
             let row = inputs.spans[span].first_row;
             let n_blocks = inputs.positions[row] / shape.block_len + 1;
-            let next = Cached {
-                rows: KvRows::of(shape, kv_type, kv_head),
-                blocks: &inputs.blocks_of_row(row)[..n_blocks],
-                ..cached
-            };
-            // Offsets inside a block are added as for this piece's head.
-            let shift = next.rows.keys.wrapping_sub(rows.keys);
-            for (to, index) in cached.next.iter_mut().zip(0..n_blocks) {
-                *to = next.block(index).wrapping_add(shift);
+            // Offsets inside a block will be those of this piece's head.
+            let keys = KvRows::of(shape, kv_type, kv_head).keys;
+            let shift = keys.wrapping_sub(rows.keys);
+            let blocks = &inputs.blocks_of_row(row)[..n_blocks];
+            for (to, block) in cached.next.iter_mut().zip(blocks) {
+                let at = *block as usize * rows.block_bytes;
+                *to = cache.as_ptr().wrapping_add(at).wrapping_add(shift);
             }
         }
         // SAFETY: as above; block ids were checked.
@@ -410,11 +410,10 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
             let block = |i: usize| Block {
                 first: cached.block(index + i),
                 n_positions: block_len.min(n_most - first - i * block_len),
-                ahead: match index + STRIPE + i < n_blocks {
-                    // Only who reads a block for the first time waits for it.
-                    true if !cached.next[0].is_null() => cached.block(index + STRIPE + i),
-                    true => ptr::null(),
-                    false => cached.next[i],
+                ahead: match index + STRIPE + i {
+                    _ if !cached.asks => ptr::null(),
+                    ahead if ahead < n_blocks => cached.block(ahead),
+                    _ => cached.next[i],
                 },
             };
             let both = [block(0), block(n_here - 1)];

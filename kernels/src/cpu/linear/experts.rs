@@ -21,6 +21,11 @@ use crate::{
     panel::PANEL_ROWS,
 };
 
+/// Panels of an expert's output layer in a piece at most.
+const DOWN_PANELS_MAX: usize = 16;
+/// Pieces of the output layers for every thread, where there are panels for as many.
+const PIECES_PER_THREAD: usize = 4;
+
 /// Consecutive slots of one expert.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::cpu) struct ExpertRun {
@@ -149,11 +154,6 @@ pub(in crate::cpu) fn experts<S: Simd>(
         }
     });
 }
-
-/// Panels of an expert's output layer that are read one after the other at most.
-const DOWN_PANELS_MAX: usize = 16;
-/// Pieces of the output layers for every thread at least.
-const PIECES_PER_THREAD: usize = 4;
 
 /// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
 #[expect(
