@@ -264,7 +264,7 @@ fn a_pack_of_other_kernels_or_versions_is_refused() {
         ..good
     };
     fs::write(packed.path.join("manifest.json"), other.seal().unwrap()).unwrap();
-    packed.check(2, &["has layout version 7, this build reads 1"]);
+    packed.check(2, &["has layout version 7, this build reads 2"]);
 }
 
 #[test]
