@@ -22,7 +22,7 @@ use std::{
 
 use self::{
     elementwise::{for_each_head, rms_norm_row, rotate, swiglu_row},
-    linear::{Inputs, Int8Tiles, Job, Scratch, Slots},
+    linear::{Inputs, Int8Tiles, Job, Scratch, Slots, Trail, Trails, Way},
     memory::Arena,
     pool::Pool,
     shared::{SharedBytes, SharedOut, area, lock},
@@ -114,12 +114,15 @@ pub struct CpuBackend {
     arena: Mutex<Arena>,
     /// Rounded activations of the running linear layer, or of the experts' two.
     int8: Mutex<[Int8Tiles; 2]>,
+    /// Which linear layer ran last.
+    trails: Trails,
 }
 
 /// Matrices of equal width whose outputs lie side by side.
 #[derive(Debug)]
 pub struct CpuWeight {
     parts: Vec<Matrix>,
+    trail: Arc<Trail>,
 }
 
 impl CpuWeight {
@@ -181,6 +184,7 @@ impl CpuBackend {
             scratch,
             arena: Mutex::default(),
             int8: Mutex::default(),
+            trails: Trails::default(),
         })
     }
 
@@ -228,6 +232,15 @@ impl CpuBackend {
     fn rounds(&self, parts: &[Matrix]) -> bool {
         self.config.activations == Activations::Int8
             && parts.iter().any(|p| p.layout() == Layout::Panels)
+    }
+
+    /// What is likely to run after this layer, which runs now.
+    fn next_after(&self, weight: &CpuWeight) -> Option<Arc<Trail>> {
+        let in_panels = |part: &Matrix| part.layout() == Layout::Panels;
+        match weight.parts.iter().all(in_panels) {
+            true => self.trails.enter(&weight.trail),
+            false => None,
+        }
     }
 
     /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
@@ -292,12 +305,16 @@ impl WeightStore for CpuBackend {
             .into_iter()
             .map(|part| self.in_panels(&part).unwrap_or(part))
             .collect();
-        CpuWeight { parts }
+        CpuWeight {
+            parts,
+            trail: Trail::new(self.pool.n_threads()),
+        }
     }
 
     fn latent_weight(&self, matrix: Matrix) -> CpuWeight {
         CpuWeight {
             parts: vec![matrix],
+            trail: Trail::new(self.pool.n_threads()),
         }
     }
 }
@@ -383,12 +400,19 @@ impl Backend for CpuBackend {
     ) {
         let mut inputs = Inputs::dense(x, n_rows, weight.n_cols());
         let bias = bias.map(|bias| &bias[..weight.n_rows()]);
+        let next = self.next_after(weight);
+        let way = Way {
+            trail: &weight.trail,
+            next: next.as_deref(),
+        };
         let mut memory = lock(&self.int8);
         dispatch!(self, s => {
             if self.rounds(&weight.parts) {
                 inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
             }
-            linear::stacked(s, &self.pool, &self.scratch, &weight.parts, &inputs, bias, out);
+            linear::stacked(
+                s, &self.pool, &self.scratch, &weight.parts, way, &inputs, bias, out,
+            );
         });
     }
 
@@ -412,14 +436,18 @@ impl Backend for CpuBackend {
             return;
         }
         let mut inputs = Inputs::dense(x, n_rows, gate.n_cols());
+        let next = self.next_after(gate);
+        let way = Way {
+            trail: &gate.trail,
+            next: next.as_deref(),
+        };
+        let pair = [gate.single(), up.single()];
         let mut memory = lock(&self.int8);
         dispatch!(self, s => {
             if self.rounds(&gate.parts) {
                 inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
             }
-            linear::gated(
-                s, &self.pool, &self.scratch, gate.single(), up.single(), &inputs, out,
-            );
+            linear::gated(s, &self.pool, &self.scratch, pair, way, &inputs, out);
         });
     }
 
@@ -725,8 +753,9 @@ impl Backend for CpuBackend {
             let mut memory = lock(&self.int8);
             let rounds = self.config.activations == Activations::Int8;
             let memory = rounds.then_some(&mut *memory);
+            let next = experts.first().and_then(|e| self.next_after(&e.down));
             dispatch!(self, s => linear::experts(
-                s, &self.pool, &self.scratch, experts, slots, x, gate, memory, out,
+                s, &self.pool, &self.scratch, experts, slots, next.as_deref(), x, gate, memory, out,
             ));
             return;
         }

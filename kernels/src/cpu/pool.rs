@@ -11,6 +11,7 @@
 use std::{
     cell::UnsafeCell,
     io, mem,
+    ops::Range,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{
@@ -150,6 +151,12 @@ impl Pool {
         self.threads.len() + 1
     }
 
+    /// The pieces of a job of `n_tasks` that `thread` starts with.
+    pub(crate) fn share(&self, n_tasks: usize, thread: usize) -> Range<usize> {
+        let cut = |thread: usize| n_tasks * thread / self.n_threads();
+        cut(thread)..cut(thread + 1)
+    }
+
     /// Calls `task(piece, thread)` once for every piece `0..n_tasks`; returns when all are done.
     /// No two calls with the same `thread` overlap. While nothing is in a thread's way it is dealt
     /// the same share of the pieces in every job, in ascending order.
@@ -168,13 +175,13 @@ impl Pool {
         // SAFETY: only the lifetime changes; `run` does not return before the job is closed and
         // no thread is inside it.
         let erased = unsafe { mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
-        let Ok(n_pieces) = u32::try_from(n_tasks) else {
-            unreachable!("{n_tasks} pieces of work are fewer than the elements they compute")
-        };
-        let n_threads = shared.runs.len() as u64;
-        let cut = |thread: u64| (u64::from(n_pieces) * thread / n_threads) as u32;
-        for (thread, run) in (0..).zip(&shared.runs) {
-            run.0.set(cut(thread), cut(thread + 1));
+        assert!(
+            u32::try_from(n_tasks).is_ok(),
+            "{n_tasks} pieces of work are fewer than the elements they compute"
+        );
+        for (thread, run) in shared.runs.iter().enumerate() {
+            let share = self.share(n_tasks, thread);
+            run.0.set(share.start as u32, share.end as u32);
         }
         // SAFETY: `is_busy` keeps other callers out; the last job was closed and left by all (see
         // `Open`), and a thread that enters now reads nothing before the job is open.

@@ -6,8 +6,8 @@
 use std::{ptr, sync::Mutex};
 
 use super::{
-    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panel_of,
-    panels_ahead, panels_per_piece, pass, passes,
+    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panel_of, panel_or,
+    panels_ahead, panels_per_piece, pass, passes, trail::Trail,
 };
 use crate::{
     backend::Expert,
@@ -64,7 +64,7 @@ pub(in crate::cpu) fn applies(experts: &[Expert<CpuWeight>]) -> bool {
 }
 
 /// `out[row] += weight * down(silu(gate x[row]) * up x[row])` for every slot; `inner` has room for
-/// a row of the experts' width per slot.
+/// a row of the experts' width per slot. `next`: the layer that is likely to run after them.
 #[expect(
     clippy::too_many_arguments,
     reason = "the operation's own, and where to run it"
@@ -75,6 +75,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
     scratch: &[Mutex<Scratch>],
     experts: &[Expert<CpuWeight>],
     slots: Slots<'_>,
+    next: Option<&Trail>,
     x: &[f32],
     inner: &mut [f32],
     mut int8: Option<&mut [Int8Tiles; 2]>,
@@ -94,8 +95,8 @@ pub(in crate::cpu) fn experts<S: Simd>(
     let out = &mut out[..area(&[n_rows, of(run).down.n_rows()])];
     {
         let per_piece = panels_per_piece(2 * hidden, slots.rows.len() / slots.runs.len());
-        let panels = n_panels(of(run).gate.single());
-        let pieces_per_run = panels.div_ceil(per_piece);
+        let n_panels = n_panels(of(run).gate.single());
+        let pieces_per_run = n_panels.div_ceil(per_piece);
         let inner = SharedOut::new(inner);
         pool.run(slots.runs.len() * pieces_per_run, &|piece, thread| {
             let run = &slots.runs[piece / pieces_per_run];
@@ -104,16 +105,24 @@ pub(in crate::cpu) fn experts<S: Simd>(
             if let Some(tiles) = tiles_x {
                 inputs = inputs.rounded(tiles, run.first);
             }
-            let panels = first..(first + per_piece).min(panels);
+            let panels = first..(first + per_piece).min(n_panels);
             let pair = |run: &ExpertRun| [of(run).gate.single(), of(run).up.single()];
             let next = slots.runs.get(piece / pieces_per_run + 1).map(pair);
+            let ahead = |which: usize, index: usize| {
+                let beyond = |over: usize| {
+                    next.map_or(ptr::null(), |next| {
+                        panel_of(next[which], over.min(n_panels - 1))
+                    })
+                };
+                panel_or(pair(run)[which], index, n_panels, beyond)
+            };
             let (rows, at) = (0..run.n, run.first);
             let scratch = &mut lock(&scratch[thread]);
             gated_panels(
                 simd,
                 scratch,
                 pair(run),
-                next,
+                ahead,
                 &inputs,
                 panels,
                 rows,
@@ -145,10 +154,17 @@ pub(in crate::cpu) fn experts<S: Simd>(
             for panel in panels.clone() {
                 // What is read after some panels more, of this expert or of another.
                 let steps = panel - panels.start + panels_ahead(down);
-                let run_ahead = slots.runs.get(index + steps / panels.len());
-                let ahead = run_ahead.map_or(ptr::null(), |run| {
-                    panel_of(of(run).down.single(), panels.start + steps % panels.len())
-                });
+                let run_ahead = index + steps / panels.len();
+                let ahead = match (slots.runs.get(run_ahead), next) {
+                    (Some(run), _) => {
+                        panel_of(of(run).down.single(), panels.start + steps % panels.len())
+                    }
+                    (None, Some(next)) => {
+                        let unit = steps - (slots.runs.len() - index) * panels.len();
+                        next.place(thread, unit, down.panel(0).len())
+                    }
+                    (None, None) => ptr::null(),
+                };
                 add_panel(simd, scratch, down, panel, ahead, &inputs, slots, run, out);
             }
         }

@@ -9,12 +9,14 @@ mod experts;
 mod panels;
 mod rows;
 mod tiles;
+mod trail;
 mod unpacked;
 
 pub(super) use self::{
     experts::{ExpertRun, Slots, applies as experts_apply, experts},
     rows::{Job, Scratch, absorb_head, linear_piece},
     tiles::Int8Tiles,
+    trail::{Trail, Trails},
 };
 
 use std::{ops::Range, ptr, sync::Mutex};
@@ -313,17 +315,34 @@ fn panels_ahead(weight: &Matrix) -> usize {
     PREFETCH_BYTES.div_ceil(weight.panel(0).len().max(1))
 }
 
-/// Panel `index`, or if the matrix ends before, as far into the one that is read `next`; null if
-/// nothing is known of it.
-fn panel_or_next(weight: &Matrix, index: usize, next: Option<&Matrix>) -> *const u8 {
-    match index.checked_sub(n_panels(weight)) {
+/// Panel `index`, if it lies in front of panel `end`; otherwise what `beyond` says of so many panels
+/// further.
+fn panel_or(
+    weight: &Matrix,
+    index: usize,
+    end: usize,
+    beyond: impl FnOnce(usize) -> *const u8,
+) -> *const u8 {
+    match index.checked_sub(end) {
         None => panel_of(weight, index),
-        Some(over) => match next {
-            Some(next) if next.layout() == Layout::Panels => {
-                panel_of(next, over.min(n_panels(next) - 1))
-            }
-            _ => ptr::null(),
-        },
+        Some(over) => beyond(over),
+    }
+}
+
+/// A layer among the others that run in a step.
+#[derive(Clone, Copy)]
+pub(super) struct Way<'a> {
+    /// This one.
+    pub(super) trail: &'a Trail,
+    /// The one that is likely to run after it.
+    pub(super) next: Option<&'a Trail>,
+}
+
+impl Way<'_> {
+    /// What `thread` reads in the next layer, see [`Trail::place`].
+    fn beyond(&self, thread: usize, unit: usize, weight: &Matrix) -> *const u8 {
+        let place = |next: &Trail| next.place(thread, unit, weight.panel(0).len());
+        self.next.map_or(ptr::null(), place)
     }
 }
 
@@ -470,11 +489,16 @@ fn n_panels(weight: &Matrix) -> usize {
 }
 
 /// `out[m] = [W_0 x[m]; W_1 x[m]; ..] + bias`: the outputs of all parts side by side.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the operation's own, and where to run it"
+)]
 pub(super) fn stacked<S: Simd>(
     simd: S,
     pool: &Pool,
     scratch: &[Mutex<Scratch>],
     parts: &[Matrix],
+    way: Way<'_>,
     inputs: &Inputs<'_>,
     bias: Option<&[f32]>,
     out: &mut [f32],
@@ -501,18 +525,34 @@ pub(super) fn stacked<S: Simd>(
         Layout::Panels => n_panels(&parts[part]).div_ceil(per_piece),
     };
     let n_pieces_of_rows = (0..parts.len()).map(n_pieces).sum::<usize>();
-    let n_shares = match parts.iter().all(|p| p.layout() == Layout::Panels) {
+    let all_in_panels = parts.iter().all(|p| p.layout() == Layout::Panels);
+    let n_shares = match all_in_panels {
         true => inputs.n_rows.div_ceil(rows_per_piece),
         false => 1,
     };
-    pool.run(n_shares * n_pieces_of_rows, &|piece, thread| {
-        let (share, mut piece) = (piece / n_pieces_of_rows, piece % n_pieces_of_rows);
+    let n_pieces_in_all = n_shares * n_pieces_of_rows;
+    // Part of a piece of rows, the part's first row, and the piece's number inside the part.
+    let place_of = |mut piece: usize| {
         let (mut part, mut offset) = (0, 0);
         while piece >= n_pieces(part) {
             piece -= n_pieces(part);
             offset += parts[part].n_rows();
             part += 1;
         }
+        (part, offset, piece)
+    };
+    if all_in_panels && 0 < n_pieces_in_all {
+        for thread in 0..pool.n_threads() {
+            let first = pool.share(n_pieces_in_all, thread).start % n_pieces_of_rows;
+            let (part, _, piece) = place_of(first);
+            let start = panel_of(&parts[part], piece * per_piece);
+            way.trail.begin(thread, [start, ptr::null()]);
+        }
+    }
+    pool.run(n_pieces_in_all, &|piece, thread| {
+        let own = pool.share(n_pieces_in_all, thread);
+        let (share, of_rows) = (piece / n_pieces_of_rows, piece % n_pieces_of_rows);
+        let (part, offset, piece) = place_of(of_rows);
         let weight = &parts[part];
         if weight.layout() == Layout::Rows {
             let mut scratch = lock(&scratch[thread]);
@@ -532,13 +572,25 @@ pub(super) fn stacked<S: Simd>(
             let to = out.place(first * stride + offset + index * PANEL_ROWS);
             expect(simd, n, to, stride, len);
         };
-        let next = parts.get(part + 1);
+        // Pieces from this part's first to the end of the thread's own.
+        let own_pieces = match n_shares == 1 && own.contains(&of_rows) {
+            true => own.end - (of_rows - piece),
+            false => n_pieces_of_rows,
+        };
+        let end = n_panels(weight).min(own_pieces * per_piece);
+        let beyond = |over: usize| match parts.get(part + 1) {
+            Some(next) if n_pieces(part) < own_pieces => {
+                panel_of(next, over.min(n_panels(next) - 1))
+            }
+            _ => way.beyond(thread, over, weight),
+        };
+        let ahead = |index| panel_or(weight, index, end, beyond);
         by_pairs(
             scratch,
             &kernels,
             panels,
             rows,
-            next,
+            ahead,
             expect,
             |index, first, sums| {
                 let first_row = index * PANEL_ROWS;
@@ -559,12 +611,13 @@ pub(super) fn stacked<S: Simd>(
 
 /// Panels `panels` in pairs against rows `rows` of the inputs: before each pass
 /// `expect(panel, panels, first row, rows)`, after it `write(panel, first row, sums)` for each panel.
+/// `ahead` says where a panel lies to ask for, which may be one behind the last.
 fn by_pairs<S: Simd>(
     scratch: &mut Scratch,
     kernels: &Panels<'_, S>,
     panels: Range<usize>,
     rows: Range<usize>,
-    next: Option<&Matrix>,
+    ahead: impl Fn(usize) -> *const u8,
     expect: impl Fn(usize, usize, usize, usize),
     write: impl Fn(usize, usize, &mut [[f32; LANES]]),
 ) {
@@ -574,11 +627,13 @@ fn by_pairs<S: Simd>(
     let distance = panels_ahead(weight);
     for index in panels.clone().step_by(2) {
         let n = 2.min(panels.end - index);
-        let ahead = |index| panel_or_next(weight, index + distance, next);
-        let a = kernels.panel(index, memory_a, ahead(index));
+        let a = kernels.panel(index, memory_a, ahead(index + distance));
         let pair = match n {
             1 => [a; 2],
-            _ => [a, kernels.panel(index + 1, memory_b, ahead(index + 1))],
+            _ => [
+                a,
+                kernels.panel(index + 1, memory_b, ahead(index + 1 + distance)),
+            ],
         };
         for (first, len) in passes(rows.clone()) {
             expect(index, n, first, len);
@@ -630,13 +685,14 @@ pub(super) fn per_head<S: Simd>(
         let unit = matrix_unit(simd, &inputs);
         let kernels = Panels::new(simd, unit.as_ref(), weight, &inputs);
         let scratch = &mut *lock(&scratch[thread]);
+        let ahead = |index| panel_or(weight, index, n_panels(weight), |_| ptr::null());
         let expect = |_, _, _, _| {};
         by_pairs(
             scratch,
             &kernels,
             panels,
             0..n_rows,
-            None,
+            ahead,
             expect,
             |index, first, sums| {
                 let start = index * PANEL_ROWS;
@@ -662,8 +718,8 @@ pub(super) fn gated<S: Simd>(
     simd: S,
     pool: &Pool,
     scratch: &[Mutex<Scratch>],
-    gate: &Matrix,
-    up: &Matrix,
+    [gate, up]: [&Matrix; 2],
+    way: Way<'_>,
     inputs: &Inputs<'_>,
     out: &mut [f32],
 ) {
@@ -672,7 +728,24 @@ pub(super) fn gated<S: Simd>(
     let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
     let n_pieces = n_panels(gate).div_ceil(per_piece);
     let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
-    pool.run(n_shares * n_pieces, &|piece, thread| {
+    let n_pieces_in_all = n_shares * n_pieces;
+    if 0 < n_pieces_in_all {
+        for thread in 0..pool.n_threads() {
+            let first = pool.share(n_pieces_in_all, thread).start % n_pieces * per_piece;
+            way.trail
+                .begin(thread, [gate, up].map(|matrix| panel_of(matrix, first)));
+        }
+    }
+    pool.run(n_pieces_in_all, &|piece, thread| {
+        let own = pool.share(n_pieces_in_all, thread);
+        let end = match n_shares == 1 && own.contains(&piece) {
+            true => (own.end * per_piece).min(n_panels(gate)),
+            false => n_panels(gate),
+        };
+        let ahead = |which: usize, index: usize| {
+            let beyond = |over| way.beyond(thread, 2 * over + which, gate);
+            panel_or([gate, up][which], index, end, beyond)
+        };
         let (share, piece) = (piece / n_pieces, piece % n_pieces);
         let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
         let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
@@ -681,7 +754,7 @@ pub(super) fn gated<S: Simd>(
             simd,
             scratch,
             [gate, up],
-            None,
+            ahead,
             inputs,
             panels,
             rows,
@@ -691,8 +764,9 @@ pub(super) fn gated<S: Simd>(
     });
 }
 
-/// Panels `panels` of [`gated`] for rows `rows`; row `m` goes to row `first_out + m` of `out`. `next`
-/// is the pair that the thread goes on with.
+/// Panels `panels` of [`gated`] for rows `rows`; row `m` goes to row `first_out + m` of `out`.
+/// `ahead(which, panel)` says where a panel of the gate, 0, or of `up` lies to ask for, which may be one
+/// behind the last.
 #[expect(
     clippy::too_many_arguments,
     reason = "the operation's own, and where to run it"
@@ -701,7 +775,7 @@ fn gated_panels<S: Simd>(
     simd: S,
     scratch: &mut Scratch,
     [gate, up]: [&Matrix; 2],
-    next: Option<[&Matrix; 2]>,
+    ahead: impl Fn(usize, usize) -> *const u8,
     inputs: &Inputs<'_>,
     panels: Range<usize>,
     rows: Range<usize>,
@@ -721,12 +795,9 @@ fn gated_panels<S: Simd>(
     for panel in panels {
         let first_row = panel * PANEL_ROWS;
         let n_valid = PANEL_ROWS.min(inter - first_row);
-        let ahead = |of: &Panels<'_, S>, which: usize| {
-            panel_or_next(of.weight, panel + distance, next.map(|next| next[which]))
-        };
         let pair = [
-            gate.panel(panel, gate_memory, ahead(&gate, 0)),
-            up.panel(panel, up_memory, ahead(&up, 1)),
+            gate.panel(panel, gate_memory, ahead(0, panel + distance)),
+            up.panel(panel, up_memory, ahead(1, panel + distance)),
         ];
         for (first, len) in passes(rows.clone()) {
             let to = out.place((first_out + first) * inter + first_row);
