@@ -3,11 +3,11 @@
 //! The (row, expert) pairs of a step are its slots, sorted by expert. First every slot's
 //! `silu(G x) * U x`; then every piece of the output adds up its slots, experts in ascending order.
 
-use std::{ptr, sync::Mutex};
+use std::{ops::Range, ptr, sync::Mutex};
 
 use super::{
-    Inputs, Int8Tiles, Panels, Scratch, gated_panels, matrix_unit, n_panels, panel_of, panel_or,
-    panels_ahead, panels_per_piece, pass, passes, trail::Trail,
+    Inputs, Int8Tiles, Panels, Scratch, by_sets, gated_panels, matrix_unit, n_panels, panel_of,
+    panel_or, panels_per_piece, trail::Trail,
 };
 use crate::{
     backend::Expert,
@@ -151,11 +151,11 @@ pub(in crate::cpu) fn experts<S: Simd>(
                 inputs = inputs.rounded(tiles, run.first);
             }
             let down = of(run).down.single();
-            for panel in panels.clone() {
-                // What is read after some panels more, of this expert or of another.
-                let steps = panel - panels.start + panels_ahead(down);
+            // What is read after some panels more, of this expert, of another or of the next layer.
+            let ahead = |panel: usize| {
+                let steps = panel - panels.start;
                 let run_ahead = index + steps / panels.len();
-                let ahead = match (slots.runs.get(run_ahead), next) {
+                match (slots.runs.get(run_ahead), next) {
                     (Some(run), _) => {
                         panel_of(of(run).down.single(), panels.start + steps % panels.len())
                     }
@@ -164,24 +164,26 @@ pub(in crate::cpu) fn experts<S: Simd>(
                         next.place(thread, unit, down.panel(0).len())
                     }
                     (None, None) => ptr::null(),
-                };
-                add_panel(simd, scratch, down, panel, ahead, &inputs, slots, run, out);
-            }
+                }
+            };
+            let panels = panels.clone();
+            add_panels(simd, scratch, down, panels, ahead, &inputs, slots, run, out);
         }
     });
 }
 
-/// Panel `panel` of an expert's output layer, weighted and added to the rows of its slots.
+/// Panels `panels` of an expert's output layer, weighted and added to the rows of its slots;
+/// `ahead(panel)` says where a panel lies to ask for, which may be one behind the last.
 #[expect(
     clippy::too_many_arguments,
     reason = "the operation's own, and where to run it"
 )]
-fn add_panel<S: Simd>(
+fn add_panels<S: Simd>(
     simd: S,
     scratch: &mut Scratch,
     down: &Matrix,
-    panel: usize,
-    ahead: *const u8,
+    panels: Range<usize>,
+    ahead: impl Fn(usize) -> *const u8,
     inputs: &Inputs<'_>,
     slots: Slots<'_>,
     run: &ExpertRun,
@@ -190,26 +192,31 @@ fn add_panel<S: Simd>(
     let hidden = down.n_rows();
     let unit = matrix_unit(simd, inputs);
     let kernels = Panels::new(simd, unit.as_ref(), down, inputs);
-    let Scratch { unpacked, outs, .. } = scratch;
-    let weights = [kernels.panel(panel, &mut unpacked[0], ahead)];
-    let outs = &mut *outs.0;
-    let first_row = panel * PANEL_ROWS;
-    let n_valid = PANEL_ROWS.min(hidden - first_row);
-    for (first, len) in passes(0..run.n) {
-        pass(&weights, first == 0, first, len, outs);
-        for (t, sums) in outs[0].iter().enumerate().take(len) {
-            let slot = run.first + first + t;
-            let at = slots.rows[slot] * hidden + first_row;
-            // SAFETY: this piece owns these columns of every row.
-            let to = unsafe { std::slice::from_raw_parts_mut(out.at(at), n_valid) };
-            let weight = slots.weights[slot];
-            simd.vectorize(
-                #[inline(always)]
-                || {
-                    let sums = to.iter_mut().zip(sums);
-                    sums.for_each(|(o, sum)| *o += weight * sum);
-                },
-            );
-        }
-    }
+    let expect = |_, _, _, _| {};
+    by_sets(
+        scratch,
+        &kernels,
+        panels,
+        0..run.n,
+        ahead,
+        expect,
+        |panel, first, sums| {
+            let first_row = panel * PANEL_ROWS;
+            let n_valid = PANEL_ROWS.min(hidden - first_row);
+            for (t, sums) in sums.iter().enumerate() {
+                let slot = run.first + first + t;
+                let at = slots.rows[slot] * hidden + first_row;
+                // SAFETY: this piece owns these columns of every row.
+                let to = unsafe { std::slice::from_raw_parts_mut(out.at(at), n_valid) };
+                let weight = slots.weights[slot];
+                simd.vectorize(
+                    #[inline(always)]
+                    || {
+                        let sums = to.iter_mut().zip(sums);
+                        sums.for_each(|(o, sum)| *o += weight * sum);
+                    },
+                );
+            }
+        },
+    );
 }

@@ -22,7 +22,7 @@ pub(super) use self::{
 use std::{ops::Range, ptr, sync::Mutex};
 
 use self::{
-    panels::{F32_TILE_TOKENS, PREFETCH_BYTES, TileFn, TileInput, UnpackFn, tile_fns},
+    panels::{F32_TILE_TOKENS, PANELS_MAX, PREFETCH_BYTES, TileFn, TileInput, UnpackFn, tile_fns},
     tiles::{RowSet, SharedTiles, tiles},
     unpacked::{Product, Unpacked},
 };
@@ -249,11 +249,11 @@ type PassOut = [[f32; LANES]; PASS_ROWS];
 /// A thread's room for what a pass computes: zeroing it anew for every piece is a tenth of a small
 /// one.
 #[derive(Debug)]
-struct PassOuts(Box<[PassOut; 2]>);
+struct PassOuts(Box<[PassOut; PANELS_MAX]>);
 
 impl Default for PassOuts {
     fn default() -> Self {
-        Self(Box::new([[[0.0; LANES]; PASS_ROWS]; 2]))
+        Self(Box::new([[[0.0; LANES]; PASS_ROWS]; PANELS_MAX]))
     }
 }
 
@@ -364,31 +364,44 @@ fn rows_per_piece(pool: &Pool, n_rows: usize) -> usize {
         .min(n_rows.max(1))
 }
 
-/// `outs[p][t]` for rows `first..first + len` of the inputs against one panel or two: what is read
-/// of a row is used for both.
-/// Panels are asked for in the first pass over them only.
+/// Panels that share a pass over `n_rows` rows: what is read of a row is used for all.
+fn panels_at_once(n_rows: usize) -> usize {
+    if n_rows == 1 { PANELS_MAX } else { 2 }
+}
+
+/// `outs[p][t]` for rows `first..first + len` of the inputs against up to [`PANELS_MAX`] panels, two
+/// where they are unpacked. Panels are asked for in the first pass over them only.
 fn pass<S: Simd>(
     panels: &[Panel<'_, S>],
     is_first: bool,
     first: usize,
     len: usize,
-    outs: &mut [PassOut; 2],
+    outs: &mut [PassOut],
 ) {
-    let (&[Panel { of, unpacked, .. }] | &[Panel { of, unpacked, .. }, _]) = panels else {
-        unreachable!("one panel or two")
+    let Some(&Panel { of, unpacked, .. }) = panels.first() else {
+        return;
     };
-    if let [a, b] = panels
-        && a.of.weight.format() != b.of.weight.format()
+    let format_of = |panel: &Panel<'_, S>| panel.of.weight.format();
+    if panels
+        .iter()
+        .any(|panel| format_of(panel) != of.weight.format())
     {
-        pass(&[*a], is_first, first, len, outs);
-        outs.swap(0, 1);
-        pass(&[*b], is_first, first, len, outs);
-        outs.swap(0, 1);
+        for (panel, out) in panels.chunks(1).zip(outs.chunks_mut(1)) {
+            pass(panel, is_first, first, len, out);
+        }
         return;
     }
     let (simd, inputs) = (of.simd, of.inputs);
     let n_groups = of.weight.n_cols() / GROUP_LEN;
-    let outs = outs.each_mut().map(|out| out.as_mut_ptr());
+    let mut to = [ptr::null_mut::<[f32; LANES]>(); PANELS_MAX];
+    let mut codes = [ptr::null(); PANELS_MAX];
+    let mut ahead = [ptr::null(); PANELS_MAX];
+    for (i, (panel, out)) in panels.iter().zip(outs).enumerate() {
+        (to[i], codes[i]) = (out.as_mut_ptr(), panel.codes);
+        if is_first {
+            ahead[i] = panel.ahead;
+        }
+    }
     let mut done = 0;
     if let (Some((unit, _)), Some((tiles, set))) = (unpacked, inputs.int8) {
         let none = Product {
@@ -398,7 +411,7 @@ fn pass<S: Simd>(
         };
         let (mut products, mut n) = ([none; 2 * PASS_ROWS / TILE_LEN], 0);
         while done + TILE_LEN <= len {
-            for (panel, out) in panels.iter().zip(outs) {
+            for (panel, out) in panels.iter().zip(to) {
                 products[n] = Product {
                     panel: panel.unpacked.map_or(ptr::null(), |(_, panel)| panel),
                     rows: tiles.tile(set, first + done),
@@ -418,20 +431,15 @@ fn pass<S: Simd>(
             }
         }
     }
-    let codes = [panels[0].codes, panels[panels.len() - 1].codes];
-    let mut ahead = match is_first {
-        true => [panels[0].ahead, panels[panels.len() - 1].ahead],
-        false => [ptr::null(); 2],
-    };
     for (start, tile_len) in tiles(len - done, inputs.tile_len_max::<S>()) {
         let start = done + start;
         let kernel = of.fns[tile_len.ilog2() as usize];
         let input = inputs.tile(first + start, tile_len);
-        let outs = outs.map(|out| out.wrapping_add(start));
+        let outs = to.map(|out| out.wrapping_add(start));
         // SAFETY: a panel is checked to hold its matrix' groups when the matrix is made, the
         // input has `tile_len` rows of as many, and the outputs are as long as the pass.
         unsafe { kernel(simd, &codes[..panels.len()], n_groups, input, outs, ahead) };
-        ahead = [ptr::null(); 2];
+        ahead = [ptr::null(); PANELS_MAX];
     }
 }
 
@@ -585,7 +593,7 @@ pub(super) fn stacked<S: Simd>(
             _ => way.beyond(thread, over, weight),
         };
         let ahead = |index| panel_or(weight, index, end, beyond);
-        by_pairs(
+        by_sets(
             scratch,
             &kernels,
             panels,
@@ -609,10 +617,10 @@ pub(super) fn stacked<S: Simd>(
     });
 }
 
-/// Panels `panels` in pairs against rows `rows` of the inputs: before each pass
+/// Panels `panels`, some at once, against rows `rows` of the inputs: before each pass
 /// `expect(panel, panels, first row, rows)`, after it `write(panel, first row, sums)` for each panel.
 /// `ahead` says where a panel lies to ask for, which may be one behind the last.
-fn by_pairs<S: Simd>(
+fn by_sets<S: Simd>(
     scratch: &mut Scratch,
     kernels: &Panels<'_, S>,
     panels: Range<usize>,
@@ -622,23 +630,22 @@ fn by_pairs<S: Simd>(
     write: impl Fn(usize, usize, &mut [[f32; LANES]]),
 ) {
     let Scratch { unpacked, outs, .. } = scratch;
-    let ([memory_a, memory_b], outs) = (unpacked, &mut *outs.0);
-    let weight = kernels.weight;
-    let distance = panels_ahead(weight);
-    for index in panels.clone().step_by(2) {
-        let n = 2.min(panels.end - index);
-        let a = kernels.panel(index, memory_a, ahead(index + distance));
-        let pair = match n {
-            1 => [a; 2],
-            _ => [
-                a,
-                kernels.panel(index + 1, memory_b, ahead(index + 1 + distance)),
-            ],
+    let distance = panels_ahead(kernels.weight);
+    let at_once = panels_at_once(kernels.inputs.n_rows);
+    for index in panels.clone().step_by(at_once) {
+        let n = at_once.min(panels.end - index);
+        let mut panel = |i: usize| {
+            let ahead = ahead(index + i + distance);
+            kernels.panel(index + i, &mut unpacked[i % unpacked.len()], ahead)
         };
+        let mut set = [panel(0); PANELS_MAX];
+        for (i, slot) in set.iter_mut().enumerate().take(n).skip(1) {
+            *slot = panel(i);
+        }
         for (first, len) in passes(rows.clone()) {
             expect(index, n, first, len);
-            pass(&pair[..n], first == rows.start, first, len, outs);
-            for (p, outs) in outs.iter_mut().enumerate().take(n) {
+            pass(&set[..n], first == rows.start, first, len, &mut *outs.0);
+            for (p, outs) in outs.0.iter_mut().enumerate().take(n) {
                 write(index + p, first, &mut outs[..len]);
             }
         }
@@ -687,7 +694,7 @@ pub(super) fn per_head<S: Simd>(
         let scratch = &mut *lock(&scratch[thread]);
         let ahead = |index| panel_or(weight, index, n_panels(weight), |_| ptr::null());
         let expect = |_, _, _, _| {};
-        by_pairs(
+        by_sets(
             scratch,
             &kernels,
             panels,
@@ -792,34 +799,49 @@ fn gated_panels<S: Simd>(
     let ([gate_memory, up_memory], outs) = (unpacked, &mut *outs.0);
     // Two streams at once.
     let distance = panels_ahead(gate.weight).div_ceil(2);
-    for panel in panels {
-        let first_row = panel * PANEL_ROWS;
-        let n_valid = PANEL_ROWS.min(inter - first_row);
-        let pair = [
-            gate.panel(panel, gate_memory, ahead(0, panel + distance)),
-            up.panel(panel, up_memory, ahead(1, panel + distance)),
-        ];
+    let at_once = panels_at_once(inputs.n_rows) / 2;
+    for index in panels.clone().step_by(at_once) {
+        let n = at_once.min(panels.end - index);
+        let mut pair = |i: usize| {
+            let index = index + i;
+            [
+                gate.panel(index, gate_memory, ahead(0, index + distance)),
+                up.panel(index, up_memory, ahead(1, index + distance)),
+            ]
+        };
+        let mut pairs = [pair(0); PANELS_MAX / 2];
+        for (i, slot) in pairs.iter_mut().enumerate().take(n).skip(1) {
+            *slot = pair(i);
+        }
+        let first_row = index * PANEL_ROWS;
         for (first, len) in passes(rows.clone()) {
             let to = out.place((first_out + first) * inter + first_row);
-            expect(simd, 1, to, inter, len);
-            pass(&pair, first == rows.start, first, len, outs);
-            let [gates, ups] = &mut *outs;
-            simd.vectorize(
-                #[inline(always)]
-                || {
-                    for (gate, up) in gates.iter_mut().zip(ups).take(len) {
-                        // SAFETY: both hold 16 elements.
-                        unsafe {
-                            let value = simd.silu(simd.load(gate.as_ptr()));
-                            let value = simd.mul(value, simd.load(up.as_ptr()));
-                            simd.store(gate.as_mut_ptr(), value);
+            expect(simd, n, to, inter, len);
+            let set = pairs[..n].as_flattened();
+            pass(set, first == rows.start, first, len, outs);
+            let (sums, []) = outs.as_chunks_mut::<2>() else {
+                unreachable!("as many gates as ups")
+            };
+            for (p, [gates, ups]) in sums.iter_mut().enumerate().take(n) {
+                simd.vectorize(
+                    #[inline(always)]
+                    || {
+                        for (gate, up) in gates.iter_mut().zip(ups).take(len) {
+                            // SAFETY: both hold 16 elements.
+                            unsafe {
+                                let value = simd.silu(simd.load(gate.as_ptr()));
+                                let value = simd.mul(value, simd.load(up.as_ptr()));
+                                simd.store(gate.as_mut_ptr(), value);
+                            }
                         }
-                    }
-                },
-            );
-            let at = (first_out + first) * inter + first_row;
-            // SAFETY: this piece owns these outputs.
-            unsafe { put(simd, &gates[..len], out.at(at), inter, 0..n_valid) };
+                    },
+                );
+                let first_row = first_row + p * PANEL_ROWS;
+                let n_valid = PANEL_ROWS.min(inter - first_row);
+                let at = (first_out + first) * inter + first_row;
+                // SAFETY: this piece owns these outputs.
+                unsafe { put(simd, &gates[..len], out.at(at), inter, 0..n_valid) };
+            }
         }
     }
 }

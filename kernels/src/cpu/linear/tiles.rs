@@ -11,8 +11,8 @@ use crate::{
 };
 
 /// Bytes of one row of a group: 32 codes, then f32 scale, i32 `-8 sum`, i32 `-128 sum`, f32
-/// `scale * sum`, where sum is that of the codes.
-pub(super) const ROW_BYTES: usize = GROUP_LEN + 16;
+/// `scale * sum`, i32 `-32 sum` of either half, where sum is that of the codes.
+pub(super) const ROW_BYTES: usize = GROUP_LEN + 24;
 
 /// `n_rows` in tiles of at most `len_max` (a power of two): whole ones first, then the powers of
 /// two of what is left. Yields first row and length.
@@ -168,13 +168,16 @@ unsafe fn round_group<S: Simd>(
         let scale = simd.largest(magnitude) / 127.0;
         let inverse = simd.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
         let codes = block.add(t * GROUP_LEN).cast::<i8>();
-        let sum = simd.round_i8(codes, [simd.mul(low, inverse), simd.mul(high, inverse)]);
+        let halves = simd.round_i8(codes, [simd.mul(low, inverse), simd.mul(high, inverse)]);
+        let sum = halves[0] + halves[1];
         let scales = block.add(len * GROUP_LEN).cast::<f32>();
         scales.add(t).write_unaligned(scale);
         let sums = scales.cast::<i32>();
         sums.add(len + t).write_unaligned(sum * -8);
         sums.add(2 * len + t).write_unaligned(sum * -128);
         scales.add(3 * len + t).write_unaligned(scale * sum as f32);
+        sums.add(4 * len + t).write_unaligned(halves[0] * -32);
+        sums.add(5 * len + t).write_unaligned(halves[1] * -32);
     }
 }
 

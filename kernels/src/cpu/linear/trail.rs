@@ -101,10 +101,11 @@ mod tests {
             [0, 1, 2, 3].map(|k| c.place(1, k, 10)),
             [1000, 5000, 1010, 5010].map(at)
         );
+        assert!(trails.enter(&c).is_some());
         drop((c, after_a));
         assert!(
             trails.enter(&a).is_none(),
-            "a layer that is gone is not followed"
+            "a layer that is gone follows none"
         );
     }
 }

@@ -280,7 +280,7 @@ impl Simd for Avx2 {
         unsafe { [widen_u8(from), widen_u8(from.add(8))] }
     }
     #[inline(always)]
-    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> i32 {
+    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> [i32; 2] {
         // SAFETY: 32 bytes are writable; `self` proves the features.
         unsafe {
             // The conversion rounds as the control register says, which nobody changes: ties to
@@ -293,10 +293,9 @@ impl Simd for Avx2 {
             _mm256_storeu_si256(to.cast(), codes);
             let biased = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
             let sums = _mm256_sad_epu8(biased, _mm256_setzero_si256());
+            let sums = _mm256_add_epi32(sums, _mm256_unpackhi_epi64(sums, sums));
             let high = _mm256_extracti128_si256::<1>(sums);
-            let sums = _mm_add_epi32(_mm256_castsi256_si128(sums), high);
-            let sums = _mm_add_epi32(sums, _mm_unpackhi_epi64(sums, sums));
-            _mm_cvtsi128_si32(sums) - 32 * 128
+            [_mm256_castsi256_si128(sums), high].map(|half| _mm_cvtsi128_si32(half) - 16 * 128)
         }
     }
     #[inline(always)]

@@ -84,8 +84,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// 16 unsigned bytes.
     unsafe fn load_u8(self, from: *const u8) -> Self::F;
     /// Rounds 32 values within -128..=127 to the nearest integers, ties to even, stores them as
-    /// signed bytes and returns their sum.
-    unsafe fn round_i8(self, to: *mut i8, a: [Self::F; 2]) -> i32;
+    /// signed bytes and returns the sums of the first 16 and of the others.
+    unsafe fn round_i8(self, to: *mut i8, a: [Self::F; 2]) -> [i32; 2];
 
     /// Asks for the cache line at `at`, which need not be readable, in the second-level cache.
     fn prefetch(self, at: *const u8);

@@ -152,15 +152,11 @@ impl Simd for Portable {
         clippy::cast_possible_truncation,
         reason = "the caller keeps it within a byte"
     )]
-    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> i32 {
+    unsafe fn round_i8(self, to: *mut i8, a: [F; 2]) -> [i32; 2] {
         let codes = a.map(|a| a.map(|v| v.round_ties_even() as i8));
         // SAFETY: 32 bytes are writable.
         unsafe { to.cast::<[[i8; LANES]; 2]>().write(codes) };
-        codes
-            .as_flattened()
-            .iter()
-            .map(|code| i32::from(*code))
-            .sum()
+        codes.map(|half| half.iter().map(|code| i32::from(*code)).sum())
     }
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
