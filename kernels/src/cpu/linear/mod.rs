@@ -247,13 +247,23 @@ const PASS_ROWS: usize = 2 * TILE_LEN;
 type PassOut = [[f32; LANES]; PASS_ROWS];
 
 /// A thread's room for what a pass computes: zeroing it anew for every piece is a tenth of a small
-/// one.
+/// one. On lines of its own, so that a row of sums is one line and not parts of two.
 #[derive(Debug)]
-struct PassOuts(Box<[PassOut; PANELS_MAX]>);
+struct PassOuts(Box<Lines<[PassOut; PANELS_MAX]>>);
+
+#[derive(Debug)]
+#[repr(align(64))]
+struct Lines<T>(T);
 
 impl Default for PassOuts {
     fn default() -> Self {
-        Self(Box::new([[[0.0; LANES]; PASS_ROWS]; PANELS_MAX]))
+        Self(Box::new(Lines([[[0.0; LANES]; PASS_ROWS]; PANELS_MAX])))
+    }
+}
+
+impl PassOuts {
+    fn all(&mut self) -> &mut [PassOut; PANELS_MAX] {
+        &mut self.0.0
     }
 }
 
@@ -497,10 +507,6 @@ fn n_panels(weight: &Matrix) -> usize {
 }
 
 /// `out[m] = [W_0 x[m]; W_1 x[m]; ..] + bias`: the outputs of all parts side by side.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the operation's own, and where to run it"
-)]
 pub(super) fn stacked<S: Simd>(
     simd: S,
     pool: &Pool,
@@ -587,9 +593,10 @@ pub(super) fn stacked<S: Simd>(
         };
         let end = n_panels(weight).min(own_pieces * per_piece);
         let beyond = |over: usize| match parts.get(part + 1) {
-            Some(next) if n_pieces(part) < own_pieces => {
-                panel_of(next, over.min(n_panels(next) - 1))
-            }
+            Some(next) if n_pieces(part) < own_pieces => match next.layout() {
+                Layout::Panels => panel_of(next, over.min(n_panels(next) - 1)),
+                Layout::Rows => ptr::null(),
+            },
             _ => way.beyond(thread, over, weight),
         };
         let ahead = |index| panel_or(weight, index, end, beyond);
@@ -644,8 +651,8 @@ fn by_sets<S: Simd>(
         }
         for (first, len) in passes(rows.clone()) {
             expect(index, n, first, len);
-            pass(&set[..n], first == rows.start, first, len, &mut *outs.0);
-            for (p, outs) in outs.0.iter_mut().enumerate().take(n) {
+            pass(&set[..n], first == rows.start, first, len, outs.all());
+            for (p, outs) in outs.all().iter_mut().enumerate().take(n) {
                 write(index + p, first, &mut outs[..len]);
             }
         }
@@ -796,7 +803,7 @@ fn gated_panels<S: Simd>(
         Panels::new(simd, unit.as_ref(), up, inputs),
     );
     let Scratch { unpacked, outs, .. } = scratch;
-    let ([gate_memory, up_memory], outs) = (unpacked, &mut *outs.0);
+    let ([gate_memory, up_memory], outs) = (unpacked, outs.all());
     // Two streams at once.
     let distance = panels_ahead(gate.weight).div_ceil(2);
     let at_once = panels_at_once(inputs.n_rows) / 2;

@@ -7,7 +7,7 @@
 use std::ptr;
 
 use super::{
-    tiles::ROW_BYTES,
+    tiles::{HALVES_BYTES, ROW_BYTES},
     unpacked::{CODE_BYTES, SCALE_BYTES},
 };
 use crate::{
@@ -462,8 +462,8 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
                     &ahead[first..],
                 );
                 first += 4;
-            } else if T == 1 && left >= 2 {
-                int8_pass::<S, P, 1, 1, 2>(
+            } else if T <= 2 && left >= 2 {
+                int8_pass::<S, P, T, T, 2>(
                     simd,
                     &panels[first..],
                     n_groups,
@@ -526,6 +526,7 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, con
                 let layout = layout::<P>();
                 let panels = std::array::from_fn::<_, N, _>(|n| parts(layout, panels[n], n_groups));
                 let mut sums = [[simd.splat(0.0); R]; N];
+                let mut half_sums = x.add(n_groups * T * ROW_BYTES).cast::<i32>().add(first);
                 for group in 0..n_groups {
                     let x_scales = x.add(T * GROUP_LEN).cast::<f32>().add(first);
                     let x_sums = x_scales.cast::<i32>();
@@ -533,33 +534,40 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, con
                         ask(simd, *ahead, group, layout);
                         let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
                         let s = P::scales(simd, panel, group);
-                        for (t, sum) in sums.iter_mut().enumerate() {
-                            let codes = x.add((first + t) * GROUP_LEN).cast::<i8>();
-                            let x_scale = simd.splat(x_scales.add(t).read_unaligned());
-                            // `-ZERO` times the sum of the codes that the quads from `q` meet.
-                            let start = |q: usize| match (P::HAS_HALVES, P::ZERO) {
-                                (true, 32) => x_sums.add((4 + q / 4) * T + t).read_unaligned(),
-                                (false, 8) => x_sums.add(T + t).read_unaligned(),
-                                (false, 128) => x_sums.add(2 * T + t).read_unaligned(),
-                                (false, 0) => 0,
-                                _ => unreachable!("a format's zero has its sums in the tile"),
-                            };
-                            let chain_len = if P::HAS_HALVES { 4 } else { 8 };
-                            for q in (0..8).step_by(chain_len) {
-                                let mut products = simd.splat_i(start(q));
-                                for (i, quad) in w[q..q + chain_len].iter().enumerate() {
-                                    products = simd.dot4(products, *quad, codes.add(4 * (q + i)));
+                        // `-ZERO` times the sum of the codes of row `t` that the quads from `q` meet.
+                        let start = |q: usize, t: usize| match (P::HAS_HALVES, P::ZERO) {
+                            (true, 32) => half_sums.add(q / 4 * T + t).read_unaligned(),
+                            (false, 8) => x_sums.add(T + t).read_unaligned(),
+                            (false, 128) => x_sums.add(2 * T + t).read_unaligned(),
+                            (false, 0) => 0,
+                            _ => unreachable!("a format's zero has its sums in the tile"),
+                        };
+                        let x_scale = |t: usize| simd.splat(x_scales.add(t).read_unaligned());
+                        let chain_len = if P::HAS_HALVES { 4 } else { 8 };
+                        for q in (0..8).step_by(chain_len) {
+                            let mut products =
+                                std::array::from_fn::<_, R, _>(|t| simd.splat_i(start(q, t)));
+                            // Rows inside quads: their chains of products run beside each other.
+                            for (i, quad) in w[q..q + chain_len].iter().enumerate() {
+                                for (t, products) in products.iter_mut().enumerate() {
+                                    let codes = x.add((first + t) * GROUP_LEN + 4 * (q + i));
+                                    *products = simd.dot4(*products, *quad, codes.cast());
                                 }
-                                let scale = simd.mul(s.scale[q / 4], x_scale);
+                            }
+                            for (t, (sum, products)) in sums.iter_mut().zip(products).enumerate() {
+                                let scale = simd.mul(s.scale[q / 4], x_scale(t));
                                 *sum = simd.fma(simd.to_f(products), scale, *sum);
                             }
-                            if P::HAS_MIN {
+                        }
+                        if P::HAS_MIN {
+                            for (t, sum) in sums.iter_mut().enumerate() {
                                 let x_sum = x_scales.add(3 * T + t).read_unaligned();
                                 *sum = simd.fma(s.min, simd.splat(x_sum), *sum);
                             }
                         }
                     }
                     x = x.add(T * ROW_BYTES);
+                    half_sums = half_sums.byte_add(T * HALVES_BYTES);
                 }
                 for (sums, out) in sums.into_iter().zip(outs) {
                     for (t, sum) in sums.into_iter().enumerate() {

@@ -11,8 +11,13 @@ use crate::{
 };
 
 /// Bytes of one row of a group: 32 codes, then f32 scale, i32 `-8 sum`, i32 `-128 sum`, f32
-/// `scale * sum`, i32 `-32 sum` of either half, where sum is that of the codes.
-pub(super) const ROW_BYTES: usize = GROUP_LEN + 24;
+/// `scale * sum`, where sum is that of the codes.
+pub(super) const ROW_BYTES: usize = GROUP_LEN + 16;
+/// Bytes of one row of a group that only formats with halves need, behind all groups of a tile: i32
+/// `-32 sum` of either half. Among the others they would be fetched for nothing.
+pub(super) const HALVES_BYTES: usize = 8;
+/// Bytes of one row of a group in all.
+const BYTES: usize = ROW_BYTES + HALVES_BYTES;
 
 /// `n_rows` in tiles of at most `len_max` (a power of two): whole ones first, then the powers of
 /// two of what is left. Yields first row and length.
@@ -56,7 +61,8 @@ impl Line {
 }
 
 /// Memory for rounded rows. A set of rows is in tiles, a tile is group after group, a group is the
-/// codes of the tile's rows, then each kind of scale of the tile's rows.
+/// codes of the tile's rows, then each kind of scale of the tile's rows; behind the groups come the
+/// sums of halves, group after group, each kind of the tile's rows.
 #[derive(Debug, Default)]
 pub(in crate::cpu) struct Int8Tiles {
     lines: Vec<Line>,
@@ -74,7 +80,7 @@ pub(super) struct RowSet {
 impl Int8Tiles {
     /// Bytes for `n_rows` rows of `n_cols` columns.
     pub(in crate::cpu) const fn bytes(n_rows: usize, n_cols: usize) -> usize {
-        (n_rows * n_cols.div_ceil(GROUP_LEN) * ROW_BYTES).next_multiple_of(64)
+        (n_rows * n_cols.div_ceil(GROUP_LEN) * BYTES).next_multiple_of(64)
     }
 
     /// Makes room for `n_rows` rows of `n_cols` columns.
@@ -109,7 +115,7 @@ unsafe impl Sync for SharedTiles {}
 impl SharedTiles {
     /// The tile that starts at row `first` of `set`.
     pub(super) fn tile(self, set: RowSet, first: usize) -> *const u8 {
-        let at = (set.first + first) * set.n_groups * ROW_BYTES;
+        let at = (set.first + first) * set.n_groups * BYTES;
         debug_assert!(at < self.len.max(1), "tile at {at} of {}", self.len);
         self.first.wrapping_add(at).cast_const()
     }
@@ -130,6 +136,7 @@ impl SharedTiles {
         let (first, len) = tile_of(row, set.n_rows, S::TILE_TOKENS);
         let t = row - first;
         let tile = self.tile(set, first).cast_mut();
+        let halves = tile.wrapping_add(set.n_groups * len * ROW_BYTES);
         let values = &x.as_chunks::<GROUP_LEN>().0[groups.clone()];
         simd.vectorize(
             #[inline(always)]
@@ -138,7 +145,8 @@ impl SharedTiles {
                     // SAFETY: the caller promises the set's memory.
                     unsafe {
                         let block = tile.add(group * len * ROW_BYTES);
-                        round_group(simd, values, block, t, len);
+                        let halves = halves.add(group * len * HALVES_BYTES);
+                        round_group(simd, values, block, halves.cast(), t, len);
                     }
                 }
             },
@@ -147,7 +155,7 @@ impl SharedTiles {
 }
 
 /// # Safety
-/// `block` holds a group of a tile of `len` rows, `t < len`.
+/// `block` holds a group of a tile of `len` rows and `half_sums` its sums of halves, `t < len`.
 #[inline(always)]
 #[expect(
     clippy::cast_precision_loss,
@@ -157,6 +165,7 @@ unsafe fn round_group<S: Simd>(
     simd: S,
     values: &[f32; GROUP_LEN],
     block: *mut u8,
+    half_sums: *mut i32,
     t: usize,
     len: usize,
 ) {
@@ -176,8 +185,8 @@ unsafe fn round_group<S: Simd>(
         sums.add(len + t).write_unaligned(sum * -8);
         sums.add(2 * len + t).write_unaligned(sum * -128);
         scales.add(3 * len + t).write_unaligned(scale * sum as f32);
-        sums.add(4 * len + t).write_unaligned(halves[0] * -32);
-        sums.add(5 * len + t).write_unaligned(halves[1] * -32);
+        half_sums.add(t).write_unaligned(halves[0] * -32);
+        half_sums.add(len + t).write_unaligned(halves[1] * -32);
     }
 }
 

@@ -22,7 +22,7 @@ const STREAMS_MAX: usize = 2;
 pub(in crate::cpu) struct Trail {
     /// For every thread, where each of its streams began last time; null for none.
     starts: Box<[[AtomicPtr<u8>; STREAMS_MAX]]>,
-    next: Mutex<Weak<Trail>>,
+    next: Mutex<Weak<Self>>,
 }
 
 impl Trail {
@@ -66,7 +66,7 @@ impl Trails {
     /// Notes that `trail` runs now; the layer that followed it last time.
     pub(in crate::cpu) fn enter(&self, trail: &Arc<Trail>) -> Option<Arc<Trail>> {
         let this = Arc::downgrade(trail);
-        let before = std::mem::replace(&mut *lock(&self.0), this.clone());
+        let before = std::mem::replace(&mut *lock(&self.0), Weak::clone(&this));
         if let Some(before) = before.upgrade() {
             *lock(&before.next) = this;
         }
