@@ -147,10 +147,11 @@ fn cpus_of(rank: usize, n_ranks: usize) -> Vec<u32> {
 }
 
 /// The other ranks of a group whose first rank is this process, which runs no engine. They end when
-/// this is dropped.
+/// this is dropped, which waits for it.
 #[derive(Debug)]
 pub struct Followers {
-    _sockets: Vec<std::os::unix::net::UnixStream>,
+    sockets: Vec<std::os::unix::net::UnixStream>,
+    watchers: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Followers {
@@ -160,21 +161,25 @@ impl Followers {
     /// [`GroupError`].
     pub fn start(cfg: &GroupConfig) -> Result<(Collective, Self), GroupError> {
         if cfg.n_ranks < 2 {
-            let _sockets = Vec::new();
-            return Ok((Collective::Solo, Self { _sockets }));
+            let none = Self {
+                sockets: Vec::new(),
+                watchers: Vec::new(),
+            };
+            return Ok((Collective::Solo, none));
         }
         let segment = Segment::create(cfg.n_ranks)?;
         let path = segment.path();
-        let mut sockets = Vec::new();
+        let (mut sockets, mut watchers) = (Vec::new(), Vec::new());
         for rank in 1..cfg.n_ranks {
             let process = cfg.spawn(rank, &path, 1)?;
             sockets.push(process.socket.try_clone().map_err(GroupError::Start)?);
             let segment = segment.clone();
             let watch = move || watch_follower(rank, process, &segment);
-            thread::spawn("dsd-follower", watch).map_err(GroupError::Start)?;
+            let watcher = thread::spawn("dsd-follower", watch).map_err(GroupError::Start)?;
+            watchers.push(watcher);
         }
         let member = segment.join(0, cfg.step_timeout);
-        Ok((Collective::Shm(member), Self { _sockets: sockets }))
+        Ok((Collective::Shm(member), Self { sockets, watchers }))
     }
 
     /// Waits until all ranks are loaded; `group` is what [`Followers::start`] gave.
@@ -192,8 +197,17 @@ impl Followers {
 
 impl Drop for Followers {
     fn drop(&mut self) {
-        for socket in &self._sockets {
+        /// How long a follower may take to end; one that is frozen is left behind.
+        const END_LIMIT: Duration = Duration::from_secs(5);
+        const LOOK_EVERY: Duration = Duration::from_millis(2);
+        for socket in &self.sockets {
             let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        // Whoever asks the system what this program used is then told of all ranks.
+        let mut looks = END_LIMIT.as_millis() / LOOK_EVERY.as_millis();
+        while 0 < looks && !self.watchers.iter().all(|watcher| watcher.is_finished()) {
+            std::thread::sleep(LOOK_EVERY);
+            looks -= 1;
         }
     }
 }
