@@ -147,7 +147,7 @@ fn cpus_of(rank: usize, n_ranks: usize) -> Vec<u32> {
 }
 
 /// The other ranks of a group whose first rank is this process, which runs no engine. They end when
-/// this is dropped, which waits for it.
+/// this is dropped, which waits for it and kills those that do not.
 #[derive(Debug)]
 pub struct Followers {
     sockets: Vec<std::os::unix::net::UnixStream>,
@@ -197,31 +197,33 @@ impl Followers {
 
 impl Drop for Followers {
     fn drop(&mut self) {
-        /// How long a follower may take to end; one that is frozen is left behind.
-        const END_LIMIT: Duration = Duration::from_secs(5);
-        const LOOK_EVERY: Duration = Duration::from_millis(2);
         for socket in &self.sockets {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
         // Whoever asks the system what this program used is then told of all ranks.
-        let mut looks = END_LIMIT.as_millis() / LOOK_EVERY.as_millis();
-        while 0 < looks && !self.watchers.iter().all(|watcher| watcher.is_finished()) {
-            std::thread::sleep(LOOK_EVERY);
-            looks -= 1;
+        for watcher in self.watchers.drain(..) {
+            let _ = watcher.join();
         }
     }
 }
 
-/// Tells the others when a follower has ended.
-fn watch_follower(rank: usize, mut process: RankProcess, segment: &Segment) {
-    use rustix::event::{PollFd, PollFlags, poll};
-    loop {
-        let pidfd = process.pidfd();
-        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
-        let _ = poll(&mut fds, None);
-        if process.ended().is_some() {
-            segment.mark_dead(rank);
-            return;
-        }
+/// Tells the others when a follower has ended. One whose socket is closed, on either side, has a while
+/// to end by itself and is killed then.
+fn watch_follower(rank: usize, process: RankProcess, segment: &Segment) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    const END_LIMIT: Timespec = Timespec {
+        tv_sec: 5,
+        tv_nsec: 0,
+    };
+    let pidfd = process.pidfd();
+    let mut either = [
+        PollFd::new(&pidfd, PollFlags::IN),
+        PollFd::new(&process.socket, PollFlags::empty()),
+    ];
+    while either.iter().all(|fd| fd.revents().is_empty()) {
+        let _ = poll(&mut either, None);
     }
+    let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&END_LIMIT));
+    drop(process);
+    segment.mark_dead(rank);
 }

@@ -17,7 +17,7 @@ pub use self::{kv_cache::CpuCache, routes::CpuRoutes};
 
 use std::{
     io,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use self::{
@@ -122,7 +122,8 @@ pub struct CpuBackend {
 #[derive(Debug)]
 pub struct CpuWeight {
     parts: Vec<Matrix>,
-    trail: Arc<Trail>,
+    /// Made when it runs as a layer: the experts of a layer, which may be thousands, have one.
+    trail: OnceLock<Arc<Trail>>,
 }
 
 impl CpuWeight {
@@ -234,11 +235,17 @@ impl CpuBackend {
             && parts.iter().any(|p| p.layout() == Layout::Panels)
     }
 
+    /// The trail of a layer.
+    fn trail_of<'a>(&self, weight: &'a CpuWeight) -> &'a Arc<Trail> {
+        let n_threads = self.pool.n_threads();
+        weight.trail.get_or_init(|| Trail::new(n_threads))
+    }
+
     /// What is likely to run after this layer, which runs now.
     fn next_after(&self, weight: &CpuWeight) -> Option<Arc<Trail>> {
         let in_panels = |part: &Matrix| part.layout() == Layout::Panels;
         match weight.parts.iter().all(in_panels) {
-            true => self.trails.enter(&weight.trail),
+            true => self.trails.enter(self.trail_of(weight)),
             false => None,
         }
     }
@@ -307,14 +314,14 @@ impl WeightStore for CpuBackend {
             .collect();
         CpuWeight {
             parts,
-            trail: Trail::new(self.pool.n_threads()),
+            trail: OnceLock::new(),
         }
     }
 
     fn latent_weight(&self, matrix: Matrix) -> CpuWeight {
         CpuWeight {
             parts: vec![matrix],
-            trail: Trail::new(self.pool.n_threads()),
+            trail: OnceLock::new(),
         }
     }
 }
@@ -402,7 +409,7 @@ impl Backend for CpuBackend {
         let bias = bias.map(|bias| &bias[..weight.n_rows()]);
         let next = self.next_after(weight);
         let way = Way {
-            trail: &weight.trail,
+            trail: self.trail_of(weight),
             next: next.as_deref(),
         };
         let mut memory = lock(&self.int8);
@@ -438,7 +445,7 @@ impl Backend for CpuBackend {
         let mut inputs = Inputs::dense(x, n_rows, gate.n_cols());
         let next = self.next_after(gate);
         let way = Way {
-            trail: &gate.trail,
+            trail: self.trail_of(gate),
             next: next.as_deref(),
         };
         let pair = [gate.single(), up.single()];
@@ -753,6 +760,7 @@ impl Backend for CpuBackend {
             let mut memory = lock(&self.int8);
             let rounds = self.config.activations == Activations::Int8;
             let memory = rounds.then_some(&mut *memory);
+            // The first one stands for the layer, whichever are chosen.
             let next = experts.first().and_then(|e| self.next_after(&e.down));
             dispatch!(self, s => linear::experts(
                 s, &self.pool, &self.scratch, experts, slots, next.as_deref(), x, gate, memory, out,

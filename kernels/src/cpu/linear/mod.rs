@@ -249,15 +249,17 @@ type PassOut = [[f32; LANES]; PASS_ROWS];
 /// A thread's room for what a pass computes: zeroing it anew for every piece is a tenth of a small
 /// one. On lines of its own, so that a row of sums is one line and not parts of two.
 #[derive(Debug)]
-struct PassOuts(Box<Lines<[PassOut; PANELS_MAX]>>);
+struct PassOuts(Box<AlignedOuts>);
 
 #[derive(Debug)]
 #[repr(align(64))]
-struct Lines<T>(T);
+struct AlignedOuts([PassOut; PANELS_MAX]);
 
 impl Default for PassOuts {
     fn default() -> Self {
-        Self(Box::new(Lines([[[0.0; LANES]; PASS_ROWS]; PANELS_MAX])))
+        Self(Box::new(AlignedOuts(
+            [[[0.0; LANES]; PASS_ROWS]; PANELS_MAX],
+        )))
     }
 }
 

@@ -34,10 +34,13 @@ impl Trail {
         })
     }
 
-    /// Keeps where a thread's streams begin.
+    /// Keeps where a thread's streams begin. Writes only what is new: the threads that read it keep
+    /// their lines.
     pub(super) fn begin(&self, thread: usize, streams: [*const u8; STREAMS_MAX]) {
         for (start, stream) in self.starts[thread].iter().zip(streams) {
-            start.store(stream.cast_mut(), Relaxed);
+            if start.load(Relaxed).cast_const() != stream {
+                start.store(stream.cast_mut(), Relaxed);
+            }
         }
     }
 
