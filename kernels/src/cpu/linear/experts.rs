@@ -6,8 +6,8 @@
 use std::{ops::Range, ptr, sync::Mutex};
 
 use super::{
-    Inputs, Int8Tiles, Panels, Scratch, by_sets, gated_panels, matrix_unit, n_panels, panel_of,
-    panel_or, panels_per_piece, trail::Trail,
+    Cut, Inputs, Int8Tiles, Panels, Scratch, by_sets, gated_panels, matrix_unit, n_panels,
+    panel_of, panel_or, panels_per_piece, trail::Trail,
 };
 use crate::{
     backend::Expert,
@@ -96,18 +96,17 @@ pub(in crate::cpu) fn experts<S: Simd>(
     {
         let per_piece = panels_per_piece(2 * hidden, slots.rows.len() / slots.runs.len());
         let n_panels = n_panels(of(run).gate.single());
-        let pieces_per_run = n_panels.div_ceil(per_piece);
+        let cut = Cut::new(n_panels, per_piece, pool.n_threads());
         let inner = SharedOut::new(inner);
-        pool.run(slots.runs.len() * pieces_per_run, &|piece, thread| {
-            let run = &slots.runs[piece / pieces_per_run];
-            let first = piece % pieces_per_run * per_piece;
+        pool.run(slots.runs.len() * cut.n_pieces, &|piece, thread| {
+            let (index, panels) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
+            let run = &slots.runs[index];
             let mut inputs = Inputs::picked(x, &slots.rows[run.first..run.first + run.n], hidden);
             if let Some(tiles) = tiles_x {
                 inputs = inputs.rounded(tiles, run.first);
             }
-            let panels = first..(first + per_piece).min(n_panels);
             let pair = |run: &ExpertRun| [of(run).gate.single(), of(run).up.single()];
-            let next = slots.runs.get(piece / pieces_per_run + 1).map(pair);
+            let next = slots.runs.get(index + 1).map(pair);
             let ahead = |which: usize, index: usize| {
                 let beyond = |over: usize| {
                     next.map_or(ptr::null(), |next| {

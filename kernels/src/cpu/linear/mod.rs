@@ -231,15 +231,20 @@ struct Panels<'a, S> {
     unpack: Option<(&'a AmxUnit, UnpackFn<S>)>,
 }
 
-/// A panel, ready for its inputs.
-#[derive(Clone, Copy)]
-struct Panel<'a, S> {
-    of: &'a Panels<'a, S>,
-    codes: *const u8,
-    unpacked: Option<(&'a AmxUnit, *const u8)>,
-    /// A panel to ask for while this one is read; null where it was asked for already.
-    ahead: *const u8,
+/// Panels that share their passes: up to [`PANELS_MAX`], [`UNPACKED_MAX`] where they are unpacked.
+/// Pointers beside each other and not structs of them: what is copied right after it was written in
+/// smaller parts waits for the memory.
+struct Set {
+    n: usize,
+    codes: [*const u8; PANELS_MAX],
+    /// Panels to ask for while these are read; null where they were asked for already.
+    ahead: [*const u8; PANELS_MAX],
+    /// As the matrix unit reads them; null where it takes no part.
+    unpacked: [*const u8; UNPACKED_MAX],
 }
+
+/// Panels that a thread has unpacked at a time.
+const UNPACKED_MAX: usize = 2;
 
 /// Rows of activations of one [`pass`] at most: two tiles.
 const PASS_ROWS: usize = 2 * TILE_LEN;
@@ -294,27 +299,44 @@ impl<'a, S: Simd> Panels<'a, S> {
         }
     }
 
-    /// Panel `index`; `memory` holds what is unpacked of it, until it is used for another. `ahead` is
-    /// what the thread will read soon.
-    fn panel(&self, index: usize, memory: &mut Unpacked, ahead: *const u8) -> Panel<'_, S> {
-        let codes = panel_of(self.weight, index);
-        let unpacked = self.unpack.map(|(unit, unpack)| {
-            let n_cols = self.weight.n_cols();
-            let room = memory.room(n_cols);
-            // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made, and
-            // the room is made for as many.
-            unsafe { unpack(self.simd, codes, n_cols / GROUP_LEN, room, ahead) };
-            (unit, room.cast_const())
-        });
-        Panel {
-            of: self,
-            codes,
-            unpacked,
-            ahead: match unpacked {
-                Some(_) => ptr::null(),
-                None => ahead,
-            },
+    /// The panels `codes(0..n)`; `memory` holds what is unpacked of them, until it is used for others.
+    /// `ahead(i)` is what the thread will read soon, or null.
+    #[inline(always)]
+    fn set(
+        &self,
+        n: usize,
+        codes: impl Fn(usize) -> *const u8,
+        ahead: impl Fn(usize) -> *const u8,
+        memory: &mut [Unpacked],
+    ) -> Set {
+        let mut set = Set {
+            n,
+            codes: [ptr::null(); PANELS_MAX],
+            ahead: [ptr::null(); PANELS_MAX],
+            unpacked: [ptr::null(); UNPACKED_MAX],
+        };
+        for i in 0..n {
+            (set.codes[i], set.ahead[i]) = (codes(i), ahead(i));
         }
+        if let Some((_, unpack)) = self.unpack {
+            let n_cols = self.weight.n_cols();
+            for (i, memory) in memory.iter_mut().enumerate().take(n) {
+                let room = memory.room(n_cols);
+                // SAFETY: `panel` is checked to hold its matrix' groups when the matrix is made, and
+                // the room is made for as many.
+                unsafe {
+                    unpack(
+                        self.simd,
+                        set.codes[i],
+                        n_cols / GROUP_LEN,
+                        room,
+                        set.ahead[i],
+                    )
+                };
+                (set.unpacked[i], set.ahead[i]) = (room.cast_const(), ptr::null());
+            }
+        }
+        set
     }
 }
 
@@ -381,59 +403,40 @@ fn panels_at_once(n_rows: usize) -> usize {
     if n_rows == 1 { PANELS_MAX } else { 2 }
 }
 
-/// `outs[p][t]` for rows `first..first + len` of the inputs against up to [`PANELS_MAX`] panels, two
-/// where they are unpacked. Panels are asked for in the first pass over them only.
+/// `outs[p][t]` for rows `first..first + len` of the inputs against the panels of `set`, which are
+/// of `of`. Others are asked for in the first pass over them only.
 fn pass<S: Simd>(
-    panels: &[Panel<'_, S>],
+    of: &Panels<'_, S>,
+    set: &Set,
     is_first: bool,
     first: usize,
     len: usize,
     outs: &mut [PassOut],
 ) {
-    let Some(&Panel { of, unpacked, .. }) = panels.first() else {
-        return;
-    };
-    let format_of = |panel: &Panel<'_, S>| panel.of.weight.format();
-    if panels
-        .iter()
-        .any(|panel| format_of(panel) != of.weight.format())
-    {
-        for (panel, out) in panels.chunks(1).zip(outs.chunks_mut(1)) {
-            pass(panel, is_first, first, len, out);
-        }
-        return;
-    }
+    const NONE: [*const u8; PANELS_MAX] = [ptr::null(); PANELS_MAX];
     let (simd, inputs) = (of.simd, of.inputs);
     let n_groups = of.weight.n_cols() / GROUP_LEN;
-    let mut to = [ptr::null_mut::<[f32; LANES]>(); PANELS_MAX];
-    let mut codes = [ptr::null(); PANELS_MAX];
-    let mut ahead = [ptr::null(); PANELS_MAX];
-    for (i, (panel, out)) in panels.iter().zip(outs).enumerate() {
-        (to[i], codes[i]) = (out.as_mut_ptr(), panel.codes);
-        if is_first {
-            ahead[i] = panel.ahead;
-        }
-    }
+    let outs = &mut outs[..set.n];
     let mut done = 0;
-    if let (Some((unit, _)), Some((tiles, set))) = (unpacked, inputs.int8) {
+    if let (Some((unit, _)), Some((tiles, rows))) = (of.unpack, inputs.int8) {
         let none = Product {
             panel: ptr::null(),
             rows: ptr::null(),
             out: ptr::null_mut(),
         };
-        let (mut products, mut n) = ([none; 2 * PASS_ROWS / TILE_LEN], 0);
+        let (mut products, mut n) = ([none; UNPACKED_MAX * PASS_ROWS / TILE_LEN], 0);
         while done + TILE_LEN <= len {
-            for (panel, out) in panels.iter().zip(to) {
+            for (panel, out) in set.unpacked.iter().zip(&mut *outs) {
                 products[n] = Product {
-                    panel: panel.unpacked.map_or(ptr::null(), |(_, panel)| panel),
-                    rows: tiles.tile(set, first + done),
-                    out: out.wrapping_add(done),
+                    panel: *panel,
+                    rows: tiles.tile(rows, first + done),
+                    out: out[done..].as_mut_ptr(),
                 };
                 n += 1;
             }
             done += TILE_LEN;
         }
-        // SAFETY: panels of one format are unpacked or not together; tiles have as many groups,
+        // SAFETY: where the matrix unit is set up all panels are unpacked; tiles have as many groups,
         // and an output is as long as the pass.
         unsafe {
             if panels::has_min(of.weight.format()) {
@@ -443,15 +446,22 @@ fn pass<S: Simd>(
             }
         }
     }
+    let mut ahead = match is_first {
+        true => &set.ahead,
+        false => &NONE,
+    };
+    let mut to = [ptr::null_mut::<[f32; LANES]>(); PANELS_MAX];
     for (start, tile_len) in tiles(len - done, inputs.tile_len_max::<S>()) {
         let start = done + start;
         let kernel = of.fns[tile_len.ilog2() as usize];
         let input = inputs.tile(first + start, tile_len);
-        let outs = to.map(|out| out.wrapping_add(start));
+        for (to, out) in to.iter_mut().zip(&mut *outs) {
+            *to = out[start..].as_mut_ptr();
+        }
         // SAFETY: a panel is checked to hold its matrix' groups when the matrix is made, the
         // input has `tile_len` rows of as many, and the outputs are as long as the pass.
-        unsafe { kernel(simd, &codes[..panels.len()], n_groups, input, outs, ahead) };
-        ahead = [ptr::null(); PANELS_MAX];
+        unsafe { kernel(simd, &set.codes[..set.n], n_groups, &input, &to, ahead) };
+        ahead = &NONE;
     }
 }
 
@@ -508,6 +518,42 @@ fn n_panels(weight: &Matrix) -> usize {
     weight.n_rows().div_ceil(PANEL_ROWS)
 }
 
+/// Panels cut into pieces of the same number of pairs, give or take one, as many for every thread:
+/// with pieces as they come a thread did up to a fifth more than its share.
+#[derive(Clone, Copy)]
+struct Cut {
+    n_panels: usize,
+    n_pieces: usize,
+}
+
+impl Cut {
+    /// About `per_piece` panels in a piece.
+    fn new(n_panels: usize, per_piece: usize, n_threads: usize) -> Self {
+        let n_pieces = n_panels
+            .div_ceil(per_piece)
+            .next_multiple_of(n_threads)
+            .min(n_panels.div_ceil(2));
+        Self { n_panels, n_pieces }
+    }
+
+    /// The panels of a piece.
+    fn piece(self, piece: usize) -> Range<usize> {
+        let n_pairs = self.n_panels.div_ceil(2);
+        let first = |piece: usize| (2 * (n_pairs * piece / self.n_pieces)).min(self.n_panels);
+        first(piece)..first(piece + 1)
+    }
+}
+
+/// Where outputs of stacked weights go: output `n` of row `m` is `out[m * stride + offset + n]`, after
+/// `bias[offset + n]` was added.
+#[derive(Clone, Copy)]
+struct Stack<'a> {
+    out: SharedOut<'a>,
+    stride: usize,
+    offset: usize,
+    bias: Option<&'a [f32]>,
+}
+
 /// `out[m] = [W_0 x[m]; W_1 x[m]; ..] + bias`: the outputs of all parts side by side.
 pub(super) fn stacked<S: Simd>(
     simd: S,
@@ -520,10 +566,30 @@ pub(super) fn stacked<S: Simd>(
     out: &mut [f32],
 ) {
     let stride = parts.iter().map(Matrix::n_rows).sum::<usize>();
-    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]);
-    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
-    // Pairs of panels share what they read of the activations.
-    let per_piece = panels_per_piece(inputs.n_cols, rows_per_piece).next_multiple_of(2);
+    let mut to = Stack {
+        out: SharedOut::new(&mut out[..area(&[inputs.n_rows, stride])]),
+        stride,
+        offset: 0,
+        bias,
+    };
+    for parts in parts.chunk_by(|a, b| a.layout() == b.layout()) {
+        match parts[0].layout() {
+            Layout::Rows => stacked_rows(simd, pool, scratch, parts, inputs, to),
+            Layout::Panels => stacked_panels(simd, pool, scratch, parts, way, inputs, to),
+        }
+        to.offset += parts.iter().map(Matrix::n_rows).sum::<usize>();
+    }
+}
+
+/// [`stacked`] for weights in rows.
+fn stacked_rows<S: Simd>(
+    simd: S,
+    pool: &Pool,
+    scratch: &[Mutex<Scratch>],
+    parts: &[Matrix],
+    inputs: &Inputs<'_>,
+    to: Stack<'_>,
+) {
     let job = |part: usize, offset: usize| Job {
         weight: &parts[part],
         first_row: 0,
@@ -532,97 +598,114 @@ pub(super) fn stacked<S: Simd>(
         x_offset: 0,
         x_stride: inputs.n_cols,
         n_tokens: inputs.n_rows,
-        bias: bias.map(|bias| &bias[offset..]),
+        bias: to.bias.map(|bias| &bias[offset..]),
         out_offset: offset,
-        out_stride: stride,
+        out_stride: to.stride,
     };
-    let n_pieces = |part: usize| match parts[part].layout() {
-        Layout::Rows => job(part, 0).n_pieces(),
-        Layout::Panels => n_panels(&parts[part]).div_ceil(per_piece),
-    };
-    let n_pieces_of_rows = (0..parts.len()).map(n_pieces).sum::<usize>();
-    let all_in_panels = parts.iter().all(|p| p.layout() == Layout::Panels);
-    let n_shares = match all_in_panels {
-        true => inputs.n_rows.div_ceil(rows_per_piece),
-        false => 1,
-    };
-    let n_pieces_in_all = n_shares * n_pieces_of_rows;
-    // Part of a piece of rows, the part's first row, and the piece's number inside the part.
-    let place_of = |mut piece: usize| {
-        let (mut part, mut offset) = (0, 0);
-        while piece >= n_pieces(part) {
-            piece -= n_pieces(part);
-            offset += parts[part].n_rows();
+    let n_pieces = |part: usize| job(part, to.offset).n_pieces();
+    pool.run((0..parts.len()).map(n_pieces).sum(), &|piece, thread| {
+        let (mut part, mut piece, mut offset) = (0, piece, to.offset);
+        while let Some(of_next) = piece.checked_sub(n_pieces(part)) {
+            (piece, offset) = (of_next, offset + parts[part].n_rows());
             part += 1;
         }
-        (part, offset, piece)
-    };
-    if all_in_panels && 0 < n_pieces_in_all {
-        for thread in 0..pool.n_threads() {
-            let first = pool.share(n_pieces_in_all, thread).start % n_pieces_of_rows;
-            let (part, _, piece) = place_of(first);
-            let start = panel_of(&parts[part], piece * per_piece);
-            way.trail.begin(thread, [start, ptr::null()]);
+        let mut scratch = lock(&scratch[thread]);
+        // SAFETY: pieces cover disjoint weight rows, and `out` holds all of every row's.
+        unsafe { linear_piece(simd, &mut scratch, &job(part, offset), piece, to.out) };
+    });
+}
+
+/// Panel `index` of stacked weights; null behind the last.
+fn stacked_panel(parts: &[Matrix], mut index: usize) -> *const u8 {
+    for part in parts {
+        match index.checked_sub(n_panels(part)) {
+            Some(of_next) => index = of_next,
+            None => return panel_of(part, index),
         }
     }
-    pool.run(n_pieces_in_all, &|piece, thread| {
-        let own = pool.share(n_pieces_in_all, thread);
-        let (share, of_rows) = (piece / n_pieces_of_rows, piece % n_pieces_of_rows);
-        let (part, offset, piece) = place_of(of_rows);
-        let weight = &parts[part];
-        if weight.layout() == Layout::Rows {
-            let mut scratch = lock(&scratch[thread]);
-            // SAFETY: pieces cover disjoint weight rows, and `out` holds all of every row's.
-            unsafe { linear_piece(simd, &mut scratch, &job(part, offset), piece, out) };
-            return;
-        }
-        let rows = match n_shares {
-            1 => 0..inputs.n_rows,
-            _ => share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows),
+    ptr::null()
+}
+
+/// [`stacked`] for weights in panels.
+fn stacked_panels<S: Simd>(
+    simd: S,
+    pool: &Pool,
+    scratch: &[Mutex<Scratch>],
+    parts: &[Matrix],
+    way: Way<'_>,
+    inputs: &Inputs<'_>,
+    to: Stack<'_>,
+) {
+    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
+    let per_piece = panels_per_piece(inputs.n_cols, rows_per_piece);
+    let n_panels_in_all = parts.iter().map(n_panels).sum();
+    let cut = Cut::new(n_panels_in_all, per_piece, pool.n_threads());
+    let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
+    let n_pieces = n_shares * cut.n_pieces;
+    if n_pieces == 0 {
+        return;
+    }
+    for thread in 0..pool.n_threads() {
+        let first = pool.share(n_pieces, thread).start % cut.n_pieces;
+        let start = stacked_panel(parts, cut.piece(first).start);
+        way.trail.begin(thread, [start, ptr::null()]);
+    }
+    pool.run(n_pieces, &|piece, thread| {
+        let own = pool.share(n_pieces, thread);
+        let end = match n_shares == 1 && own.contains(&piece) {
+            true => cut.piece(own.end - 1).end,
+            false => n_panels_in_all,
         };
-        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(weight));
+        let (share, piece) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
+        let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
         let unit = matrix_unit(simd, inputs);
-        let kernels = Panels::new(simd, unit.as_ref(), weight, inputs);
         let scratch = &mut *lock(&scratch[thread]);
-        let expect = |index: usize, n: usize, first: usize, len: usize| {
-            let to = out.place(first * stride + offset + index * PANEL_ROWS);
-            expect(simd, n, to, stride, len);
-        };
-        // Pieces from this part's first to the end of the thread's own.
-        let own_pieces = match n_shares == 1 && own.contains(&of_rows) {
-            true => own.end - (of_rows - piece),
-            false => n_pieces_of_rows,
-        };
-        let end = n_panels(weight).min(own_pieces * per_piece);
-        let beyond = |over: usize| match parts.get(part + 1) {
-            Some(next) if n_pieces(part) < own_pieces => match next.layout() {
-                Layout::Panels => panel_of(next, over.min(n_panels(next) - 1)),
-                Layout::Rows => ptr::null(),
-            },
-            _ => way.beyond(thread, over, weight),
-        };
-        let ahead = |index| panel_or(weight, index, end, beyond);
-        by_sets(
-            scratch,
-            &kernels,
-            panels,
-            rows,
-            ahead,
-            expect,
-            |index, first, sums| {
-                let first_row = index * PANEL_ROWS;
-                let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
-                let at = offset + first_row;
-                if let Some(bias) = bias {
-                    for sums in &mut *sums {
-                        let bias = &bias[at..at + n_valid];
-                        sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+        // Panels and outputs in front of the part.
+        let (mut before, mut offset) = (0, to.offset);
+        for weight in parts {
+            let n = n_panels(weight);
+            let panels = piece.start.max(before)..piece.end.min(before + n);
+            if !panels.is_empty() {
+                let kernels = Panels::new(simd, unit.as_ref(), weight, inputs);
+                let ahead = |index: usize| match (before + index).checked_sub(end) {
+                    Some(over) => way.beyond(thread, over, weight),
+                    None if index < n => panel_of(weight, index),
+                    None => stacked_panel(parts, before + index),
+                };
+                let expect = |index: usize, n: usize, first: usize, len: usize| {
+                    let at = first * to.stride + offset + index * PANEL_ROWS;
+                    expect(simd, n, to.out.place(at), to.stride, len);
+                };
+                let write = |index: usize, first: usize, sums: &mut [[f32; LANES]]| {
+                    let first_row = index * PANEL_ROWS;
+                    let n_valid = PANEL_ROWS.min(weight.n_rows() - first_row);
+                    let at = offset + first_row;
+                    if let Some(bias) = to.bias {
+                        for sums in &mut *sums {
+                            let bias = &bias[at..at + n_valid];
+                            sums.iter_mut().zip(bias).for_each(|(sum, b)| *sum += b);
+                        }
                     }
-                }
-                // SAFETY: this piece owns these outputs, and `out` holds all of every row's.
-                unsafe { put(simd, sums, out.at(first * stride + at), stride, 0..n_valid) };
-            },
-        );
+                    // SAFETY: this piece owns these outputs, and `out` holds all of every row's.
+                    unsafe {
+                        let place = to.out.at(first * to.stride + at);
+                        put(simd, sums, place, to.stride, 0..n_valid);
+                    }
+                };
+                let panels = panels.start - before..panels.end - before;
+                by_sets(
+                    scratch,
+                    &kernels,
+                    panels,
+                    rows.clone(),
+                    ahead,
+                    expect,
+                    write,
+                );
+            }
+            before += n;
+            offset += weight.n_rows();
+        }
     });
 }
 
@@ -639,21 +722,20 @@ fn by_sets<S: Simd>(
     write: impl Fn(usize, usize, &mut [[f32; LANES]]),
 ) {
     let Scratch { unpacked, outs, .. } = scratch;
-    let distance = panels_ahead(kernels.weight);
+    let weight = kernels.weight;
+    let distance = panels_ahead(weight);
     let at_once = panels_at_once(kernels.inputs.n_rows);
     for index in panels.clone().step_by(at_once) {
         let n = at_once.min(panels.end - index);
-        let mut panel = |i: usize| {
-            let ahead = ahead(index + i + distance);
-            kernels.panel(index + i, &mut unpacked[i % unpacked.len()], ahead)
-        };
-        let mut set = [panel(0); PANELS_MAX];
-        for (i, slot) in set.iter_mut().enumerate().take(n).skip(1) {
-            *slot = panel(i);
-        }
+        let set = kernels.set(
+            n,
+            |i| panel_of(weight, index + i),
+            |i| ahead(index + i + distance),
+            unpacked,
+        );
         for (first, len) in passes(rows.clone()) {
             expect(index, n, first, len);
-            pass(&set[..n], first == rows.start, first, len, outs.all());
+            pass(kernels, &set, first == rows.start, first, len, outs.all());
             for (p, outs) in outs.all().iter_mut().enumerate().take(n) {
                 write(index + p, first, &mut outs[..len]);
             }
@@ -742,29 +824,29 @@ pub(super) fn gated<S: Simd>(
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
     let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
     let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
-    let n_pieces = n_panels(gate).div_ceil(per_piece);
+    let cut = Cut::new(n_panels(gate), per_piece, pool.n_threads());
     let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
-    let n_pieces_in_all = n_shares * n_pieces;
-    if 0 < n_pieces_in_all {
-        for thread in 0..pool.n_threads() {
-            let first = pool.share(n_pieces_in_all, thread).start % n_pieces * per_piece;
-            way.trail
-                .begin(thread, [gate, up].map(|matrix| panel_of(matrix, first)));
-        }
+    let n_pieces = n_shares * cut.n_pieces;
+    if n_pieces == 0 {
+        return;
     }
-    pool.run(n_pieces_in_all, &|piece, thread| {
-        let own = pool.share(n_pieces_in_all, thread);
+    for thread in 0..pool.n_threads() {
+        let first = cut.piece(pool.share(n_pieces, thread).start % cut.n_pieces);
+        let streams = [gate, up].map(|matrix| panel_of(matrix, first.start));
+        way.trail.begin(thread, streams);
+    }
+    pool.run(n_pieces, &|piece, thread| {
+        let own = pool.share(n_pieces, thread);
         let end = match n_shares == 1 && own.contains(&piece) {
-            true => (own.end * per_piece).min(n_panels(gate)),
+            true => cut.piece(own.end - 1).end,
             false => n_panels(gate),
         };
         let ahead = |which: usize, index: usize| {
             let beyond = |over| way.beyond(thread, 2 * over + which, gate);
             panel_or([gate, up][which], index, end, beyond)
         };
-        let (share, piece) = (piece / n_pieces, piece % n_pieces);
+        let (share, panels) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
         let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
-        let panels = piece * per_piece..((piece + 1) * per_piece).min(n_panels(gate));
         let scratch = &mut lock(&scratch[thread]);
         gated_panels(
             simd,
@@ -805,37 +887,45 @@ fn gated_panels<S: Simd>(
         Panels::new(simd, unit.as_ref(), up, inputs),
     );
     let Scratch { unpacked, outs, .. } = scratch;
-    let ([gate_memory, up_memory], outs) = (unpacked, outs.all());
+    let outs = outs.all();
+    let share_passes = gate.weight.format() == up.weight.format();
     // Two streams at once.
     let distance = panels_ahead(gate.weight).div_ceil(2);
     let at_once = panels_at_once(inputs.n_rows) / 2;
     for index in panels.clone().step_by(at_once) {
         let n = at_once.min(panels.end - index);
-        let mut pair = |i: usize| {
-            let index = index + i;
-            [
-                gate.panel(index, gate_memory, ahead(0, index + distance)),
-                up.panel(index, up_memory, ahead(1, index + distance)),
-            ]
+        // Gates, then ups.
+        let codes = |i: usize| match i.checked_sub(n) {
+            None => panel_of(gate.weight, index + i),
+            Some(i) => panel_of(up.weight, index + i),
         };
-        let mut pairs = [pair(0); PANELS_MAX / 2];
-        for (i, slot) in pairs.iter_mut().enumerate().take(n).skip(1) {
-            *slot = pair(i);
-        }
+        let ahead = |i: usize| match i.checked_sub(n) {
+            None => ahead(0, index + i + distance),
+            Some(i) => ahead(1, index + i + distance),
+        };
+        let (first_set, second_set) = match share_passes {
+            true => (gate.set(2 * n, codes, ahead, unpacked), None),
+            false => {
+                let [of_gate, of_up] = unpacked.each_mut().map(std::slice::from_mut);
+                let ups = up.set(n, |i| codes(n + i), |i| ahead(n + i), of_up);
+                (gate.set(n, codes, ahead, of_gate), Some(ups))
+            }
+        };
         let first_row = index * PANEL_ROWS;
         for (first, len) in passes(rows.clone()) {
             let to = out.place((first_out + first) * inter + first_row);
             expect(simd, n, to, inter, len);
-            let set = pairs[..n].as_flattened();
-            pass(set, first == rows.start, first, len, outs);
-            let (sums, []) = outs.as_chunks_mut::<2>() else {
-                unreachable!("as many gates as ups")
-            };
-            for (p, [gates, ups]) in sums.iter_mut().enumerate().take(n) {
+            let is_first = first == rows.start;
+            pass(&gate, &first_set, is_first, first, len, outs);
+            if let Some(set) = &second_set {
+                pass(&up, set, is_first, first, len, &mut outs[n..]);
+            }
+            let (gates, ups) = outs[..2 * n].split_at_mut(n);
+            for (p, (gates, ups)) in gates.iter_mut().zip(ups).enumerate() {
                 simd.vectorize(
                     #[inline(always)]
                     || {
-                        for (gate, up) in gates.iter_mut().zip(ups).take(len) {
+                        for (gate, up) in gates.iter_mut().zip(&*ups).take(len) {
                             // SAFETY: both hold 16 elements.
                             unsafe {
                                 let value = simd.silu(simd.load(gate.as_ptr()));

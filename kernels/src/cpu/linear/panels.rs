@@ -47,9 +47,9 @@ pub(super) type TileFn<S> = unsafe fn(
     S,
     &[*const u8],
     usize,
-    TileInput,
-    outs: [*mut [f32; LANES]; PANELS_MAX],
-    ahead: [*const u8; PANELS_MAX],
+    &TileInput,
+    outs: &[*mut [f32; LANES]; PANELS_MAX],
+    ahead: &[*const u8; PANELS_MAX],
 );
 
 /// The kernels of a format for tiles of 1, 2, 4, 8 and 16 rows.
@@ -437,11 +437,11 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
     simd: S,
     panels: &[*const u8],
     n_groups: usize,
-    input: TileInput,
-    outs: [*mut [f32; LANES]; PANELS_MAX],
-    ahead: [*const u8; PANELS_MAX],
+    input: &TileInput,
+    outs: &[*mut [f32; LANES]; PANELS_MAX],
+    ahead: &[*const u8; PANELS_MAX],
 ) {
-    let TileInput::Int8(x) = input else {
+    let &TileInput::Int8(x) = input else {
         unreachable!("int8 kernels get int8 tiles")
     };
     let mut first = 0;
@@ -587,16 +587,16 @@ unsafe fn f32_tiles<S: Simd, P: PanelFormat, const T: usize>(
     simd: S,
     panels: &[*const u8],
     n_groups: usize,
-    input: TileInput,
-    outs: [*mut [f32; LANES]; PANELS_MAX],
-    _ahead: [*const u8; PANELS_MAX],
+    input: &TileInput,
+    outs: &[*mut [f32; LANES]; PANELS_MAX],
+    _ahead: &[*const u8; PANELS_MAX],
 ) {
     let TileInput::F32(x) = input else {
         unreachable!("f32 kernels get f32 rows")
     };
     for (panel, out) in panels.iter().zip(outs) {
         // SAFETY: passed on from the caller.
-        unsafe { f32_pass::<S, P, T>(simd, *panel, n_groups, &x, out) };
+        unsafe { f32_pass::<S, P, T>(simd, *panel, n_groups, x, *out) };
     }
 }
 
