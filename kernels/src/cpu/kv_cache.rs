@@ -82,10 +82,10 @@ impl BlockLayout {
 
 impl CpuCache {
     /// Zeroed, resident memory.
-    pub(super) fn new(shape: CacheShape, kv_type: KvType) -> Self {
+    pub(super) fn new(pool: &Pool, shape: CacheShape, kv_type: KvType) -> Self {
         let n_bytes = shape.block_bytes(kv_type) * shape.n_blocks;
         Self {
-            words: memory::resident(n_bytes.div_ceil(size_of::<f32>())),
+            words: memory::resident(pool, n_bytes.div_ceil(size_of::<f32>())),
             kv_type,
         }
     }

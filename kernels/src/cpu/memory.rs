@@ -8,10 +8,13 @@ use std::{
 
 use bytes::Bytes;
 
+use super::{pool::Pool, shared::SharedOut};
 use crate::panel::PANEL_ALIGN;
 
 /// Bytes of a huge page, where the system has them.
 const HUGE_PAGE: usize = 2 << 20;
+/// Bytes of the smallest page there is.
+const SMALL_PAGE: usize = 4 << 10;
 /// Bytes that weights take from the system at a time; what is not written stays untouched.
 const CHUNK_BYTES: usize = 64 << 20;
 
@@ -30,16 +33,29 @@ fn advise_huge(first: *mut u8, len: usize) {
     }
 }
 
-/// Zeroed, resident f32 elements.
-pub(super) fn resident(len: usize) -> Vec<f32> {
+/// Zeroed, resident f32 elements. All threads of the pool take part: zeroing pages takes most of a
+/// start from a pack.
+pub(super) fn resident(pool: &Pool, len: usize) -> Vec<f32> {
+    const HUGE: usize = HUGE_PAGE / size_of::<f32>();
     let mut values = vec![0.0f32; len];
-    advise_huge(values.as_mut_ptr().cast(), size_of_val(values.as_slice()));
-    // The system hands out zeroed pages on first touch; touching them now is what keeps a full
-    // machine from failing later.
-    for value in values.iter_mut().step_by(1024) {
-        // SAFETY: a plain write through a valid reference, volatile so that it is not dropped.
-        unsafe { std::ptr::write_volatile(value, 0.0) };
-    }
+    let first = values.as_mut_ptr();
+    advise_huge(first.cast(), size_of_val(values.as_slice()));
+    // The pieces are pages: one in front of the first whole one, then one each.
+    let in_front = first.align_offset(HUGE_PAGE).min(len);
+    let n_pieces = 1 + (len - in_front).div_ceil(HUGE);
+    let shared = SharedOut::new(&mut values);
+    pool.run(n_pieces, &|piece, _| {
+        let elements = match piece {
+            0 => 0..in_front,
+            _ => in_front + (piece - 1) * HUGE..(in_front + piece * HUGE).min(len),
+        };
+        // The system hands out zeroed pages on first touch; touching them now is what keeps a full
+        // machine from failing later.
+        for element in elements.step_by(SMALL_PAGE / size_of::<f32>()) {
+            // SAFETY: inside, and pieces are disjoint; volatile so that the write is not dropped.
+            unsafe { std::ptr::write_volatile(shared.at(element), 0.0) };
+        }
+    });
     values
 }
 
@@ -126,6 +142,16 @@ impl Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn resident_memory_is_zero_whatever_its_length() {
+        let pool = Pool::new(3).unwrap();
+        for len in [0, 1, 1024, HUGE_PAGE / 4, 3 * HUGE_PAGE / 4 + 5] {
+            let values = resident(&pool, len);
+            assert_eq!(values.len(), len);
+            assert!(values.iter().all(|v| *v == 0.0));
+        }
+    }
 
     #[test]
     fn pieces_keep_what_was_written_and_are_aligned() {

@@ -331,7 +331,7 @@ impl Backend for CpuBackend {
     type Cache = CpuCache;
 
     fn buffer(&self, len: usize) -> Vec<f32> {
-        memory::resident(len)
+        memory::resident(&self.pool, len)
     }
 
     fn kv_type(&self) -> KvType {
@@ -339,7 +339,7 @@ impl Backend for CpuBackend {
     }
 
     fn cache(&self, shape: CacheShape) -> CpuCache {
-        CpuCache::new(shape, self.config.kv_type)
+        CpuCache::new(&self.pool, shape, self.config.kv_type)
     }
 
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
