@@ -28,6 +28,10 @@ from machine import ROOT
 from serving import DSD, Failed
 
 RESULTS = ROOT / "docs/performance/peers.json"
+# Where the benchmarks of kernels lie once they are built.
+KERNELS = ["cargo", "bench", "--locked", "-q", "-p", "dsd-kernels", "--bench", "kernels", "--"]
+# Keys and values as llama.cpp keeps them by default, in two bytes.
+KV_TYPE = ("--kv-type", "bf16")
 # Cores that others may take in a run that counts.
 OTHERS_MAX = 0.15
 PROGRAM_S_MAX = 300
@@ -54,7 +58,7 @@ def checked(ran, what):
 
 def dsd_speed(file, n_prompt, n_output, *more, threads=2, sequences=1, runs=3):
     """One process of `dsd eval speed`."""
-    ran = checked(machine.run([DSD, "eval", "speed", "--model", file, "--activations", "int8", "--threads", threads, "--prompt", n_prompt,
+    ran = checked(machine.run([DSD, "eval", "speed", "--model", file, "--activations", "int8", *KV_TYPE, "--threads", threads, "--prompt", n_prompt,
                                "--output", n_output, "--sequences", sequences, "--runs", runs, *more], PROGRAM_S_MAX), "dsd eval speed")
     rates = json.loads(ran.out.strip().splitlines()[-1])
     return {name: rates[name]["median"] for name in ("prefill", "decode", "output")}, ran
@@ -125,11 +129,22 @@ def over_http(server, round_index):
 
 
 def http_dsd(model, round_index):
-    return over_http(serving.dsd(peers.model(MODELS[model]["file"])), round_index)
+    return over_http(serving.dsd(peers.model(MODELS[model]["file"]), *KV_TYPE), round_index)
 
 
 def http_llama(model, round_index, build="build"):
     return over_http(serving.llama_server(peers.tool("llama-server", build), peers.model(MODELS[model]["file"]), 2), round_index)
+
+
+def steady_reading():
+    """What memory gives to one thread and to two that only read, over a second each."""
+    found, others = {}, 0.0
+    for threads in (1, 2):
+        ran = checked(machine.run([*KERNELS, "--steady", "--threads", threads], KERNELS_S_MAX), "cargo bench")
+        others = max(others, ran.others)
+        for read in json.loads(ran.out.strip().splitlines()[-1])["read"]:
+            found[f"read_{threads}_{read['bytes'] >> 20}"] = read["gb_s"]
+    return found, others
 
 
 def ranks(name):
@@ -204,7 +219,7 @@ def pack():
         checked(machine.run([DSD, "pack", "--model", peers.model("smollm2-q4_0"), "--out", packed], PROGRAM_S_MAX), "dsd pack")
         found = {"pack_mib": sum(f.stat().st_size for f in packed.rglob("*") if f.is_file()) / (1 << 20)}
         others = machine.Others()
-        with serving.dsd(packed) as running:
+        with serving.dsd(packed, *KV_TYPE) as running:
             found |= {"ready_s": running.ready_s, "pss_mib": machine.pss_mib(running.pid)}
             found["kv_plan_mib"] = kv_plan_mib(running)
             own = machine.cpu_of(running.pid)
@@ -226,7 +241,7 @@ def killed_rank():
         packed = Path(folder) / "v3"
         checked(machine.run([DSD, "pack", "--model", peers.model("dsv3-q4_0"), "--out", packed, "--tp", 2],
                             PROGRAM_S_MAX), "dsd pack")
-        with serving.dsd(packed, "--tp", 2) as running:
+        with serving.dsd(packed, "--tp", 2, *KV_TYPE) as running:
             before, old = read_bytes(machine.tree(running.pid)), rank_pids(running.pid)
             if not old:
                 raise Failed("the node has no rank processes")
@@ -248,7 +263,7 @@ def killed_rank():
 
 def measurements():
     """Name to function of the round's index, in the order of a round."""
-    found = {}
+    found = {"reading": lambda _: steady_reading()}
     for model in MODELS:
         found[f"offline {model} dsd"] = lambda _, m=model: offline_dsd(m)
         found[f"offline {model} llama.cpp"] = lambda _, m=model: offline_llama(m)
@@ -270,8 +285,7 @@ def measurements():
 
 def kernels():
     """What `make bench` says of this machine, ceilings and kernels, and what others took meanwhile."""
-    command = ["cargo", "bench", "--locked", "-q", "-p", "dsd-kernels", "--bench", "kernels", "--", "--threads", "2", "--json"]
-    ran = checked(machine.run(command, KERNELS_S_MAX), "cargo bench")
+    ran = checked(machine.run([*KERNELS, "--threads", "2", "--json"], KERNELS_S_MAX), "cargo bench")
     return json.loads(ran.out.strip().splitlines()[-1]), ran.others
 
 

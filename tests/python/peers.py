@@ -112,8 +112,9 @@ def make_models():
         quantize(plain, "Q4_0", f"{name}-q4_0")
 
 
-# Bytes of the tensors that a token reads, and operations it takes in a prompt: all but the embedding's other rows, the experts that it does
-# not go through and, in a prompt, the head, which only the last position needs.
+# Bytes of the tensors that a token reads, and those that a step of 16 tokens reads together when each chooses its experts independently;
+# operations a token takes in a prompt: all but the embedding's other rows, the experts that it does not go through and, in a prompt, the head,
+# which only the last position needs.
 SIZES = """
 import json, sys, gguf
 reader = gguf.GGUFReader(sys.argv[1])
@@ -124,14 +125,16 @@ def key(name):
 share = (key("expert_used_count") or 1) / (key("expert_count") or 1)
 names = [t.name for t in reader.tensors]
 head = "output.weight" if "output.weight" in names else "token_embd.weight"
-n_bytes = n_ops = 0
+n_bytes = n_step_bytes = n_ops = 0
 for t in reader.tensors:
     if t.name == "token_embd.weight" != head:
         continue
-    part = share if "_exps" in t.name else 1
+    is_expert = "_exps" in t.name
+    part = share if is_expert else 1
     n_bytes += part * int(t.n_bytes)
+    n_step_bytes += (1 - (1 - share) ** 16 if is_expert else 1) * int(t.n_bytes)
     n_ops += 0 if t.name == head else part * 2 * int(t.n_elements)
-print(json.dumps({"token_bytes": n_bytes, "prompt_token_ops": n_ops}))
+print(json.dumps({"token_bytes": n_bytes, "step_16_bytes": n_step_bytes, "prompt_token_ops": n_ops}))
 """
 
 

@@ -162,6 +162,27 @@ def table(r):
     return "\n".join(out + [""])
 
 
+def memory_table(r):
+    """What memory gave between the runs, and how much of it decoding takes and the bars would take."""
+    rates = {n: r.median("reading", f"read_2_{n}") for n in (128, 512)}
+    if None in rates.values():
+        return ""
+    def line(n):
+        one, two = (r.median("reading", f"read_{threads}_{n}") for threads in (1, 2))
+        return f"{two:.1f} GB/s from {n} MiB, {two / one:.2f}x what one thread gets"
+    out = [f"Between the runs ({r.n_clean('reading')} times, a second each) two threads that did nothing but read got {line(128)}, and {line(512)}.", "",
+           "| decoding | bytes a step | dsd takes | the bar would take | reading alone | bar to reading |", "|---|---|---|---|---|---|"]
+    by_work = {row.work: row for row in rows(r)}
+    for work, model, key, tokens, n in (("SmolLM2 Q4_0 decode, 1 stream", "smollm2", "token_bytes", 1, 128), ("V3-shaped Q4_0 decode, 1 stream", "v3", "token_bytes", 1, 512),
+                                        ("V3-shaped Q4_0, 16 streams decoding", "v3", "step_16_bytes", 16, 512)):
+        row, n_bytes = by_work[work], r.all["sizes"][model][key]
+        if row.ours is None or row.bar is None:
+            continue
+        ours, bar = (rate / tokens * n_bytes / 1e9 for rate in (row.ours, row.bar))
+        out.append(f"| {work} | {n_bytes / 1e6:,.0f} MB | {ours:.1f} GB/s | {bar:.1f} GB/s | {rates[n]:.1f} GB/s | {100 * bar / rates[n]:.0f} % |")
+    return "\n".join(out + [""])
+
+
 def http_table(r):
     """Everything measured over HTTP."""
     out = ["| model | clients | server | output tokens/s | first token p50 / p95 | between tokens p50 | end to end p95 |", "|---|---|---|---|---|---|---|"]
@@ -217,7 +238,7 @@ def write(results):
     r = Results(results)
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "kernels.md").write_text(kernels(r))
-    text = "\n".join((table(r), http_table(r), pictures(r)))
+    text = "\n".join((table(r), memory_table(r), http_table(r), pictures(r)))
     document = DOCUMENT.read_text()
     before, _, rest = document.partition(BEGIN)
     _, mark, after = rest.partition(END)

@@ -13,6 +13,8 @@ const SETS: [usize; 5] = [512 << 10, 4 << 20, 32 << 20, 128 << 20, 512 << 20];
 const READ_BYTES: usize = 1 << 30;
 /// Measurements of which the best counts: a ceiling is what can be reached.
 const RUNS: usize = 7;
+/// Seconds of a steady read.
+const STEADY_S: f64 = 1.0;
 /// Pieces of work per thread in a measurement of arithmetic.
 const PIECES: usize = 16;
 
@@ -109,6 +111,22 @@ impl Ceilings {
             "read": read.collect::<Vec<_>>(),
         })
     }
+}
+
+/// What reading the sets that do not fit the caches gives over [`STEADY_S`], good and bad moments alike.
+pub(crate) fn steady(backend: &CpuBackend) -> Value {
+    let read = SETS[SETS.len() - 2..].iter().map(|set| {
+        let buffer = backend.buffer(set / size_of::<f32>());
+        backend.peak_read(&buffer, 1);
+        let (start, mut n_bytes) = (Instant::now(), 0);
+        while start.elapsed().as_secs_f64() < STEADY_S {
+            n_bytes += backend.peak_read(&buffer, 1);
+        }
+        let rate = n_bytes as f64 / start.elapsed().as_secs_f64();
+        json!({"bytes": set, "gb_s": rate / 1e9})
+    });
+    let read = read.collect::<Vec<_>>();
+    json!({"threads": backend.config().n_threads, "read": read})
 }
 
 /// The best rate of several runs of work that says how much it was.

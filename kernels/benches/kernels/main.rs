@@ -1,7 +1,8 @@
 //! Kernels at the sizes of real layers, beside what this machine can do at most.
 //!
 //! `cargo bench -p dsd-kernels --bench kernels -- [--threads N] [--isa NAME] [--json] [WORD...]` times the
-//! cases whose line holds every word. Ceilings are measured first, on the same threads. Without
+//! cases whose line holds every word. Ceilings are measured first, on the same threads. With
+//! `--steady` it only says how fast memory is read, a second each, on average instead of at best. Without
 //! cargo's `--bench`, as a test, everything runs once and nothing is said about speed.
 #![expect(
     clippy::print_stdout,
@@ -35,6 +36,7 @@ struct Options {
     n_threads: usize,
     isa: Isa,
     as_json: bool,
+    steady: bool,
     /// Once and untimed.
     is_test: bool,
     words: Vec<String>,
@@ -57,6 +59,10 @@ fn main() -> Result<(), CpuError> {
         })
     };
     let float = backend(Activations::F32, KvType::F32)?;
+    if options.steady {
+        println!("{}", ceilings::steady(&float));
+        return Ok(());
+    }
     let int8 = backend(Activations::Int8, KvType::F32)?;
     let short_kv = [KvType::Bf16, KvType::Int8].map(|kv_type| backend(Activations::F32, kv_type));
     let [bf16_kv, int8_kv] = short_kv;
@@ -126,6 +132,7 @@ fn options() -> Options {
             .unwrap_or(cores),
         isa: *isa.unwrap_or(&available[0]),
         as_json: args.iter().any(|a| a == "--json"),
+        steady: args.iter().any(|a| a == "--steady"),
         is_test: !args.iter().any(|a| a == "--bench"),
         words: (0..args.len())
             .filter(|at| !args[*at].starts_with("--") && !is_value(*at))
