@@ -28,6 +28,8 @@ pub struct ModelExecutor<B: Backend> {
     limits: ExecutorLimits,
     rows: StepRows,
     group: Collective,
+    /// A rank did not arrive: nobody waits for the others any more.
+    is_lost: bool,
     /// The vocabulary's columns of every rank.
     columns: Vec<Range<usize>>,
     /// Whole rows of logits, on the first rank of several.
@@ -113,6 +115,7 @@ impl<B: Backend> ModelExecutor<B> {
             words: Vec::new(),
             columns: split.vocab_of_ranks.clone(),
             group: Collective::Solo,
+            is_lost: false,
         }
     }
 
@@ -201,6 +204,15 @@ impl<B: Backend> ModelExecutor<B> {
         limit("token id", largest(&plan.tokens), vocab_len - 1)
     }
 
+    /// Tells the others the plan and runs this rank's part of it.
+    fn lead(&mut self, plan: &StepPlan) -> Result<usize, StepError> {
+        if let Collective::Shm(member) = &mut self.group {
+            plan.to_words(&mut self.words);
+            member.broadcast(Site::outside(Op::Plan), &self.words)?;
+        }
+        self.run(plan)
+    }
+
     /// This rank's part of a step; the first one's leaves the rows of logits, their number is
     /// returned.
     fn run(&mut self, plan: &StepPlan) -> Result<usize, StepError> {
@@ -244,10 +256,12 @@ fn n_words_max(limits: &ExecutorLimits) -> usize {
 }
 
 impl<B: Backend> Drop for ModelExecutor<B> {
-    /// Lets the followers go.
+    /// Lets the followers go. Those of a lost group cannot be told: one that is frozen would not listen
+    /// before the time of another step is over.
     fn drop(&mut self) {
         if let Collective::Shm(member) = &mut self.group
             && member.rank() == 0
+            && !self.is_lost
         {
             // Whoever is missing needs no goodbye.
             let _ = member.broadcast_end(Site::outside(Op::Plan));
@@ -262,11 +276,9 @@ impl<B: Backend> StepExecutor for ModelExecutor<B> {
 
     fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError> {
         self.check(plan)?;
-        if let Collective::Shm(member) = &mut self.group {
-            plan.to_words(&mut self.words);
-            member.broadcast(Site::outside(Op::Plan), &self.words)?;
-        }
-        let n_rows = self.run(plan)?;
+        let led = self.lead(plan);
+        self.is_lost |= matches!(led, Err(StepError::Missing(_)));
+        let n_rows = led?;
         let vocab_len = self.limits.vocab_len;
         let logits = match self.group {
             Collective::Solo => self
