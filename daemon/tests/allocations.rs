@@ -1,5 +1,4 @@
-//! Invariant: a step allocates nothing. What one takes was there when the model was ready, and a
-//! layer's first steps make what later ones keep.
+//! Invariant: a step of an executor that has run one as long before allocates nothing.
 //!
 //! A test of its own process: the counter sees every thread of it.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
@@ -114,7 +113,7 @@ fn plans() -> Vec<StepPlan> {
 }
 
 #[test]
-fn a_step_allocates_nothing() {
+fn a_step_as_long_as_one_before_allocates_nothing() {
     for (model, weights, kv_type) in [
         ("llama", None, KvType::F32),
         ("llama", Some(Format::Int4), KvType::Bf16),
@@ -127,7 +126,7 @@ fn a_step_allocates_nothing() {
         let mut executor = executor(model, weights, kv_type);
         assert!(before < N_ALLOCATIONS.load(Relaxed), "loading is counted");
         let plans = plans();
-        let mut counted = Vec::new();
+        let mut counted = Vec::with_capacity(plans.len());
         for _ in 0..2 {
             counted.clear();
             for plan in &plans {

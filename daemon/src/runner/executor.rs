@@ -41,7 +41,7 @@ pub struct ModelExecutor<B: Backend> {
 }
 
 /// A plan flattened into rows; refilled every step.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct StepRows {
     positions: Vec<usize>,
     span_of_row: Vec<usize>,
@@ -50,6 +50,16 @@ struct StepRows {
 }
 
 impl StepRows {
+    /// With room for the largest plan.
+    fn for_limits(limits: &ExecutorLimits) -> Self {
+        Self {
+            positions: Vec::with_capacity(limits.step_tokens_max),
+            span_of_row: Vec::with_capacity(limits.step_tokens_max),
+            spans: Vec::with_capacity(limits.step_spans_max),
+            logit_rows: Vec::with_capacity(limits.step_logits_max),
+        }
+    }
+
     fn fill(&mut self, plan: &StepPlan) {
         let Self {
             positions,
@@ -107,7 +117,7 @@ impl<B: Backend> ModelExecutor<B> {
             caches,
             workspace,
             limits,
-            rows: StepRows::default(),
+            rows: StepRows::for_limits(&limits),
             gathered: match split.of.n_ranks {
                 2.. if split.is_first() => vec![0.0; plan.step_logits_max * limits.vocab_len],
                 _ => Vec::new(),

@@ -266,7 +266,9 @@ impl CpuBackend {
     fn for_rows(&self, n_rows: usize, row_len: usize, body: &(dyn Fn(usize) + Sync)) {
         // About 16 Ki elements a piece: shorter ones cost more to hand over than to compute.
         let rows_per_piece = (16_384 / row_len.max(1)).max(1);
-        let rows_per_piece = rows_per_piece.min(linear::rows_per_piece(&self.pool, n_rows));
+        // Nor are rows taken from the thread that has them in the linear layers.
+        let share = dispatch!(self, s => linear::rows_per_piece(s, &self.pool, n_rows));
+        let rows_per_piece = rows_per_piece.min(share);
         self.pool.run(n_rows.div_ceil(rows_per_piece), &|piece, _| {
             let first = piece * rows_per_piece;
             (first..(first + rows_per_piece).min(n_rows)).for_each(body);

@@ -153,7 +153,7 @@ impl<'a> Inputs<'a> {
 
     /// Rounds all rows to int8, as one set.
     pub(super) fn round_all<S: Simd>(self, simd: S, pool: &Pool, memory: &mut Int8Tiles) -> Self {
-        let share = rows_per_piece(pool, self.n_rows);
+        let share = rows_per_piece(simd, pool, self.n_rows);
         let tiles = self.round(simd, pool, memory, &|row| {
             let first = row / share * share;
             (first, share.min(self.n_rows - first))
@@ -177,17 +177,24 @@ impl<'a> Inputs<'a> {
         // A piece is some groups of up to a tile of rows: the groups of a tile are cache lines of
         // their own, its rows are not, and threads that share lines wait for each other (43 ns a
         // group in pieces of rows, 9 so).
-        let rows_per_piece = S::TILE_TOKENS.min(rows_per_piece(pool, self.n_rows)).max(1);
+        let share = rows_per_piece(simd, pool, self.n_rows);
+        let rows_per_piece = S::TILE_TOKENS.min(share);
         let groups_per_piece = (ROUND_PIECE / (rows_per_piece * GROUP_LEN)).max(1);
         let n_ranges = n_groups.div_ceil(groups_per_piece);
         let groups_per_piece = n_groups.div_ceil(n_ranges.max(1));
+        let n_tiles = share.div_ceil(rows_per_piece);
         pool.run(
-            self.n_rows.div_ceil(rows_per_piece) * n_ranges,
+            self.n_rows.div_ceil(share) * n_tiles * n_ranges,
             &|piece, _| {
-                let (first, range) = (piece / n_ranges * rows_per_piece, piece % n_ranges);
+                let (tile, range) = (piece / n_ranges, piece % n_ranges);
+                let (share_first, tile) = (tile / n_tiles * share, tile % n_tiles);
+                let first = share_first + tile * rows_per_piece;
+                let end = (first + rows_per_piece)
+                    .min(share_first + share)
+                    .min(self.n_rows);
                 let groups =
                     range * groups_per_piece..((range + 1) * groups_per_piece).min(n_groups);
-                for row in first..(first + rows_per_piece).min(self.n_rows) {
+                for row in first..end {
                     let (set_first, set_len) = sets(row);
                     let set = RowSet {
                         first: set_first,
@@ -416,17 +423,19 @@ fn passes(rows: Range<usize>) -> impl Iterator<Item = (usize, usize)> {
 
 /// Rows of activations that a piece of work is about, from where the threads' shares are long enough
 /// for their own: what a thread wrote is then in its own caches when it goes on with it, instead of
-/// in another's (16 rows of SmolLM2: 7 % more tokens where two threads share a cache, 20 % where
-/// they do not).
-pub(super) fn rows_per_piece(pool: &Pool, n_rows: usize) -> usize {
+/// in another's (16 rows of SmolLM2 on two threads: 5 % more tokens, 16 % where the threads' caches
+/// seem to be far apart). Panels for the matrix unit are unpacked by every thread, so shares are
+/// longer there.
+pub(super) fn rows_per_piece<S: Simd>(simd: S, pool: &Pool, n_rows: usize) -> usize {
     let n_threads = pool.n_threads();
     let share = n_rows.div_ceil(n_threads);
     let short = share.next_multiple_of(SHORT_SHARE_ROWS);
     let idle_rows = short * n_threads - n_rows;
-    let rows = if n_threads <= FEW_THREADS && short < SHARE_ROWS_MIN && 8 * idle_rows <= n_rows {
-        short
-    } else {
-        share.next_multiple_of(PASS_ROWS).max(SHARE_ROWS_MIN)
+    let unpacks = MATRIX_ROWS_MIN <= n_rows && simd.amx().is_some();
+    let is_short = short < SHARE_ROWS_MIN && n_threads <= FEW_THREADS && !unpacks;
+    let rows = match is_short && 8 * idle_rows <= n_rows {
+        true => short,
+        false => share.next_multiple_of(PASS_ROWS).max(SHARE_ROWS_MIN),
     };
     rows.clamp(1, n_rows.max(1))
 }
@@ -669,7 +678,7 @@ fn stacked_panels<S: Simd>(
     inputs: &Inputs<'_>,
     to: Stack<'_>,
 ) {
-    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
+    let rows_per_piece = rows_per_piece(simd, pool, inputs.n_rows);
     let per_piece = panels_per_piece(inputs.n_cols, rows_per_piece);
     let n_panels_in_all = parts.iter().map(n_panels).sum();
     let cut = Cut::new(n_panels_in_all, per_piece, pool.n_threads());
@@ -855,7 +864,7 @@ pub(super) fn gated<S: Simd>(
     out: &mut [f32],
 ) {
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
-    let rows_per_piece = rows_per_piece(pool, inputs.n_rows);
+    let rows_per_piece = rows_per_piece(simd, pool, inputs.n_rows);
     let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
     let cut = Cut::new(n_panels(gate), per_piece, pool.n_threads());
     let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
