@@ -37,6 +37,8 @@ pub(super) enum TileInput {
 
 /// Panels that a pass takes at once at most.
 pub(super) const PANELS_MAX: usize = 4;
+/// No panels to ask for.
+const NOTHING: [*const u8; PANELS_MAX] = [ptr::null(); PANELS_MAX];
 
 /// `outs[p][t][r] = row r of panel p . row t of the input` over `n_groups` groups, for up to
 /// [`PANELS_MAX`] panels.
@@ -136,6 +138,14 @@ struct Scales<S: Simd> {
     min: S::F,
 }
 
+impl<S: Simd> Clone for Scales<S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S: Simd> Copy for Scales<S> {}
+
 /// A block format in panels, as [`crate::panel`] describes it.
 trait PanelFormat: 'static {
     const FORMAT: Format;
@@ -144,11 +154,31 @@ trait PanelFormat: 'static {
     const HAS_MIN: bool;
     const HAS_HALVES: bool;
 
+    /// Quad `q` of a group.
+    ///
+    /// # Safety
+    /// `codes` points at a group's, `q < 8`.
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B;
     /// The quads of a group.
     ///
     /// # Safety
     /// `codes` points at a group's.
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8];
+    #[inline(always)]
+    unsafe fn quads<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+        // SAFETY: promised by the caller.
+        unsafe {
+            [
+                Self::quad(simd, codes, 0),
+                Self::quad(simd, codes, 1),
+                Self::quad(simd, codes, 2),
+                Self::quad(simd, codes, 3),
+                Self::quad(simd, codes, 4),
+                Self::quad(simd, codes, 5),
+                Self::quad(simd, codes, 6),
+                Self::quad(simd, codes, 7),
+            ]
+        }
+    }
     /// The scales of group `group`.
     ///
     /// # Safety
@@ -156,46 +186,28 @@ trait PanelFormat: 'static {
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S>;
 }
 
+/// Quad `q` where the first four are low nibbles and the others the high ones of the same bytes.
+///
 /// # Safety
-/// 256 bytes are readable.
+/// 256 bytes are readable, `q < 8`.
 #[inline(always)]
-unsafe fn nibbles<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+unsafe fn nibbles<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
     // SAFETY: promised by the caller.
-    unsafe {
-        let a = simd.load_bytes(codes);
-        let b = simd.load_bytes(codes.add(64));
-        let c = simd.load_bytes(codes.add(128));
-        let d = simd.load_bytes(codes.add(192));
-        [
-            simd.low_nibbles(a),
-            simd.low_nibbles(b),
-            simd.low_nibbles(c),
-            simd.low_nibbles(d),
-            simd.high_nibbles(a),
-            simd.high_nibbles(b),
-            simd.high_nibbles(c),
-            simd.high_nibbles(d),
-        ]
+    let bytes = unsafe { simd.load_bytes(codes.add(64 * (q % 4))) };
+    match q < 4 {
+        true => simd.low_nibbles(bytes),
+        false => simd.high_nibbles(bytes),
     }
 }
 
+/// Quad `q` where a code is a byte.
+///
 /// # Safety
-/// 512 bytes are readable.
+/// 512 bytes are readable, `q < 8`.
 #[inline(always)]
-unsafe fn bytes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+unsafe fn bytes<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
     // SAFETY: promised by the caller.
-    unsafe {
-        [
-            simd.load_bytes(codes),
-            simd.load_bytes(codes.add(64)),
-            simd.load_bytes(codes.add(128)),
-            simd.load_bytes(codes.add(192)),
-            simd.load_bytes(codes.add(256)),
-            simd.load_bytes(codes.add(320)),
-            simd.load_bytes(codes.add(384)),
-            simd.load_bytes(codes.add(448)),
-        ]
-    }
+    unsafe { simd.load_bytes(codes.add(64 * q)) }
 }
 
 /// One f16 per row, a group.
@@ -217,9 +229,9 @@ impl PanelFormat for Q4_0 {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { nibbles(simd, codes) }
+        unsafe { nibbles(simd, codes, q) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
@@ -236,9 +248,9 @@ impl PanelFormat for Q4_1 {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { nibbles(simd, codes) }
+        unsafe { nibbles(simd, codes, q) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
@@ -261,9 +273,9 @@ impl PanelFormat for Q8_0 {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { bytes(simd, codes) }
+        unsafe { bytes(simd, codes, q) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
@@ -280,9 +292,9 @@ impl PanelFormat for Int8 {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { bytes(simd, codes) }
+        unsafe { bytes(simd, codes, q) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, _group: usize) -> Scales<S> {
@@ -303,9 +315,9 @@ impl PanelFormat for Int4 {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { nibbles(simd, codes) }
+        unsafe { nibbles(simd, codes, q) }
     }
     /// The minimum is exact: a scale has 11 significant bits, a zero 5, their product fits f32's 24.
     #[inline(always)]
@@ -330,9 +342,9 @@ impl PanelFormat for Q4K {
     const HAS_HALVES: bool = false;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller.
-        unsafe { nibbles(simd, codes) }
+        unsafe { nibbles(simd, codes, q) }
     }
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
@@ -361,24 +373,11 @@ impl PanelFormat for Q6K {
     const HAS_HALVES: bool = true;
 
     #[inline(always)]
-    unsafe fn codes<S: Simd>(simd: S, codes: *const u8) -> [S::B; 8] {
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
         // SAFETY: promised by the caller: 384 bytes.
         unsafe {
-            let low = nibbles(simd, codes);
-            let high = [
-                simd.load_bytes(codes.add(256)),
-                simd.load_bytes(codes.add(320)),
-            ];
-            [
-                simd.or(low[0], simd.bit_pairs(high[0], 0)),
-                simd.or(low[1], simd.bit_pairs(high[0], 1)),
-                simd.or(low[2], simd.bit_pairs(high[0], 2)),
-                simd.or(low[3], simd.bit_pairs(high[0], 3)),
-                simd.or(low[4], simd.bit_pairs(high[1], 0)),
-                simd.or(low[5], simd.bit_pairs(high[1], 1)),
-                simd.or(low[6], simd.bit_pairs(high[1], 2)),
-                simd.or(low[7], simd.bit_pairs(high[1], 3)),
-            ]
+            let high = simd.load_bytes(codes.add(256 + 64 * (q / 4)));
+            simd.or(nibbles(simd, codes, q), simd.bit_pairs(high, q % 4))
         }
     }
     #[inline(always)]
@@ -449,24 +448,31 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
     unsafe {
         while first < panels.len() {
             let (panels, outs, ahead) = (&panels[first..], &outs[first..], &ahead[first..]);
-            // What the panels of a pass read of one row or two is used for all, and their chains of
-            // products run beside each other: a row took 7.7 ns a group one by one, 5.5 in fours.
-            first += if T == 1 && panels.len() >= 4 {
-                int8_pass::<S, P, T, T, 4>(simd, panels, n_groups, x, 0, outs, ahead);
-                4
-            } else if T <= 2 && panels.len() >= 2 {
-                int8_pass::<S, P, T, T, 2>(simd, panels, n_groups, x, 0, outs, ahead);
-                2
-            } else if T == 16 {
-                // Sums, products and weights of 16 rows at once do not fit the registers: two passes
-                // of eight.
-                let none = [ptr::null()];
-                int8_pass::<S, P, T, 8, 1>(simd, panels, n_groups, x, 0, outs, ahead);
-                int8_pass::<S, P, T, 8, 1>(simd, panels, n_groups, x, 8, outs, &none);
-                1
-            } else {
-                int8_pass::<S, P, T, T, 1>(simd, panels, n_groups, x, 0, outs, ahead);
-                1
+            // What two panels read of a row is used for both, and chains of products run beside each
+            // other. As many rows as leave registers for sums, products and weights: 77 % of the dot
+            // products' peak with 6 rows of two panels, 75 with 8 rows of one, 74 with 4 of two, 54
+            // with 4 of one.
+            let two = S::TILE_TOKENS >= 16 && panels.len() >= 2;
+            macro_rules! pass {
+                ($n:literal: $($first:literal + $rows:expr),+) => {{
+                    let mut ahead = ahead;
+                    $(
+                        int8_pass::<S, P, T, { $rows }, $n>(
+                            simd, panels, n_groups, x, $first, outs, ahead,
+                        );
+                        ahead = &NOTHING;
+                    )+
+                    let _ = ahead;
+                    $n
+                }};
+            }
+            first += match T {
+                1 if panels.len() >= 4 => pass!(4: 0 + T),
+                1 | 2 if panels.len() >= 2 => pass!(2: 0 + T),
+                4 if two => pass!(2: 0 + T),
+                16 if two => pass!(2: 0 + 6, 6 + 6, 12 + 4),
+                16 => pass!(1: 0 + 8, 8 + 8),
+                _ => pass!(1: 0 + T),
             };
         }
     }
@@ -492,45 +498,64 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, con
             // SAFETY: the caller promises panels and tile.
             unsafe {
                 let layout = layout::<P>();
+                // Arrays, so that a loop over them is none in the machine's code and the sums stay in
+                // registers.
                 let panels = std::array::from_fn::<_, N, _>(|n| parts(layout, panels[n], n_groups));
+                let ahead = std::array::from_fn::<_, N, _>(|n| ahead[n]);
                 let mut sums = [[simd.splat(0.0); R]; N];
                 let mut half_sums = x.add(n_groups * T * ROW_BYTES).cast::<i32>().add(first);
                 for group in 0..n_groups {
                     let x_scales = x.add(T * GROUP_LEN).cast::<f32>().add(first);
                     let x_sums = x_scales.cast::<i32>();
-                    for ((panel, sums), ahead) in panels.iter().zip(&mut sums).zip(ahead) {
-                        ask(simd, *ahead, group, layout);
-                        let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
-                        let s = P::scales(simd, panel, group);
-                        // `-ZERO` times the sum of the codes of row `t` that the quads from `q` meet.
-                        let start = |q: usize, t: usize| match (P::HAS_HALVES, P::ZERO) {
-                            (true, 32) => half_sums.add(q / 4 * T + t).read_unaligned(),
-                            (false, 8) => x_sums.add(T + t).read_unaligned(),
-                            (false, 128) => x_sums.add(2 * T + t).read_unaligned(),
-                            (false, 0) => 0,
-                            _ => unreachable!("a format's zero has its sums in the tile"),
-                        };
-                        let x_scale = |t: usize| simd.splat(x_scales.add(t).read_unaligned());
-                        let chain_len = if P::HAS_HALVES { 4 } else { 8 };
-                        for q in (0..8).step_by(chain_len) {
-                            let mut products =
-                                std::array::from_fn::<_, R, _>(|t| simd.splat_i(start(q, t)));
-                            // Rows inside quads: their chains of products run beside each other.
-                            for (i, quad) in w[q..q + chain_len].iter().enumerate() {
-                                for (t, products) in products.iter_mut().enumerate() {
-                                    let codes = x.add((first + t) * GROUP_LEN + 4 * (q + i));
-                                    *products = simd.dot4(*products, *quad, codes.cast());
+                    // `-ZERO` times the sum of the codes of row `t` in a half, or in all.
+                    let start = |half: usize, t: usize| match (P::HAS_HALVES, P::ZERO) {
+                        (true, 32) => half_sums.add(half * T + t).read_unaligned(),
+                        (false, 8) => x_sums.add(T + t).read_unaligned(),
+                        (false, 128) => x_sums.add(2 * T + t).read_unaligned(),
+                        (false, 0) => 0,
+                        _ => unreachable!("a format's zero has its sums in the tile"),
+                    };
+                    let x_scale = |t: usize| simd.splat(x_scales.add(t).read_unaligned());
+                    let mut scales = [P::scales(simd, &panels[0], group); N];
+                    for n in 0..N {
+                        scales[n] = P::scales(simd, &panels[n], group);
+                        ask(simd, ahead[n], group, layout);
+                    }
+                    let codes = x.add(first * GROUP_LEN);
+                    let at = group * layout.code_bytes;
+                    // Products with quads of one scale, in chains that start at `start`.
+                    macro_rules! chains {
+                        ($half:literal: $($q:literal),+) => {
+                            let mut products = [[simd.splat_i(0); R]; N];
+                            for t in 0..R {
+                                let start = simd.splat_i(start($half, t));
+                                products.iter_mut().for_each(|products| products[t] = start);
+                            }
+                            $(add_quad::<S, P, R, N>(simd, &panels, at, $q, codes, &mut products);)+
+                            for t in 0..R {
+                                for n in 0..N {
+                                    let scale = simd.mul(scales[n].scale[$half], x_scale(t));
+                                    let product = simd.to_f(products[n][t]);
+                                    sums[n][t] = simd.fma(product, scale, sums[n][t]);
                                 }
                             }
-                            for (t, (sum, products)) in sums.iter_mut().zip(products).enumerate() {
-                                let scale = simd.mul(s.scale[q / 4], x_scale(t));
-                                *sum = simd.fma(simd.to_f(products), scale, *sum);
-                            }
-                        }
-                        if P::HAS_MIN {
-                            for (t, sum) in sums.iter_mut().enumerate() {
-                                let x_sum = x_scales.add(3 * T + t).read_unaligned();
-                                *sum = simd.fma(s.min, simd.splat(x_sum), *sum);
+                        };
+                    }
+                    if P::HAS_HALVES {
+                        chains!(0: 0, 1, 2, 3);
+                        chains!(1: 4, 5, 6, 7);
+                    } else if N == 1 {
+                        chains!(0: 0, 1, 2, 3, 4, 5, 6, 7);
+                    } else {
+                        // Quads of the same bytes one after the other, where a format has such: fewer
+                        // registers.
+                        chains!(0: 0, 4, 1, 5, 2, 6, 3, 7);
+                    }
+                    if P::HAS_MIN {
+                        for t in 0..R {
+                            let x_sum = simd.splat(x_scales.add(3 * T + t).read_unaligned());
+                            for (sums, scales) in sums.iter_mut().zip(&scales) {
+                                sums[t] = simd.fma(scales.min, x_sum, sums[t]);
                             }
                         }
                     }
@@ -545,6 +570,37 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, con
             }
         },
     );
+}
+
+/// Adds to `products[n][t]` those of quad `q` of the group at `at` of panel `n` with row `t` of a tile
+/// whose codes start at `x`.
+///
+/// # Safety
+/// The panels hold the group and `x` `R` rows' codes.
+#[inline(always)]
+unsafe fn add_quad<S: Simd, P: PanelFormat, const R: usize, const N: usize>(
+    simd: S,
+    panels: &[Panel; N],
+    at: usize,
+    q: usize,
+    x: *const u8,
+    products: &mut [[S::I; R]; N],
+) {
+    // SAFETY: promised by the caller.
+    unsafe {
+        for (panel, products) in panels.iter().zip(&mut *products) {
+            let quad = P::quad(simd, panel.codes.add(at), q);
+            for (t, product) in products.iter_mut().enumerate() {
+                let codes = x.add(t * GROUP_LEN + 4 * q);
+                *product = simd.dot4(*product, quad, codes.cast());
+            }
+        }
+    }
+    for products in products {
+        for product in products {
+            *product = simd.in_turn(*product);
+        }
+    }
 }
 
 /// See [`UnpackFn`].
@@ -566,7 +622,7 @@ unsafe fn unpack<S: Simd, P: PanelFormat>(
                 let minima = scales.add(n_groups * SCALE_BYTES);
                 for group in 0..n_groups {
                     ask(simd, ahead, group, layout);
-                    let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
+                    let w = P::quads(simd, panel.codes.add(group * layout.code_bytes));
                     for (q, quad) in w.into_iter().enumerate() {
                         let quad = simd.recenter(quad, P::ZERO);
                         simd.store_bytes(to.add(group * CODE_BYTES + q * 4 * PANEL_ROWS), quad);
@@ -621,7 +677,7 @@ unsafe fn f32_pass<S: Simd, P: PanelFormat, const T: usize>(
                 let zero = simd.splat(f32::from(P::ZERO));
                 let mut sums = [simd.splat(0.0); T];
                 for group in 0..n_groups {
-                    let w = P::codes(simd, panel.codes.add(group * layout.code_bytes));
+                    let w = P::quads(simd, panel.codes.add(group * layout.code_bytes));
                     let s = P::scales(simd, &panel, group);
                     for (q, quad) in w.iter().enumerate() {
                         for j in 0..4 {

@@ -32,6 +32,17 @@ fn with_features<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 
+/// See [`Simd::in_turn`].
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn in_turn(mut a: __m512i) -> __m512i {
+    // SAFETY: no instruction at all. It counts as one with effects, which keep their order.
+    unsafe {
+        std::arch::asm!("/* {} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
+    }
+    a
+}
+
 // SAFETY of every unsafe block below: `Avx512` exists only after `probe` saw the features; pointer
 // methods pass their caller's promise on.
 impl Simd for Avx512 {
@@ -286,6 +297,11 @@ impl Simd for Avx512 {
     fn to_f(self, a: __m512i) -> __m512 {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn in_turn(self, a: __m512i) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe { in_turn(a) }
     }
     #[inline(always)]
     unsafe fn dot4(self, sums: __m512i, codes: __m512i, values: *const i8) -> __m512i {

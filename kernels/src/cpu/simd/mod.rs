@@ -114,6 +114,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_i(self, from: *const i32) -> Self::I;
     /// Exact below 2^24.
     fn to_f(self, a: Self::I) -> Self::F;
+    /// `a`; where many chains of operations are to run beside each other, those in front of this come
+    /// before those behind it also in the machine's code. Left alone, the compiler puts a chain
+    /// behind the others to save a register, and everything waits for it.
+    #[inline(always)]
+    fn in_turn(self, a: Self::I) -> Self::I {
+        a
+    }
     /// `sums[lane] + sum_j codes[4 lane + j] * values[j]`: unsigned codes, four signed values that
     /// all lanes share.
     unsafe fn dot4(self, sums: Self::I, codes: Self::B, values: *const i8) -> Self::I;
