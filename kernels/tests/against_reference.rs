@@ -395,9 +395,12 @@ fn attention_has_the_same_bits_in_any_split() {
             },
         ),
     ];
-    for ((n_heads, rows), kv_type) in shapes
+    let kinds = KvType::ALL.map(|kv_type| (Activations::F32, kv_type));
+    // Where queries and weights are rounded as well.
+    let kinds = [&kinds[..], &[(Activations::Int8, KvType::Bf16)]].concat();
+    for ((n_heads, rows), (activations, kv_type)) in shapes
         .into_iter()
-        .flat_map(|shape| KvType::ALL.map(|kv_type| (shape, kv_type)))
+        .flat_map(|shape| kinds.iter().map(move |kind| (shape, *kind)))
     {
         let shape = CacheShape {
             rows,
@@ -413,7 +416,7 @@ fn attention_has_the_same_bits_in_any_split() {
             n_heads,
             scale: 0.3,
         };
-        for backend in backends_with(Activations::F32, kv_type) {
+        for backend in backends_with(activations, kv_type) {
             let all = Sequence::new(0, n, 32, 13);
             let mut cache = backend.cache(shape);
             store(&backend, &stored, &mut cache, shape, &all.inputs());
@@ -447,6 +450,78 @@ fn attention_has_the_same_bits_in_any_split() {
                 let of_all = &together[m * alone.len()..][..alone.len()];
                 let what = format!("{rows:?} {:?} row {m}", backend.config());
                 assert_eq!(bits(&alone), bits(of_all), "{what}");
+            }
+        }
+    }
+}
+
+/// With int8 activations and a cache in bf16, queries and the softmax' weights are rounded to bf16 too:
+/// a weight is off by at most 2^-9 of itself, and so is their sum. Every instruction set gives the same
+/// bits, whether pairs of products are one instruction or two.
+#[test]
+fn attention_in_pairs_agrees_and_has_the_same_bits_on_every_set() {
+    let mut random = Random(17);
+    let odd = cases::AttentionCase {
+        n_heads: 3,
+        rows: CacheRows::Heads {
+            n_kv_heads: 3,
+            head_dim: 37,
+        },
+        n_past: 40,
+        n_new: 61,
+    };
+    for case in cases::attention().into_iter().chain([odd]) {
+        let shape = CacheShape {
+            rows: case.rows,
+            n_blocks: 13,
+            block_len: 32,
+        };
+        let (key_len, value_len) = head_lens(case.rows);
+        let n_all = case.n_past + case.n_new;
+        let all = Sequence::new(0, n_all, 32, 13);
+        let stored = random.values(n_all * case.rows.row_len());
+        let queries = random.values(case.n_new * case.n_heads * key_len);
+        let rounded = |values: &[f32]| as_stored(KvType::Bf16, case.rows, values);
+        let sequence = Sequence::new(case.n_past, case.n_new, 32, 13);
+        let inputs = sequence.inputs();
+        let attention = AttentionShape {
+            n_heads: case.n_heads,
+            scale: 0.7,
+        };
+        let view = RowView::dense(case.n_heads * key_len);
+        let mut cache = Reference.cache(shape);
+        store(
+            &Reference,
+            &rounded(&stored),
+            &mut cache,
+            shape,
+            &all.inputs(),
+        );
+        let mut expected = vec![0.0; case.n_new * case.n_heads * value_len];
+        Reference.attention(
+            &rounded(&queries),
+            view,
+            &cache,
+            shape,
+            attention,
+            &inputs,
+            &mut expected,
+        );
+        let largest = stored.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let mut first: Option<Vec<f32>> = None;
+        for backend in backends_with(Activations::Int8, KvType::Bf16) {
+            let mut cache = backend.cache(shape);
+            store(&backend, &stored, &mut cache, shape, &all.inputs());
+            let mut found = vec![0.0; expected.len()];
+            backend.attention(
+                &queries, view, &cache, shape, attention, &inputs, &mut found,
+            );
+            let what = format!("{case:?} {:?}", backend.config());
+            let tolerance = largest * (2f32.powi(-8) + 1e-5);
+            check_within(&what, &found, &expected, tolerance);
+            let first = first.get_or_insert_with(|| found.clone());
+            for (i, (a, b)) in found.iter().zip(&*first).enumerate() {
+                assert_eq!(a.to_bits(), b.to_bits(), "{what}: element {i}, {a} and {b}");
             }
         }
     }

@@ -624,7 +624,16 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) {
         dispatch!(self, s => attention::attention(
-            s, &self.pool, queries, query_rows, cache, cache_shape, attention, inputs, out,
+            s,
+            &self.pool,
+            queries,
+            query_rows,
+            cache,
+            cache_shape,
+            attention,
+            inputs,
+            self.config.activations,
+            out,
         ));
     }
 

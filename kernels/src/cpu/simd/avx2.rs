@@ -131,12 +131,55 @@ fn dot_words(sums: __m256i, codes: __m256i, even: __m256i, odd: __m256i) -> __m2
     _mm256_add_epi32(sums, _mm256_add_epi32(low, high))
 }
 
+/// See [`Simd::interleave`], for the first eight words or the others.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn interleave(a: __m256i, b: __m256i) -> I {
+    let (low, high) = (_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
+    [
+        _mm256_permute2x128_si256::<0x20>(low, high),
+        _mm256_permute2x128_si256::<0x31>(low, high),
+    ]
+}
+
+/// See [`Simd::words`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn words(a: __m256i) -> F {
+    let high = _mm256_and_si256(a, _mm256_set1_epi32(0xffff_0000_u32.cast_signed()));
+    [
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)),
+        _mm256_castsi256_ps(high),
+    ]
+}
+
+/// Eight values in lanes of words, see [`Simd::round_bf16`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bf16_bits(a: __m256) -> __m256i {
+    let bits = _mm256_castps_si256(a);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
+    _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan)
+}
+
+/// 16 values, see [`Simd::round_bf16`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round_bf16(a: F) -> __m256i {
+    let words = _mm256_packus_epi32(bf16_bits(a[0]), bf16_bits(a[1]));
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(words)
+}
+
 // SAFETY of every unsafe block below: `Avx2` exists only after `probe` saw the features; pointer
 // methods pass their caller's promise on.
 impl Simd for Avx2 {
     type F = F;
     type I = I;
     type B = I;
+    type Bf16Dot = Self;
     const TILE_TOKENS: usize = 4;
     const TILE_QUERIES: usize = 2;
     const TILE_LATENT_QUERIES: usize = 2;
@@ -366,6 +409,29 @@ impl Simd for Avx2 {
                 _mm256_loadu_si256(from.add(8).cast()),
             ]
         }
+    }
+    #[inline(always)]
+    fn splat_b(self, value: u32) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [_mm256_set1_epi32(value.cast_signed()); 2] }
+    }
+    #[inline(always)]
+    fn interleave(self, a: I, b: I) -> [I; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe { [interleave(a[0], b[0]), interleave(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn words(self, a: I) -> [F; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let ([a_low, a_high], [b_low, b_high]) = (words(a[0]), words(a[1]));
+            [[a_low, b_low], [a_high, b_high]]
+        }
+    }
+    #[inline(always)]
+    fn round_bf16(self, a: [F; 2]) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [round_bf16(a[0]), round_bf16(a[1])] }
     }
     #[inline(always)]
     fn splat_i(self, value: i32) -> I {

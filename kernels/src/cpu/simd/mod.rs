@@ -40,6 +40,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Queries that share a pass over latent rows, likewise; at most 6.
     const TILE_LATENT_QUERIES: usize;
 
+    /// This set with [`Self::dot2`] in one instruction.
+    type Bf16Dot: Simd;
+    /// That set, where the processor is faster with it.
+    fn bf16_dot(self) -> Option<Self::Bf16Dot> {
+        None
+    }
+
     /// The processor's matrix unit, where it has one and this set is to use it.
     fn amx(self) -> Option<amx::Amx> {
         None
@@ -108,6 +115,23 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn recenter(self, a: Self::B, zero: u8) -> Self::B;
     /// Stores 64 bytes.
     unsafe fn store_bytes(self, to: *mut u8, a: Self::B);
+
+    /// `value` in every lane.
+    fn splat_b(self, value: u32) -> Self::B;
+    /// Words `i` of `a` and of `b` beside each other in lane `i`, for the first 16 words and for the
+    /// others.
+    fn interleave(self, a: Self::B, b: Self::B) -> [Self::B; 2];
+    /// The low words of all lanes as bf16, and the high ones.
+    fn words(self, a: Self::B) -> [Self::F; 2];
+    /// 32 values rounded to bf16, ties to even, two neighbours in a lane; NaN stays NaN.
+    fn round_bf16(self, a: [Self::F; 2]) -> Self::B;
+    /// `sums[lane] + a[lane] * b[lane]` for both words of a lane as bf16, the high ones first, each a
+    /// [`Self::fma`]. Where it is one instruction, numbers below 2^-126 count as zero.
+    #[inline(always)]
+    fn dot2(self, sums: Self::F, a: Self::B, b: Self::B) -> Self::F {
+        let ([a_low, a_high], [b_low, b_high]) = (self.words(a), self.words(b));
+        self.fma(a_low, b_low, self.fma(a_high, b_high, sums))
+    }
 
     fn splat_i(self, value: i32) -> Self::I;
     /// 16 i32.

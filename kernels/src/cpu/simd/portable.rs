@@ -1,6 +1,6 @@
 //! Plain arrays: every processor, and what the compiler makes of it.
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::{LANES, Simd};
 use crate::quant;
@@ -30,6 +30,7 @@ impl Simd for Portable {
     type F = F;
     type I = [i32; LANES];
     type B = B;
+    type Bf16Dot = Self;
     const TILE_TOKENS: usize = 4;
     const TILE_QUERIES: usize = 2;
     const TILE_LATENT_QUERIES: usize = 2;
@@ -198,6 +199,34 @@ impl Simd for Portable {
     unsafe fn load_i(self, from: *const i32) -> [i32; LANES] {
         // SAFETY: 16 i32 are readable.
         unsafe { from.cast::<[i32; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn splat_b(self, value: u32) -> B {
+        [value.to_le_bytes(); LANES]
+    }
+    #[inline(always)]
+    fn interleave(self, a: B, b: B) -> [B; 2] {
+        let word = |of: &B, i: usize| [of[i / 2][i % 2 * 2], of[i / 2][i % 2 * 2 + 1]];
+        let lane = |i: usize| {
+            let ([a, b], [c, d]) = (word(&a, i), word(&b, i));
+            [a, b, c, d]
+        };
+        [0, LANES].map(|first| std::array::from_fn(|i| lane(first + i)))
+    }
+    #[inline(always)]
+    fn words(self, a: B) -> [F; 2] {
+        [
+            a.map(|lane| quant::bf16_to_f32([lane[0], lane[1]])),
+            a.map(|lane| quant::bf16_to_f32([lane[2], lane[3]])),
+        ]
+    }
+    #[inline(always)]
+    fn round_bf16(self, a: [F; 2]) -> B {
+        let word = |i: usize| bf16::from_f32(a[i / LANES][i % LANES]).to_le_bytes();
+        std::array::from_fn(|i| {
+            let ([a, b], [c, d]) = (word(2 * i), word(2 * i + 1));
+            [a, b, c, d]
+        })
     }
     #[inline(always)]
     fn splat_i(self, value: i32) -> [i32; LANES] {

@@ -5,9 +5,13 @@
 //! Invariant: a query walks its blocks in order from position 0 with the same operations whatever
 //! queries share its pass, so its result depends on nothing but itself and the cache.
 
+mod pairs;
+
 use std::ptr;
 
+use self::pairs::{QUERY_LEN_MAX, RoundedQuery};
 use super::{
+    Activations,
     kv_cache::{BlockLayout, CpuCache},
     pool::Pool,
     shared::{SharedOut, area},
@@ -100,24 +104,38 @@ trait Stored {
     type Rope: Element;
     /// Rows have scales.
     const SCALED: bool;
+    /// Queries and weights are rounded to bf16, see [`pairs`].
+    const PAIRS: bool;
 }
 
 impl Stored for F32 {
     type Main = Self;
     type Rope = Self;
     const SCALED: bool = false;
+    const PAIRS: bool = false;
 }
 
 impl Stored for Bf16 {
     type Main = Self;
     type Rope = Self;
     const SCALED: bool = false;
+    const PAIRS: bool = false;
 }
 
 impl Stored for Int8 {
     type Main = Self;
     type Rope = Bf16;
     const SCALED: bool = true;
+    const PAIRS: bool = false;
+}
+
+/// [`Bf16`] against queries and weights in bf16.
+enum Bf16Pairs {}
+impl Stored for Bf16Pairs {
+    type Main = Bf16;
+    type Rope = Bf16;
+    const SCALED: bool = false;
+    const PAIRS: bool = true;
 }
 
 /// Where one KV head's rows lie in a block, in bytes.
@@ -227,6 +245,7 @@ pub(super) fn attention<S: Simd>(
     shape: CacheShape,
     attention: AttentionShape,
     inputs: &StepInputs<'_>,
+    activations: Activations,
     out: &mut [f32],
 ) {
     let n_kv_heads = match shape.rows {
@@ -292,6 +311,10 @@ pub(super) fn attention<S: Simd>(
         }
         (span, tile, kv_head)
     };
+    // Int8 activations are rounded more coarsely than bf16 already.
+    let in_pairs = kv_type == KvType::Bf16
+        && activations == Activations::Int8
+        && lengths.key_len <= QUERY_LEN_MAX;
     pool.run(n_pieces, &|piece, _| {
         let (span, tile, kv_head) = place_of(piece);
         let span = &inputs.spans[span];
@@ -344,6 +367,10 @@ pub(super) fn attention<S: Simd>(
         // SAFETY: as above; block ids were checked.
         unsafe {
             match kv_type {
+                KvType::Bf16 if in_pairs => match simd.bf16_dot() {
+                    Some(simd) => attend_tile::<_, Bf16Pairs>(simd, &tile[..n], &cached),
+                    None => attend_tile::<S, Bf16Pairs>(simd, &tile[..n], &cached),
+                },
                 KvType::F32 => attend_tile::<S, F32>(simd, &tile[..n], &cached),
                 KvType::Bf16 => attend_tile::<S, Bf16>(simd, &tile[..n], &cached),
                 KvType::Int8 => attend_tile::<S, Int8>(simd, &tile[..n], &cached),
@@ -398,10 +425,14 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
     let mut largest = [f32::NEG_INFINITY; T];
     let mut total = [0f32; T];
     let mut rescale = [0f32; T];
+    let mut rounded = [const { RoundedQuery::EMPTY }; T];
     // SAFETY: all offsets below stay inside the block, the queries and the outputs.
     unsafe {
-        for query in queries {
+        for (query, rounded) in queries.iter().zip(&mut rounded) {
             query.out.write_bytes(0, rows.value_len);
+            if K::PAIRS {
+                rounded.fill(simd, query.query, rows.key_len);
+            }
         }
         for index in (0..n_blocks).step_by(STRIPE) {
             let first = index * block_len;
@@ -418,7 +449,16 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
             };
             let both = [block(0), block(n_here - 1)];
             let blocks = &both[..n_here];
-            if rows.keys_in_rows {
+            if K::PAIRS && rows.keys_in_rows {
+                for (i, block) in blocks.iter().enumerate() {
+                    pairs::score_rows::<S, T>(simd, &rounded, *block, cached, i, &mut weights);
+                }
+            } else if K::PAIRS && n_here == STRIPE {
+                let weights = &mut weights;
+                pairs::score_columns::<S, T, STRIPE>(simd, &rounded, both, cached, weights);
+            } else if K::PAIRS {
+                pairs::score_columns::<S, T, 1>(simd, &rounded, [both[0]], cached, &mut weights);
+            } else if rows.keys_in_rows {
                 for (i, block) in blocks.iter().enumerate() {
                     score_rows::<S, K, T>(simd, queries, *block, cached, i, &mut weights);
                 }
@@ -429,8 +469,10 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
             }
             for t in 0..T {
                 let n = queries[t].n_positions.saturating_sub(first).min(width);
-                let row = &mut weights[t][..width];
+                let scores = &mut weights[t];
+                let row = &mut scores[..width];
                 if n == 0 {
+                    // Zeros in bf16 as well.
                     row.fill(0.0);
                     rescale[t] = 1.0;
                     continue;
@@ -447,10 +489,16 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
                     simd.store(p, simd.exp(shifted));
                 }
                 row[n..].fill(0.0);
-                let mut sum = simd.load(row.as_ptr());
-                for at in (LANES..width).step_by(LANES) {
-                    sum = simd.add(sum, simd.load(row.as_ptr().add(at)));
-                }
+                let sum = match K::PAIRS {
+                    true => pairs::round_weights(simd, scores, width),
+                    false => {
+                        let mut sum = simd.load(row.as_ptr());
+                        for at in (LANES..width).step_by(LANES) {
+                            sum = simd.add(sum, simd.load(row.as_ptr().add(at)));
+                        }
+                        simd.sum(sum)
+                    }
+                };
                 // Most stripes bring no larger score, and a call of `exp` costs as much as the rest.
                 rescale[t] = if largest[t] == new_largest {
                     1.0
@@ -459,11 +507,11 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
                 } else {
                     (largest[t] - new_largest).exp()
                 };
-                total[t] = total[t] * rescale[t] + simd.sum(sum);
+                total[t] = total[t] * rescale[t] + sum;
                 largest[t] = new_largest;
                 if K::SCALED {
                     // A value's scale goes into its weight: codes are added up as they are.
-                    for (row, block) in row.chunks_exact_mut(block_len).zip(blocks) {
+                    for (row, block) in scores.chunks_exact_mut(block_len).zip(blocks) {
                         let scales = block.first.add(rows.value_scales);
                         for at in (0..block_len).step_by(LANES) {
                             let p = row.as_mut_ptr().add(at);
@@ -473,7 +521,12 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
                     }
                 }
             }
-            accumulate::<S, K::Main, T>(simd, queries, &weights, &rescale, blocks, cached);
+            match K::PAIRS {
+                true => pairs::accumulate(simd, queries, &weights, &rescale, blocks, cached),
+                false => {
+                    accumulate::<S, K::Main, T>(simd, queries, &weights, &rescale, blocks, cached);
+                }
+            }
         }
         for (query, total) in queries.iter().zip(total) {
             let inverse = 1.0 / total;
