@@ -17,6 +17,7 @@ use super::{
     memory,
     pool::Pool,
     shared::{SharedBytes, area},
+    simd::{LANES, Simd},
 };
 use crate::{
     backend::{CacheRows, CacheShape, KvType, RowView, StepInputs},
@@ -99,8 +100,9 @@ impl CpuCache {
     }
 
     /// See [`crate::backend::Backend::store_heads`].
-    pub(super) fn store_heads(
+    pub(super) fn store_heads<S: Simd>(
         &mut self,
+        simd: S,
         pool: &Pool,
         x: &[f32],
         [keys, values]: [RowView; 2],
@@ -125,18 +127,19 @@ impl CpuCache {
                 let at = head * n * head_dim * element + t * element;
                 let place = layout.scales + scale_at;
                 // SAFETY: places are the layout's, inside the block.
-                unsafe { write(block, row(keys), kv_type, at, n * element, place) };
+                unsafe { write(simd, block, row(keys), kv_type, at, n * element, place) };
                 let at = layout.second + (head * n + t) * head_dim * element;
                 let place = layout.value_scales + scale_at;
                 // SAFETY: as above.
-                unsafe { write(block, row(values), kv_type, at, element, place) };
+                unsafe { write(simd, block, row(values), kv_type, at, element, place) };
             }
         });
     }
 
     /// See [`crate::backend::Backend::store_latent`].
-    pub(super) fn store_latent(
+    pub(super) fn store_latent<S: Simd>(
         &mut self,
+        simd: S,
         pool: &Pool,
         rows: &[f32],
         view: RowView,
@@ -163,11 +166,11 @@ impl CpuCache {
             let at = t * latent_len * element;
             let place = layout.scales + t * kv_type.scale_bytes();
             // SAFETY: places are the layout's, inside the block.
-            unsafe { write(block, latent, kv_type, at, element, place) };
+            unsafe { write(simd, block, latent, kv_type, at, element, place) };
             let element = kv_type.rope_bytes();
             let at = layout.second + t * rope_len * element;
             // SAFETY: as above.
-            unsafe { write(block, rope, rope_type, at, element, 0) };
+            unsafe { write(simd, block, rope, rope_type, at, element, 0) };
         });
     }
 
@@ -206,7 +209,8 @@ impl CpuCache {
 ///
 /// # Safety
 /// All that lies inside the block, aligned to its elements, and no other thread touches it.
-unsafe fn write(
+unsafe fn write<S: Simd>(
+    simd: S,
     block: *mut u8,
     values: &[f32],
     kv_type: KvType,
@@ -227,9 +231,30 @@ unsafe fn write(
                 }
             }
             KvType::Bf16 => {
-                for (i, value) in values.iter().enumerate() {
-                    let bits = bf16::from_f32(*value).to_bits();
-                    block.add(at + i * step).cast::<u16>().write(bits);
+                let to = |i: usize| block.add(at + i * step).cast::<u16>();
+                let (vectors, rest) = values.as_chunks::<{ 2 * LANES }>();
+                simd.vectorize(
+                    #[inline(always)]
+                    || {
+                        for (v, values) in vectors.iter().enumerate() {
+                            let (low, high) = (values.as_ptr(), values[LANES..].as_ptr());
+                            let rounded = simd.round_bf16([simd.load(low), simd.load(high)]);
+                            let first = v * values.len();
+                            if step == 2 {
+                                simd.store_bytes(to(first).cast(), rounded);
+                                continue;
+                            }
+                            let mut words = [0u16; 2 * LANES];
+                            simd.store_bytes(words.as_mut_ptr().cast(), rounded);
+                            for (i, word) in words.into_iter().enumerate() {
+                                to(first + i).write(word);
+                            }
+                        }
+                    },
+                );
+                let first = values.len() - rest.len();
+                for (i, value) in rest.iter().enumerate() {
+                    to(first + i).write(bf16::from_f32(*value).to_bits());
                 }
             }
             KvType::Int8 => {

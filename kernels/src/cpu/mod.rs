@@ -599,7 +599,7 @@ impl Backend for CpuBackend {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        cache.store_heads(&self.pool, x, [keys, values], shape, inputs);
+        dispatch!(self, s => cache.store_heads(s, &self.pool, x, [keys, values], shape, inputs));
     }
 
     fn store_latent(
@@ -610,7 +610,7 @@ impl Backend for CpuBackend {
         shape: CacheShape,
         inputs: &StepInputs<'_>,
     ) {
-        cache.store_latent(&self.pool, rows, view, shape, inputs);
+        dispatch!(self, s => cache.store_latent(s, &self.pool, rows, view, shape, inputs));
     }
 
     fn attention(

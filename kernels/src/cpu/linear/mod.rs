@@ -194,17 +194,21 @@ impl<'a> Inputs<'a> {
                     .min(self.n_rows);
                 let groups =
                     range * groups_per_piece..((range + 1) * groups_per_piece).min(n_groups);
-                for row in first..end {
+                let mut row = first;
+                while row < end {
                     let (set_first, set_len) = sets(row);
                     let set = RowSet {
                         first: set_first,
                         n_rows: set_len,
                         n_groups,
                     };
-                    let x = self.row(row);
+                    let rows = row - set_first..end.min(set_first + set_len) - set_first;
+                    row += rows.len();
                     // SAFETY: the memory was reserved for all rows; each group is rounded by one
                     // thread.
-                    unsafe { tiles.round_groups(simd, x, row - set_first, set, groups.clone()) };
+                    unsafe {
+                        tiles.round_rows(simd, |i| self.row(set_first + i), rows, set, &groups);
+                    }
                 }
             },
         );

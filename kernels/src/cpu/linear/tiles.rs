@@ -120,47 +120,185 @@ impl SharedTiles {
         self.first.wrapping_add(at).cast_const()
     }
 
-    /// Rounds groups `groups` of `x` into row `row` of `set`.
+    /// Rounds groups `groups` of rows `rows` of `set`, of which row `i` is `x(i)`.
     ///
     /// # Safety
-    /// The set fits the memory and no other thread touches those groups of the row.
-    pub(super) unsafe fn round_groups<S: Simd>(
+    /// The set fits the memory and no other thread touches those groups of the rows.
+    pub(super) unsafe fn round_rows<'x, S: Simd>(
+        self,
+        simd: S,
+        x: impl Fn(usize) -> &'x [f32],
+        rows: Range<usize>,
+        set: RowSet,
+        groups: &Range<usize>,
+    ) {
+        let mut row = rows.start;
+        while row < rows.end {
+            let (first, len) = tile_of(row, set.n_rows, S::TILE_TOKENS);
+            let place = Place {
+                tile: self.tile(set, first).cast_mut(),
+                n_groups: set.n_groups,
+            };
+            let is_whole = first == row && row + len <= rows.end;
+            // SAFETY: passed on from the caller.
+            unsafe {
+                row += match (is_whole, len) {
+                    (true, 16) => place.round_tile::<S, 16>(simd, |t| x(first + t), groups),
+                    (true, 8) => place.round_tile::<S, 8>(simd, |t| x(first + t), groups),
+                    (true, 4) => place.round_tile::<S, 4>(simd, |t| x(first + t), groups),
+                    (true, 2) => place.round_tile::<S, 2>(simd, |t| x(first + t), groups),
+                    (true, 1) => place.round_tile::<S, 1>(simd, |t| x(first + t), groups),
+                    _ => {
+                        place.round_row(simd, x(row), row - first, len, groups.clone());
+                        1
+                    }
+                };
+            }
+        }
+    }
+}
+
+/// A tile in memory.
+#[derive(Clone, Copy)]
+struct Place {
+    tile: *mut u8,
+    n_groups: usize,
+}
+
+impl Place {
+    /// Group `group` of a tile of `len` rows, and its sums of halves.
+    fn group(self, group: usize, len: usize) -> (*mut u8, *mut i32) {
+        let halves = self.n_groups * len * ROW_BYTES + group * len * HALVES_BYTES;
+        let block = self.tile.wrapping_add(group * len * ROW_BYTES);
+        (block, self.tile.wrapping_add(halves).cast())
+    }
+
+    /// Rounds groups `groups` of all `LEN` rows of a tile, as many of them at once as a vector has
+    /// lanes; returns `LEN`.
+    ///
+    /// # Safety
+    /// The tile is this thread's.
+    unsafe fn round_tile<'x, S: Simd, const LEN: usize>(
+        self,
+        simd: S,
+        x: impl Fn(usize) -> &'x [f32],
+        groups: &Range<usize>,
+    ) -> usize {
+        let at_once = LANES / LEN;
+        let rows = std::array::from_fn::<_, LEN, _>(|t| {
+            let row = x(t);
+            assert_eq!(
+                row.len(),
+                self.n_groups * GROUP_LEN,
+                "a row of whole groups"
+            );
+            row.as_ptr()
+        });
+        let rest = groups.end - groups.len() % at_once..groups.end;
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                for first in (groups.start..rest.start).step_by(at_once) {
+                    let (mut from, mut codes) = ([rows[0]; LANES], [self.tile.cast::<i8>(); LANES]);
+                    for i in 0..LANES {
+                        let (group, t) = (first + i / LEN, i % LEN);
+                        from[i] = rows[t].wrapping_add(group * GROUP_LEN);
+                        codes[i] = self.group(group, LEN).0.wrapping_add(t * GROUP_LEN).cast();
+                    }
+                    // SAFETY: rows are whole groups, as asserted above, and so is the tile.
+                    unsafe {
+                        let (scales, sums) = simd.round_groups(&from, &codes);
+                        for i in 0..at_once {
+                            let (block, half_sums) = self.group(first + i, LEN);
+                            let of = |sums: &[i32; LANES]| {
+                                *sums.as_ptr().add(i * LEN).cast::<[i32; LEN]>()
+                            };
+                            let halves = [of(&sums[0]), of(&sums[1])];
+                            let scales = *scales.as_ptr().add(i * LEN).cast::<[f32; LEN]>();
+                            put_scales(&scales, &halves, block, half_sums, 0, LEN);
+                        }
+                    }
+                }
+            },
+        );
+        for (t, row) in (0..LEN).map(|t| (t, x(t))) {
+            // SAFETY: promised by the caller.
+            unsafe { self.round_row(simd, row, t, LEN, rest.clone()) };
+        }
+        LEN
+    }
+
+    /// Rounds groups `groups` of `x` into row `t` of a tile of `len`.
+    ///
+    /// # Safety
+    /// Those groups of the tile's row are this thread's.
+    unsafe fn round_row<S: Simd>(
         self,
         simd: S,
         x: &[f32],
-        row: usize,
-        set: RowSet,
+        t: usize,
+        len: usize,
         groups: Range<usize>,
     ) {
-        assert_eq!(x.len(), set.n_groups * GROUP_LEN, "a row of whole groups");
-        let (first, len) = tile_of(row, set.n_rows, S::TILE_TOKENS);
-        let t = row - first;
-        let tile = self.tile(set, first).cast_mut();
-        let halves = tile.wrapping_add(set.n_groups * len * ROW_BYTES);
+        assert_eq!(x.len(), self.n_groups * GROUP_LEN, "a row of whole groups");
         let values = &x.as_chunks::<GROUP_LEN>().0[groups.clone()];
         simd.vectorize(
             #[inline(always)]
             || {
                 for (group, values) in groups.zip(values) {
-                    // SAFETY: the caller promises the set's memory.
-                    unsafe {
-                        let block = tile.add(group * len * ROW_BYTES);
-                        let halves = halves.add(group * len * HALVES_BYTES);
-                        round_group(simd, values, block, halves.cast(), t, len);
-                    }
+                    let (block, half_sums) = self.group(group, len);
+                    // SAFETY: the caller promises the tile.
+                    unsafe { round_group(simd, values, block, half_sums, t, len) };
                 }
             },
         );
     }
 }
 
+/// Writes scales and sums of halves of rows `t..t + N` of a group of a tile of `len` rows.
+///
 /// # Safety
-/// `block` holds a group of a tile of `len` rows and `half_sums` its sums of halves, `t < len`.
+/// `block` holds the group and `half_sums` its sums of halves, `t + N <= len`.
 #[inline(always)]
 #[expect(
     clippy::cast_precision_loss,
     reason = "a sum of 32 integers within -127..=127"
 )]
+unsafe fn put_scales<const N: usize>(
+    scales: &[f32; N],
+    halves: &[[i32; N]; 2],
+    block: *mut u8,
+    half_sums: *mut i32,
+    t: usize,
+    len: usize,
+) {
+    let mut sums = [0; N];
+    let (mut by_8, mut by_128, mut scaled) = ([0; N], [0; N], [0.0; N]);
+    let mut by_32 = [[0; N]; 2];
+    for i in 0..N {
+        sums[i] = halves[0][i] + halves[1][i];
+        by_8[i] = sums[i] * -8;
+        by_128[i] = sums[i] * -128;
+        scaled[i] = scales[i] * sums[i] as f32;
+        by_32[0][i] = halves[0][i] * -32;
+        by_32[1][i] = halves[1][i] * -32;
+    }
+    // SAFETY: promised by the caller.
+    unsafe {
+        let to = block.add(len * GROUP_LEN).cast::<f32>().add(t);
+        to.cast::<[f32; N]>().write_unaligned(*scales);
+        to.add(len).cast::<[i32; N]>().write_unaligned(by_8);
+        to.add(2 * len).cast::<[i32; N]>().write_unaligned(by_128);
+        to.add(3 * len).cast::<[f32; N]>().write_unaligned(scaled);
+        let to = half_sums.add(t);
+        to.cast::<[i32; N]>().write_unaligned(by_32[0]);
+        to.add(len).cast::<[i32; N]>().write_unaligned(by_32[1]);
+    }
+}
+
+/// # Safety
+/// `block` holds a group of a tile of `len` rows and `half_sums` its sums of halves, `t < len`.
+#[inline(always)]
 unsafe fn round_group<S: Simd>(
     simd: S,
     values: &[f32; GROUP_LEN],
@@ -171,28 +309,89 @@ unsafe fn round_group<S: Simd>(
 ) {
     // SAFETY: a group has 32 values and the caller promises the block.
     unsafe {
-        let low = simd.load(values.as_ptr());
-        let high = simd.load(values.as_ptr().add(LANES));
-        let magnitude = simd.max(simd.abs(low), simd.abs(high));
-        let scale = simd.largest(magnitude) / 127.0;
-        let inverse = simd.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
         let codes = block.add(t * GROUP_LEN).cast::<i8>();
-        let halves = simd.round_i8(codes, [simd.mul(low, inverse), simd.mul(high, inverse)]);
-        let sum = halves[0] + halves[1];
-        let scales = block.add(len * GROUP_LEN).cast::<f32>();
-        scales.add(t).write_unaligned(scale);
-        let sums = scales.cast::<i32>();
-        sums.add(len + t).write_unaligned(sum * -8);
-        sums.add(2 * len + t).write_unaligned(sum * -128);
-        scales.add(3 * len + t).write_unaligned(scale * sum as f32);
-        half_sums.add(t).write_unaligned(halves[0] * -32);
-        half_sums.add(len + t).write_unaligned(halves[1] * -32);
+        let (scale, halves) = simd.round_group(values.as_ptr(), codes);
+        put_scales(&[scale], &halves.map(|sum| [sum]), block, half_sums, t, len);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{cpu::simd, quant::int8};
+
+    /// All rows of a set, in parts, are what the definition gives, whatever tile they fall into.
+    fn check_rounding<S: Simd>(simd: S) {
+        let mut state = 1u32;
+        let mut value = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f32::from((state >> 16) as i16) / 3e3
+        };
+        for (n_rows, n_groups) in [(1, 1), (1, 37), (2, 20), (7, 5), (16, 3), (24, 18), (47, 4)] {
+            let mut x = (0..n_rows * n_groups * GROUP_LEN)
+                .map(|_| value())
+                .collect::<Vec<_>>();
+            x[..GROUP_LEN].fill(0.0);
+            let row = |row: usize| &x[row * n_groups * GROUP_LEN..][..n_groups * GROUP_LEN];
+            let mut memory = Int8Tiles::default();
+            memory.reserve(n_rows + 3, n_groups * GROUP_LEN);
+            let tiles = memory.shared();
+            let set = RowSet {
+                first: 3,
+                n_rows,
+                n_groups,
+            };
+            let (rows, groups) = (n_rows / 3 + 1, n_groups / 2);
+            for rows in [0..rows, rows..n_rows] {
+                for groups in [0..groups, groups..n_groups] {
+                    // SAFETY: the memory was reserved for them, and this is the only thread.
+                    unsafe { tiles.round_rows(simd, row, rows.clone(), set, &groups) };
+                }
+            }
+            for (r, group) in (0..n_rows).flat_map(|r| (0..n_groups).map(move |g| (r, g))) {
+                let (first, len) = tile_of(r, n_rows, S::TILE_TOKENS);
+                let place = Place {
+                    tile: tiles.tile(set, first).cast_mut(),
+                    n_groups,
+                };
+                let (block, half_sums) = place.group(group, len);
+                let values = &row(r).as_chunks::<GROUP_LEN>().0[group];
+                let mut codes = [0; GROUP_LEN];
+                let scale = int8::round_group(values, &mut codes);
+                let sum = |codes: &[i8]| codes.iter().map(|c| i32::from(*c)).sum::<i32>();
+                let (low, high) = codes.split_at(GROUP_LEN / 2);
+                let t = r - first;
+                // SAFETY: a group of a tile, all of it written.
+                unsafe {
+                    let found = block.add(t * GROUP_LEN).cast::<[i8; GROUP_LEN]>().read();
+                    assert_eq!(found, codes, "{n_rows} rows, row {r}, group {group}");
+                    let scales = block.add(len * GROUP_LEN).cast::<f32>();
+                    let f32_at = |i: usize| scales.add(i * len + t).read_unaligned();
+                    let i32_at = |i: usize| f32_at(i).to_bits().cast_signed();
+                    let all = sum(&codes);
+                    assert_eq!(f32_at(0).to_bits(), scale.to_bits());
+                    assert_eq!((i32_at(1), i32_at(2)), (all * -8, all * -128));
+                    assert_eq!(f32_at(3).to_bits(), (scale * all as f32).to_bits());
+                    let halves = [0, len].map(|at| half_sums.add(at + t).read_unaligned());
+                    assert_eq!(halves, [sum(low) * -32, sum(high) * -32]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_rounded_as_the_definition_says_in_every_tile() {
+        check_rounding(simd::Portable);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(set) = simd::Avx2::probe() {
+                check_rounding(set);
+            }
+            if let Some(set) = simd::Avx512::probe_for(false) {
+                check_rounding(set);
+            }
+        }
+    }
 
     #[test]
     fn tiles_cover_every_row_once_and_rows_find_their_tile() {

@@ -3,7 +3,7 @@
 
 use std::{arch::x86_64::*, sync::OnceLock};
 
-use super::{Simd, amx::Amx};
+use super::{LANES, Simd, amx::Amx};
 
 /// Proof that the processor has what this file uses; with `BF16` also of AVX512-BF16.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +68,113 @@ fn in_turn(mut a: __m512i) -> __m512i {
         std::arch::asm!("/* {} */", inout(zmm_reg) a, options(nomem, nostack, preserves_flags));
     }
     a
+}
+
+/// Largest magnitude of lanes `l` and `l + 16` of 32 values.
+///
+/// # Safety
+/// They are readable.
+#[target_feature(enable = "avx512f,avx512dq")]
+#[inline]
+unsafe fn magnitudes(from: *const f32) -> __m512 {
+    // SAFETY: promised by the caller.
+    let (low, high) = unsafe { (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))) };
+    _mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high))
+}
+
+/// In every quarter the largest elements of that quarter of each vector, one beside the other.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn largest_of_4(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    let ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    let (low, high) = (_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd));
+    _mm512_max_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+}
+
+/// The largest of four quarters' elements, for each vector, one vector after the other.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn largest_of_quarters(a: __m512, b: __m512, c: __m512, d: __m512) -> __m512 {
+    const EVEN: i32 = 0b10_00_10_00;
+    const ODD: i32 = 0b11_01_11_01;
+    let two = |a, b| {
+        _mm512_max_ps(
+            _mm512_shuffle_f32x4::<EVEN>(a, b),
+            _mm512_shuffle_f32x4::<ODD>(a, b),
+        )
+    };
+    two(two(a, b), two(c, d))
+}
+
+/// Rounds 32 values times `inverse` to the nearest integers, ties to even, and stores them as signed
+/// bytes; the sums of every four.
+///
+/// # Safety
+/// Values are readable, bytes writable.
+#[target_feature(enable = "avx512f,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn round_bytes(from: *const f32, inverse: f32, to: *mut i8) -> __m256i {
+    let inverse = _mm512_set1_ps(inverse);
+    // SAFETY: promised by the caller.
+    unsafe {
+        let low = _mm512_mul_ps(_mm512_loadu_ps(from), inverse);
+        let high = _mm512_mul_ps(_mm512_loadu_ps(from.add(16)), inverse);
+        let low = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(low));
+        let high = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(high));
+        let codes = _mm256_set_m128i(high, low);
+        _mm256_storeu_si256(to.cast(), codes);
+        _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), codes)
+    }
+}
+
+/// In either half the sums of that half of each vector, one beside the other.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn sums_of_4(a: __m256i, b: __m256i, c: __m256i, d: __m256i) -> __m256i {
+    let ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    let cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd))
+}
+
+/// See [`Simd::round_groups`]: maxima and sums of all groups side by side instead of one by one.
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512dq,avx512vl,avx512vnni,avx2")]
+#[inline]
+unsafe fn round_groups(
+    from: &[*const f32; 16],
+    codes: &[*mut i8; 16],
+) -> ([f32; 16], [[i32; 16]; 2]) {
+    let (mut scales, mut inverses, mut sums) = ([0f32; 16], [0f32; 16], [[0i32; 16]; 2]);
+    // SAFETY: promised by the caller; arrays are as long as what is stored in them.
+    unsafe {
+        let quarter = |i: usize| {
+            largest_of_4(
+                magnitudes(from[i]),
+                magnitudes(from[i + 1]),
+                magnitudes(from[i + 2]),
+                magnitudes(from[i + 3]),
+            )
+        };
+        let largest = largest_of_quarters(quarter(0), quarter(4), quarter(8), quarter(12));
+        let scale = _mm512_div_ps(largest, _mm512_set1_ps(127.0));
+        let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(scale, _mm512_setzero_ps());
+        let inverse = _mm512_maskz_div_ps(positive, _mm512_set1_ps(1.0), scale);
+        _mm512_storeu_ps(scales.as_mut_ptr(), scale);
+        _mm512_storeu_ps(inverses.as_mut_ptr(), inverse);
+        for i in (0..16).step_by(4) {
+            let of = |i: usize| round_bytes(from[i], inverses[i], codes[i]);
+            let both = sums_of_4(of(i), of(i + 1), of(i + 2), of(i + 3));
+            let [low, high] = &mut sums;
+            _mm_storeu_si128(low[i..].as_mut_ptr().cast(), _mm256_castsi256_si128(both));
+            let upper = _mm256_extracti128_si256::<1>(both);
+            _mm_storeu_si128(high[i..].as_mut_ptr().cast(), upper);
+        }
+    }
+    (scales, sums)
 }
 
 /// 16 values, see [`Simd::round_bf16`].
@@ -284,6 +391,15 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let high = _mm256_extracti128_si256::<1>(sums);
             [_mm256_castsi256_si128(sums), high].map(|half| _mm_cvtsi128_si32(half) - 16 * 128)
         }
+    }
+    #[inline(always)]
+    unsafe fn round_groups(
+        self,
+        from: &[*const f32; LANES],
+        codes: &[*mut i8; LANES],
+    ) -> ([f32; LANES], [[i32; LANES]; 2]) {
+        // SAFETY: promised by the caller; `self` proves the features.
+        unsafe { round_groups(from, codes) }
     }
     #[inline(always)]
     fn prefetch(self, at: *const u8) {

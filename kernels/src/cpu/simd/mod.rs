@@ -93,6 +93,34 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Rounds 32 values within -128..=127 to the nearest integers, ties to even, stores them as
     /// signed bytes and returns the sums of the first 16 and of the others.
     unsafe fn round_i8(self, to: *mut i8, a: [Self::F; 2]) -> [i32; 2];
+    /// Rounds 32 values as [`crate::quant::int8::round_group`] does and stores their codes; the scale,
+    /// and the sums of the first 16 codes and of the others.
+    #[inline(always)]
+    unsafe fn round_group(self, from: *const f32, codes: *mut i8) -> (f32, [i32; 2]) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            let (low, high) = (self.load(from), self.load(from.add(LANES)));
+            let scale = self.largest(self.max(self.abs(low), self.abs(high))) / 127.0;
+            let inverse = self.splat(if scale > 0.0 { 1.0 / scale } else { 0.0 });
+            let values = [self.mul(low, inverse), self.mul(high, inverse)];
+            (scale, self.round_i8(codes, values))
+        }
+    }
+    /// [`Self::round_group`] for 16 groups; lane `i` of what it returns is group `i`'s.
+    #[inline(always)]
+    unsafe fn round_groups(
+        self,
+        from: &[*const f32; LANES],
+        codes: &[*mut i8; LANES],
+    ) -> ([f32; LANES], [[i32; LANES]; 2]) {
+        let (mut scales, mut sums) = ([0.0; LANES], [[0; LANES]; 2]);
+        for i in 0..LANES {
+            // SAFETY: promised by the caller.
+            let (scale, halves) = unsafe { self.round_group(from[i], codes[i]) };
+            (scales[i], sums[0][i], sums[1][i]) = (scale, halves[0], halves[1]);
+        }
+        (scales, sums)
+    }
 
     /// Asks for the cache line at `at`, which need not be readable, in the second-level cache.
     fn prefetch(self, at: *const u8);
