@@ -221,7 +221,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type Bf16Dot = Avx512<true>;
     const TILE_TOKENS: usize = 16;
     const TILE_QUERIES: usize = 6;
-    const TILE_LATENT_QUERIES: usize = 4;
+    const TILE_LATENT_QUERIES: usize = 6;
 
     #[inline(always)]
     fn amx(self) -> Option<Amx> {
