@@ -62,17 +62,23 @@ pub(super) fn swiglu_row<S: Simd>(simd: S, gate: &mut [f32], up: &[f32]) {
     );
 }
 
+/// Rotates a head's pairs by their angles.
+#[inline(always)]
 pub(super) fn rotate(head: &mut [f32], layout: RopeLayout, cos: &[f32], sin: &[f32]) {
+    let angles = cos.iter().zip(sin);
+    let turn = |a: &mut f32, b: &mut f32, cos: f32, sin: f32| {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    };
     match layout {
         RopeLayout::Halves => {
             let (low, high) = head.split_at_mut(cos.len());
-            for (i, (a, b)) in low.iter_mut().zip(high).enumerate() {
-                (*a, *b) = (*a * cos[i] - *b * sin[i], *b * cos[i] + *a * sin[i]);
+            for ((a, b), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+                turn(a, b, *cos, *sin);
             }
         }
         RopeLayout::Pairs => {
-            for (i, [a, b]) in head.as_chunks_mut::<2>().0.iter_mut().enumerate() {
-                (*a, *b) = (*a * cos[i] - *b * sin[i], *b * cos[i] + *a * sin[i]);
+            for ([a, b], (cos, sin)) in head.as_chunks_mut::<2>().0.iter_mut().zip(angles) {
+                turn(a, b, *cos, *sin);
             }
         }
     }
