@@ -457,8 +457,17 @@ pub trait Backend: WeightStore + Send + 'static {
     );
     /// Zeroes the first `len` elements.
     fn clear(&self, x: &mut Self::Buffer, len: usize);
-    /// `x[m] += y[m]`, dense, `width` wide.
-    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, n_rows: usize, width: usize);
+    /// `x[m] += y[m]`, then [`Backend::rms_norm`] of `x[m]` to `out[m]`; all dense, `width` wide.
+    fn add_rms_norm(
+        &self,
+        x: &mut Self::Buffer,
+        y: &Self::Buffer,
+        n_rows: usize,
+        width: usize,
+        gain: &Self::Buffer,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
     /// `to[m] = from[m]`, the views' widths being equal.
     fn copy_rows(
         &self,

@@ -158,10 +158,20 @@ impl Backend for Reference {
         x[..len].fill(0.0);
     }
 
-    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
+    fn add_rms_norm(
+        &self,
+        x: &mut Vec<f32>,
+        y: &Vec<f32>,
+        n_rows: usize,
+        width: usize,
+        gain: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
         for (a, b) in x[..n_rows * width].iter_mut().zip(y) {
             *a += b;
         }
+        self.rms_norm(x, RowView::dense(width), n_rows, gain, eps, out);
     }
 
     fn copy_rows(

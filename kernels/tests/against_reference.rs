@@ -616,6 +616,22 @@ fn rows_and_heads_agree() {
             Reference.rms_norm(&x, view, n_rows, &gain, 1e-5, &mut expected);
             check(&format!("rms_norm {what}"), &found, &expected, 1e-5);
 
+            let n = n_rows * width;
+            let (mut sum, mut expected_sum) = (x[..n].to_vec(), x[..n].to_vec());
+            let y = wide[..n].to_vec();
+            backend.add_rms_norm(&mut sum, &y, n_rows, width, &gain, 1e-5, &mut found);
+            Reference.add_rms_norm(
+                &mut expected_sum,
+                &y,
+                n_rows,
+                width,
+                &gain,
+                1e-5,
+                &mut expected,
+            );
+            assert_eq!(sum, expected_sum, "sums of {what}");
+            check(&format!("add_rms_norm {what}"), &found, &expected, 1e-5);
+
             let (mut found, mut expected) = (wide.clone(), wide.clone());
             backend.rms_norm_heads(&mut found, n_rows, heads, &gain, 1e-5);
             Reference.rms_norm_heads(&mut expected, n_rows, heads, &gain, 1e-5);

@@ -78,39 +78,38 @@ impl<B: Backend> Decoder<B> {
             inputs,
             &mut ws.angles,
         );
+        let eps = spec.rms_norm_eps;
+        let first = self
+            .layers
+            .first()
+            .map_or(&self.norm, |l| &l.attention_norm);
+        backend.rms_norm(&ws.x, dense, n_rows, first, eps, &mut ws.normed);
+        let add_and_norm = |ws: &mut Workspace<B>, gain: &B::Buffer| {
+            let (x, y) = (&mut ws.x, &ws.y);
+            backend.add_rms_norm(x, y, n_rows, spec.hidden, gain, eps, &mut ws.normed);
+        };
         for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
             step.layer = index;
-            let eps = spec.rms_norm_eps;
-            backend.rms_norm(
-                &ws.x,
-                dense,
-                n_rows,
-                &layer.attention_norm,
-                eps,
-                &mut ws.normed,
-            );
             match &layer.attention {
                 Attention::Gqa(attention) => attention.forward(&step, cache, ws),
                 Attention::Mla(attention) => attention.forward(&step, cache, ws, group)?,
             }
             let y = backend.download(&mut ws.y, n_elements);
             group.all_reduce(step.site(Op::Attention), y)?;
-            backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
-            backend.rms_norm(&ws.x, dense, n_rows, &layer.ffn_norm, eps, &mut ws.normed);
+            add_and_norm(ws, &layer.ffn_norm);
             match &layer.ffn {
                 Ffn::Mlp(ffn) => ffn.forward(&step, ws),
                 Ffn::Moe(ffn) => ffn.forward(&step, ws, group)?,
             }
             let y = backend.download(&mut ws.y, n_elements);
             group.all_reduce(step.site(Op::FeedForward), y)?;
-            backend.add(&mut ws.x, &ws.y, n_rows, spec.hidden);
+            let next = self.layers.get(index + 1);
+            add_and_norm(ws, next.map_or(&self.norm, |l| &l.attention_norm));
         }
         let n = logit_rows.len();
-        let [raw, normed] = &mut ws.last;
-        backend.gather_rows(&ws.x, logit_rows, spec.hidden, raw);
-        backend.rms_norm(raw, dense, n, &self.norm, spec.rms_norm_eps, normed);
+        backend.gather_rows(&ws.normed, logit_rows, spec.hidden, &mut ws.last);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        backend.linear(normed, n, head, None, &mut ws.logits);
+        backend.linear(&ws.last, n, head, None, &mut ws.logits);
         Ok(&mut ws.logits)
     }
 }

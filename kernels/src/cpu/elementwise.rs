@@ -42,6 +42,27 @@ pub(super) fn rms_norm_row<S: Simd>(simd: S, row: &mut [f32], gain: &[f32], eps:
     );
 }
 
+/// Adds `y` to `x` and writes the norm of `x` to `out`.
+pub(super) fn add_rms_norm_row<S: Simd>(
+    simd: S,
+    x: &mut [f32],
+    y: &[f32],
+    out: &mut [f32],
+    gain: &[f32],
+    eps: f32,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            for ((x, y), out) in x.iter_mut().zip(y).zip(&mut *out) {
+                *x += y;
+                *out = *x;
+            }
+        },
+    );
+    rms_norm_row(simd, out, gain, eps);
+}
+
 pub(super) fn swiglu_row<S: Simd>(simd: S, gate: &mut [f32], up: &[f32]) {
     simd.vectorize(
         #[inline(always)]

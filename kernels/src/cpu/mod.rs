@@ -500,17 +500,26 @@ impl Backend for CpuBackend {
         x[..len].fill(0.0);
     }
 
-    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, n_rows: usize, width: usize) {
+    fn add_rms_norm(
+        &self,
+        x: &mut Vec<f32>,
+        y: &Vec<f32>,
+        n_rows: usize,
+        width: usize,
+        gain: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
         let n = area(&[n_rows, width]);
         let (x, y) = (SharedOut::new(&mut x[..n]), &y[..n]);
-        self.for_rows(n_rows, width, &|m| {
-            // SAFETY: rows are disjoint and inside the slice taken above.
-            let row = unsafe { std::slice::from_raw_parts_mut(x.at(m * width), width) };
-            let y = &y[m * width..][..width];
-            dispatch!(self, s => s.vectorize(
-                #[inline(always)]
-                || row.iter_mut().zip(y).for_each(|(a, b)| *a += b)
-            ));
+        let (gain, out) = (&gain[..width], SharedOut::new(&mut out[..n]));
+        self.for_rows(n_rows, 2 * width, &|m| {
+            let row = |of: SharedOut<'_>| {
+                // SAFETY: rows are disjoint and inside the slices taken above.
+                unsafe { std::slice::from_raw_parts_mut(of.at(m * width), width) }
+            };
+            let (row, to) = (row(x), row(out));
+            dispatch!(self, s => elementwise::add_rms_norm_row(s, row, &y[m * width..][..width], to, gain, eps));
         });
     }
 

@@ -101,9 +101,9 @@ impl<B: Backend> Gqa<B> {
                 b.rms_norm_heads(&mut ws.qkv, n_rows, heads(of), gain, step.rms_norm_eps);
             }
         }
-        for of in [q, k] {
-            b.rope(&mut ws.qkv, n_rows, heads(of), step.rope_layout, &ws.angles);
-        }
+        // Keys lie behind the queries, head after head.
+        let rotated = heads(rows(0, q_len + kv_len));
+        b.rope(&mut ws.qkv, n_rows, rotated, step.rope_layout, &ws.angles);
         b.store_heads(&ws.qkv, k, v, cache, step.cache_shape, step.inputs);
         #[expect(
             clippy::cast_precision_loss,
