@@ -22,7 +22,7 @@ use std::{
 
 use self::{
     elementwise::{for_each_head, rms_norm_row, rotate, swiglu_row},
-    linear::{Inputs, Int8Tiles, Job, Scratch, Slots, Trail, Trails, Way},
+    linear::{Inputs, Int8Tiles, Job, Later, Scratch, Slots, Trail, Trails, Way},
     memory::Arena,
     pool::Pool,
     shared::{SharedBytes, SharedOut, area, lock},
@@ -408,6 +408,7 @@ impl Backend for CpuBackend {
         bias: Option<&Vec<f32>>,
         out: &mut Vec<f32>,
     ) {
+        let later = Later::new();
         let mut inputs = Inputs::dense(x, n_rows, weight.n_cols());
         let bias = bias.map(|bias| &bias[..weight.n_rows()]);
         let next = self.next_after(weight);
@@ -418,7 +419,7 @@ impl Backend for CpuBackend {
         let mut memory = lock(&self.int8);
         dispatch!(self, s => {
             if self.rounds(&weight.parts) {
-                inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
+                inputs = inputs.round_all(s, &self.pool, &mut memory[0], &later);
             }
             linear::stacked(
                 s, &self.pool, &self.scratch, &weight.parts, way, &inputs, bias, out,
@@ -445,6 +446,7 @@ impl Backend for CpuBackend {
             self.swiglu(out, scratch, n_rows, gate.n_rows());
             return;
         }
+        let later = Later::new();
         let mut inputs = Inputs::dense(x, n_rows, gate.n_cols());
         let next = self.next_after(gate);
         let way = Way {
@@ -455,7 +457,7 @@ impl Backend for CpuBackend {
         let mut memory = lock(&self.int8);
         dispatch!(self, s => {
             if self.rounds(&gate.parts) {
-                inputs = inputs.round_all(s, &self.pool, &mut memory[0]);
+                inputs = inputs.round_all(s, &self.pool, &mut memory[0], &later);
             }
             linear::gated(s, &self.pool, &self.scratch, pair, way, &inputs, out);
         });

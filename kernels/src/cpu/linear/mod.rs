@@ -19,7 +19,11 @@ pub(super) use self::{
     trail::{Trail, Trails},
 };
 
-use std::{ops::Range, ptr, sync::Mutex};
+use std::{
+    ops::Range,
+    ptr,
+    sync::{Mutex, Once},
+};
 
 use self::{
     panels::{F32_TILE_TOKENS, PANELS_MAX, PREFETCH_BYTES, TileFn, TileInput, UnpackFn, tile_fns},
@@ -65,6 +69,17 @@ pub(super) struct Inputs<'a> {
     int8: Option<(SharedTiles, RowSet)>,
     /// Rows whose tiles are their own, see [`rows_per_piece`].
     share: usize,
+    /// Where rows are rounded by the thread that needs them first.
+    later: Option<&'a Later>,
+}
+
+/// Which shares have been rounded.
+pub(super) struct Later([Once; FEW_THREADS]);
+
+impl Later {
+    pub(super) const fn new() -> Self {
+        Self([const { Once::new() }; FEW_THREADS])
+    }
 }
 
 /// Where rows of activations are.
@@ -95,6 +110,7 @@ impl<'a> Inputs<'a> {
             },
             int8: None,
             share: usize::MAX,
+            later: None,
         }
     }
 
@@ -109,6 +125,7 @@ impl<'a> Inputs<'a> {
             places: Places::Picked(picked),
             int8: None,
             share: usize::MAX,
+            later: None,
         }
     }
 
@@ -121,6 +138,7 @@ impl<'a> Inputs<'a> {
             places: Places::Heads { view, n_rows },
             int8: None,
             share: usize::MAX,
+            later: None,
         }
     }
 
@@ -136,6 +154,7 @@ impl<'a> Inputs<'a> {
             },
             int8: None,
             share: usize::MAX,
+            later: None,
         }
     }
 
@@ -151,16 +170,50 @@ impl<'a> Inputs<'a> {
         &self.x[start..][..self.n_cols]
     }
 
-    /// Rounds all rows to int8, as one set.
-    pub(super) fn round_all<S: Simd>(self, simd: S, pool: &Pool, memory: &mut Int8Tiles) -> Self {
+    /// Rounds all rows to int8, as one set; short shares when they are [`Self::ready`], which saves a
+    /// job that takes longer to hand over than to do.
+    pub(super) fn round_all<S: Simd>(
+        mut self,
+        simd: S,
+        pool: &Pool,
+        memory: &mut Int8Tiles,
+        later: &'a Later,
+    ) -> Self {
         let share = rows_per_piece(simd, pool, self.n_rows);
-        let tiles = self.round(simd, pool, memory, &|row| {
-            let first = row / share * share;
-            (first, share.min(self.n_rows - first))
-        });
+        let tiles = if share < self.n_rows.min(SHARE_ROWS_MIN) {
+            self.later = Some(later);
+            memory.reserve(self.n_rows, self.n_cols);
+            memory.shared()
+        } else {
+            self.round(simd, pool, memory, &|row| {
+                let first = row / share * share;
+                (first, share.min(self.n_rows - first))
+            })
+        };
         let mut rounded = self.rounded(tiles, 0);
         rounded.share = share;
         rounded
+    }
+
+    /// Returns when the rows of share `share` are rounded, if they are to be.
+    fn ready<S: Simd>(&self, simd: S, share: usize) {
+        let (Some(later), Some((tiles, set))) = (self.later, self.int8) else {
+            return;
+        };
+        later.0[share].call_once(|| {
+            let first = share * self.share;
+            let set = RowSet {
+                first,
+                n_rows: self.share.min(self.n_rows - first),
+                ..set
+            };
+            let groups = 0..set.n_groups;
+            // SAFETY: the memory was reserved for all rows, and a share is rounded once, by one thread.
+            unsafe {
+                let row = |row: usize| self.row(first + row);
+                tiles.round_rows(simd, row, 0..set.n_rows, set, &groups);
+            }
+        });
     }
 
     /// Rounds all rows to int8; `sets` tells first row and length of a row's set.
@@ -703,6 +756,7 @@ fn stacked_panels<S: Simd>(
             false => n_panels_in_all,
         };
         let (share, piece) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
+        inputs.ready(simd, share);
         let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
         let unit = matrix_unit(simd, inputs);
         let scratch = &mut *lock(&scratch[thread]);
@@ -892,6 +946,7 @@ pub(super) fn gated<S: Simd>(
             panel_or([gate, up][which], index, end, beyond)
         };
         let (share, panels) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
+        inputs.ready(simd, share);
         let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
         let scratch = &mut lock(&scratch[thread]);
         gated_panels(
