@@ -41,6 +41,8 @@ use crate::{
 
 /// Decoding an element on its own, in elements of a vector.
 const DECODE_WORK: usize = 16;
+/// Rows whose experts are chosen in a piece, about 1 us each.
+const GATE_PIECE: usize = 8;
 
 /// An instruction set the kernels are built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -374,7 +376,9 @@ impl Backend for CpuBackend {
         CpuRoutes {
             top_k: shape.top_k,
             chosen: Vec::with_capacity(rows * shape.top_k),
-            choice: GateScratch::new(shape.n_experts),
+            choice: (0..self.pool.n_threads())
+                .map(|_| Mutex::new(GateScratch::new(shape.n_experts)))
+                .collect(),
             runs: Vec::with_capacity(shape.n_experts),
             rows: Vec::with_capacity(rows * shape.top_k),
             weights: Vec::with_capacity(rows * shape.top_k),
@@ -750,12 +754,22 @@ impl Backend for CpuBackend {
         routes: &mut CpuRoutes,
     ) {
         let CpuRoutes { chosen, choice, .. } = routes;
+        let (n_experts, top_k) = (shape.n_experts, shape.top_k);
         chosen.clear();
-        chosen.resize(n_rows * shape.top_k, (0, 0.0));
-        let rows = logits[..area(&[n_rows, shape.n_experts])].chunks_exact(shape.n_experts);
-        for (row, chosen) in rows.zip(chosen.chunks_exact_mut(shape.top_k)) {
-            reference::choose_experts(row, bias.map(Vec::as_slice), shape, choice, chosen);
-        }
+        chosen.resize(n_rows * top_k, (0, 0.0));
+        let logits = &logits[..area(&[n_rows, n_experts])];
+        let chosen = SharedOut::new(chosen);
+        self.pool
+            .run(n_rows.div_ceil(GATE_PIECE), &|piece, thread| {
+                let choice = &mut lock(&choice[thread]);
+                let first = piece * GATE_PIECE;
+                for m in first..(first + GATE_PIECE).min(n_rows) {
+                    // SAFETY: rows are disjoint, and there are as many as were made above.
+                    let to = unsafe { std::slice::from_raw_parts_mut(chosen.at(m * top_k), top_k) };
+                    let row = &logits[m * n_experts..][..n_experts];
+                    reference::choose_experts(row, bias.map(Vec::as_slice), shape, choice, to);
+                }
+            });
     }
 
     fn experts(

@@ -1,5 +1,7 @@
 //! Which rows go to which expert.
 
+use std::sync::Mutex;
+
 use super::linear::ExpertRun;
 use crate::reference::GateScratch;
 
@@ -9,7 +11,8 @@ pub struct CpuRoutes {
     pub(super) top_k: usize,
     /// `[rows, top_k]`: (expert, weight), ascending expert.
     pub(super) chosen: Vec<(usize, f32)>,
-    pub(super) choice: GateScratch,
+    /// Every thread's.
+    pub(super) choice: Vec<Mutex<GateScratch>>,
     /// Slots, sorted by expert: the row of each, and its weight.
     pub(super) runs: Vec<ExpertRun>,
     pub(super) rows: Vec<usize>,

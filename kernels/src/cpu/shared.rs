@@ -7,19 +7,19 @@ use std::{
 
 /// A pointer into an output buffer that several threads write disjoint parts of.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SharedOut<'a> {
-    first: *mut f32,
+pub(super) struct SharedOut<'a, T: Copy = f32> {
+    first: *mut T,
     len: usize,
-    owner: PhantomData<&'a mut [f32]>,
+    owner: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: threads write disjoint elements; every write goes through an unsafe method that says so.
-unsafe impl Send for SharedOut<'_> {}
+unsafe impl<T: Copy + Send> Send for SharedOut<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for SharedOut<'_> {}
+unsafe impl<T: Copy + Send> Sync for SharedOut<'_, T> {}
 
-impl<'a> SharedOut<'a> {
-    pub(super) fn new(out: &'a mut [f32]) -> Self {
+impl<'a, T: Copy> SharedOut<'a, T> {
+    pub(super) fn new(out: &'a mut [T]) -> Self {
         Self {
             first: out.as_mut_ptr(),
             len: out.len(),
@@ -29,20 +29,20 @@ impl<'a> SharedOut<'a> {
 
     /// # Safety
     /// `at` is inside, and no other thread touches that element.
-    pub(super) unsafe fn write(self, at: usize, value: f32) {
+    pub(super) unsafe fn write(self, at: usize, value: T) {
         debug_assert!(at < self.len, "output {at} of {}", self.len);
         // SAFETY: promised by the caller.
         unsafe { self.first.add(at).write(value) };
     }
 
     /// Where element `at` is or would be, to be named but not to be read.
-    pub(super) fn place(self, at: usize) -> *const f32 {
+    pub(super) fn place(self, at: usize) -> *const T {
         self.first.wrapping_add(at)
     }
 
     /// # Safety
     /// `at` is inside.
-    pub(super) unsafe fn at(self, at: usize) -> *mut f32 {
+    pub(super) unsafe fn at(self, at: usize) -> *mut T {
         debug_assert!(at < self.len, "output {at} of {}", self.len);
         // SAFETY: promised by the caller.
         unsafe { self.first.add(at) }
