@@ -8,8 +8,8 @@
 use bytemuck::cast_slice;
 
 use super::{
-    PassOuts,
     decode::{self, Decode, GROUP_LEN, WeightRow},
+    passes::PassOuts,
     unpacked::Unpacked,
 };
 use crate::{
