@@ -221,7 +221,7 @@ sections! {
         scrub_interval_s: u64 = 86_400, "86400", 60..=31_536_000;
         /// Bytes a second that such a check reads at most.
         scrub_bytes_per_s: u64 = 268_435_456, "268435456", 1_048_576..=1_099_511_627_776;
-        /// `f32`, or `int8`: block-quantized layers round activations to bytes (other bits, integer products).
+        /// `f32`, or `int8`: block-quantized layers round activations to bytes, attention over a `bf16` cache rounds queries and weights to bf16 (other bits, faster products).
         activations: Activations = Activations::F32, "`f32`";
         /// How keys and values are stored: `f32`, `bf16` or `int8` (a scale for every position and head).
         kv_type: KvType = KvType::F32, "`f32`";
