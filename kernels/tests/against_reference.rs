@@ -456,10 +456,10 @@ fn attention_has_the_same_bits_in_any_split() {
 }
 
 /// With int8 activations and a cache in bf16, queries and the softmax' weights are rounded to bf16 too:
-/// a weight is off by at most 2^-9 of itself, and so is their sum. Every instruction set gives the same
-/// bits, whether pairs of products are one instruction or two.
+/// a weight is off by at most 2^-9 of itself, and so is their sum. Every set with multiply-adds gives
+/// the same bits, whether pairs of products are one instruction or two.
 #[test]
-fn attention_in_pairs_agrees_and_has_the_same_bits_on_every_set() {
+fn attention_in_pairs_agrees_and_has_the_same_bits_on_every_vector_set() {
     let mut random = Random(17);
     let odd = cases::AttentionCase {
         n_heads: 3,
@@ -519,6 +519,9 @@ fn attention_in_pairs_agrees_and_has_the_same_bits_on_every_set() {
             let what = format!("{case:?} {:?}", backend.config());
             let tolerance = largest * (2f32.powi(-8) + 1e-5);
             check_within(&what, &found, &expected, tolerance);
+            if backend.config().isa == Isa::Portable {
+                continue;
+            }
             let first = first.get_or_insert_with(|| found.clone());
             for (i, (a, b)) in found.iter().zip(&*first).enumerate() {
                 assert_eq!(a.to_bits(), b.to_bits(), "{what}: element {i}, {a} and {b}");

@@ -21,6 +21,8 @@ const PIECES: usize = 16;
 pub(crate) struct Ceilings {
     /// Operations per second.
     f32: f64,
+    /// Of pairs.
+    bf16: f64,
     /// Of vector instructions.
     int8: f64,
     /// Of the matrix unit, where the instruction set has one.
@@ -53,6 +55,7 @@ impl Ceilings {
         Self {
             read: read.collect(),
             f32: best(runs, || backend.peak_f32(n_pieces)),
+            bf16: best(runs, || backend.peak_bf16(n_pieces)),
             int8: best(runs, || backend.peak_int8(n_pieces)),
             matrix_unit: backend
                 .peak_matrix_unit(1)
@@ -64,6 +67,7 @@ impl Ceilings {
     pub(crate) fn bound(&self, op: &Op<'_>) -> (f64, &'static str) {
         let (rate, name) = match op.arithmetic {
             Arithmetic::F32 => (self.f32, "f32"),
+            Arithmetic::Bf16 => (self.bf16, "bf16"),
             Arithmetic::Int8 => (self.int8.max(self.matrix_unit.unwrap_or(0.0)), "int8"),
         };
         let (compute, read) = (op.n_ops / rate, op.n_bytes / self.read_rate(op.n_bytes));
@@ -92,6 +96,7 @@ impl Ceilings {
     pub(crate) fn print(&self) {
         println!("ceilings, best of {RUNS}");
         println!("  f32 multiply-add  {:8.0} Gop/s", self.f32 / 1e9);
+        println!("  bf16 pairs        {:8.0} Gop/s", self.bf16 / 1e9);
         println!("  int8 dot product  {:8.0} Gop/s", self.int8 / 1e9);
         if let Some(rate) = self.matrix_unit {
             println!("  int8 matrix unit  {:8.0} Gop/s", rate / 1e9);
@@ -106,6 +111,7 @@ impl Ceilings {
         let read = read.map(|(set, rate)| json!({"bytes": set, "gb_s": rate / 1e9}));
         json!({
             "f32_gop_s": self.f32 / 1e9,
+            "bf16_gop_s": self.bf16 / 1e9,
             "int8_gop_s": self.int8 / 1e9,
             "int8_matrix_unit_gop_s": self.matrix_unit.map(|rate| rate / 1e9),
             "read": read.collect::<Vec<_>>(),

@@ -67,13 +67,14 @@ fn main() -> Result<(), CpuError> {
     let short_kv = [KvType::Bf16, KvType::Int8].map(|kv_type| backend(Activations::F32, kv_type));
     let [bf16_kv, int8_kv] = short_kv;
     let (bf16_kv, int8_kv) = (bf16_kv?, int8_kv?);
+    let pairs = backend(Activations::Int8, KvType::Bf16)?;
     let ceilings = Ceilings::measure(&float, options.is_test);
     if !options.as_json {
         print_header(&options, &ceilings);
     }
     let mut rows = Vec::new();
     for case in cases::speed() {
-        for backend in [&int8, &float, &bf16_kv, &int8_kv] {
+        for backend in [&int8, &float, &bf16_kv, &int8_kv, &pairs] {
             let Some(mut op) = Op::new(backend, case) else {
                 continue;
             };

@@ -21,6 +21,8 @@ const BLOCK_LEN: usize = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arithmetic {
     F32,
+    /// Pairs of bf16: attention over a bf16 cache with int8 activations.
+    Bf16,
     Int8,
 }
 
@@ -48,17 +50,25 @@ impl<'a> Op<'a> {
             SpeedCase::Gated(case) if !rounds || is_block(case.format) => gated(backend, case)?,
             SpeedCase::Experts(case) if !rounds || is_block(case.format) => experts(backend, case)?,
             SpeedCase::Latent(case) if !rounds || !case.joined => latent(backend, case)?,
+            SpeedCase::Attention(case, n_sequences)
+                if !rounds || backend.kv_type() == KvType::Bf16 =>
+            {
+                attention(backend, case, n_sequences)
+            }
             _ if rounds => return None,
-            SpeedCase::Attention(case, n_sequences) => attention(backend, case, n_sequences),
             SpeedCase::RmsNorm { m, k } => rms_norm(backend, m, k),
             SpeedCase::Rope { m, h, d } => rope(backend, m, h, d),
             SpeedCase::Linear(_)
             | SpeedCase::Gated(_)
             | SpeedCase::Experts(_)
+            | SpeedCase::Attention(..)
             | SpeedCase::Latent(_) => return None,
         };
         if rounds {
-            op.arithmetic = Arithmetic::Int8;
+            op.arithmetic = match case {
+                SpeedCase::Attention(..) => Arithmetic::Bf16,
+                _ => Arithmetic::Int8,
+            };
         }
         op.name = format!("{} {}", op.name, if rounds { "int8" } else { "f32" });
         Some(op)

@@ -52,6 +52,23 @@ impl CpuBackend {
         (n_pieces * TURNS * per_turn * 2) as u64
     }
 
+    /// The same of products of bf16 pairs, as attention over a bf16 cache computes them.
+    pub fn peak_bf16(&self, n_pieces: usize) -> u64 {
+        let per_turn = match self.config.isa {
+            Isa::Avx512 | Isa::Amx => 12,
+            Isa::Avx2 | Isa::Portable => 4,
+        } * simd::LANES
+            * 2;
+        self.pool.run(n_pieces, &|_, _| {
+            dispatch!(self, s => match (self.config.isa, s.bf16_dot()) {
+                (Isa::Avx512 | Isa::Amx, Some(s)) => s.vectorize(|| pairs::<_, 12>(s)),
+                (Isa::Avx512 | Isa::Amx, None) => s.vectorize(|| pairs::<_, 12>(s)),
+                (Isa::Avx2 | Isa::Portable, _) => s.vectorize(|| pairs::<_, 4>(s)),
+            });
+        });
+        (n_pieces * TURNS * per_turn * 2) as u64
+    }
+
     /// The same of the matrix unit; `None` without one.
     pub fn peak_matrix_unit(&self, n_pieces: usize) -> Option<u64> {
         if self.config.isa != Isa::Amx {
@@ -112,6 +129,20 @@ fn dot_products<S: Simd, const N: usize>(s: S) {
 }
 
 #[inline(always)]
+fn pairs<S: Simd, const N: usize>(s: S) {
+    // A quarter a turn: sums stay numbers like any other.
+    let (factor, pair) = (black_box(0x3f00), black_box(0xbf00_3f00));
+    let (factor, pair) = (s.splat_b(factor), s.splat_b(pair));
+    let mut sums = [s.splat(1.0); N];
+    for _ in 0..TURNS {
+        for sum in &mut sums {
+            *sum = s.dot2(*sum, factor, pair);
+        }
+    }
+    black_box(sums.map(|sum| s.sum(sum)));
+}
+
+#[inline(always)]
 fn read<S: Simd>(s: S, share: &[f32]) {
     let (turns, []) = share.as_chunks::<{ 8 * simd::LANES }>() else {
         unreachable!("shares are whole turns")
@@ -152,6 +183,7 @@ mod tests {
             let backend = CpuBackend::new(config).unwrap();
             assert!((TURNS * 2) as u64 <= backend.peak_f32(1), "{isa:?}");
             assert_eq!(backend.peak_int8(2), 2 * backend.peak_int8(1), "{isa:?}");
+            assert_eq!(backend.peak_bf16(2), 2 * backend.peak_bf16(1), "{isa:?}");
             assert_eq!(backend.peak_matrix_unit(1).is_some(), isa == Isa::Amx);
             // Two shares of 256 elements of four bytes; what does not fill a turn is left out.
             assert_eq!(backend.peak_read(&backend.buffer(600), 3), 3 * 2 * 256 * 4);

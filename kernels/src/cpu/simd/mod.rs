@@ -153,8 +153,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn words(self, a: Self::B) -> [Self::F; 2];
     /// 32 values rounded to bf16, ties to even, two neighbours in a lane; NaN stays NaN.
     fn round_bf16(self, a: [Self::F; 2]) -> Self::B;
-    /// `sums[lane] + a[lane] * b[lane]` for both words of a lane as bf16, the high ones first, each a
-    /// [`Self::fma`]. Where it is one instruction, numbers below 2^-126 count as zero.
+    /// `sums[lane] + a[lane] * b[lane]` for both words of a lane as bf16, the high ones first. Products of
+    /// bf16 are exact, so each is rounded once, where it is added. Where it is one instruction, numbers
+    /// below 2^-126 count as zero.
     #[inline(always)]
     fn dot2(self, sums: Self::F, a: Self::B, b: Self::B) -> Self::F {
         let ([a_low, a_high], [b_low, b_high]) = (self.words(a), self.words(b));
@@ -207,5 +208,64 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         let one = self.splat(1.0);
         let e = self.exp(self.sub(self.splat(0.0), x));
         self.div(x, self.add(one, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums of pairs of 32 values against 32 others, after both were rounded, interleaved with each
+    /// other and taken apart again.
+    fn pairs<S: Simd>(simd: S, values: &[f32; 4 * LANES]) -> Vec<u32> {
+        let mut found = [[0f32; LANES]; 6];
+        simd.vectorize(
+            #[inline(always)]
+            || {
+                // SAFETY: loads and stores are of 16 elements each.
+                unsafe {
+                    let load = |i: usize| simd.load(values[i * LANES..].as_ptr());
+                    let a = simd.round_bf16([load(0), load(1)]);
+                    let b = simd.round_bf16([load(2), load(3)]);
+                    let [first, second] = simd.interleave(a, b);
+                    let sums = simd.dot2(simd.dot2(load(1), a, b), first, second);
+                    simd.store(found[0].as_mut_ptr(), sums);
+                    let ([low, high], [c, d]) = (simd.words(first), simd.words(second));
+                    for (to, v) in found[1..].iter_mut().zip([low, high, c, d]) {
+                        simd.store(to.as_mut_ptr(), v);
+                    }
+                    let three = simd.splat_b(0x4040_4040);
+                    simd.store(found[5].as_mut_ptr(), simd.dot2(load(0), a, three));
+                }
+            },
+        );
+        found.as_flattened().iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn pairs_of_bf16_have_the_same_bits_on_every_set() {
+        let mut state = 7u32;
+        for _ in 0..100 {
+            let mut values = [0f32; 4 * LANES];
+            for value in &mut values {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                *value = f32::from((state >> 16) as i16) * 1.7e-4;
+            }
+            let expected = pairs(Portable, &values);
+            let rounded = half::bf16::from_f32(values[0]).to_f32();
+            assert_eq!(expected[LANES], rounded.to_bits(), "the first word");
+            #[cfg(target_arch = "x86_64")]
+            {
+                if let Some(set) = Avx2::probe() {
+                    assert_eq!(pairs(set, &values), expected, "AVX2");
+                }
+                if let Some(set) = Avx512::probe_for(false) {
+                    assert_eq!(pairs(set, &values), expected, "AVX-512");
+                    if let Some(set) = set.bf16_dot() {
+                        assert_eq!(pairs(set, &values), expected, "AVX512-BF16");
+                    }
+                }
+            }
+        }
     }
 }
