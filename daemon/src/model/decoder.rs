@@ -103,6 +103,8 @@ impl<B: Backend> Decoder<B> {
             }
             let y = backend.download(&mut ws.y, n_elements);
             group.all_reduce(step.site(Op::FeedForward), y)?;
+            // Behind the last layer that norms rows whose logits nobody wants, too: cheaper than one pass
+            // more over the others.
             let next = self.layers.get(index + 1);
             add_and_norm(ws, next.map_or(&self.norm, |l| &l.attention_norm));
         }

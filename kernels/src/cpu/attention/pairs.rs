@@ -7,9 +7,7 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use super::{
-    Bf16, Block, CHUNK_LEN, Cached, Element, LANES, Query, STRIPE, Scores, Simd, TILE_ROWS,
-};
+use super::{Bf16, Block, CHUNK_LEN, Cached, Element, LANES, Query, Scores, Simd, TILE_ROWS};
 
 /// Values of a [`Simd::B`].
 const PAIRED: usize = 2 * LANES;
@@ -306,6 +304,6 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
 }
 
 const _: () = assert!(
-    CHUNK_LEN == PAIRED && STRIPE == 2,
-    "a row of a chunk is one load, and weights of a stripe are whole loads"
+    CHUNK_LEN == PAIRED,
+    "a row of a chunk is one load, and a block's weights are whole loads"
 );

@@ -51,68 +51,49 @@ enum Places<'a> {
 }
 
 impl<'a> Inputs<'a> {
+    /// Not rounded.
+    fn new(x: &'a [f32], n_cols: usize, n_rows: usize, places: Places<'a>) -> Self {
+        Self {
+            x,
+            n_cols,
+            n_rows,
+            places,
+            int8: None,
+            share: usize::MAX,
+            later: None,
+        }
+    }
+
     /// The first `n_rows` dense rows of `x`.
     pub(in crate::cpu) fn dense(x: &'a [f32], n_rows: usize, n_cols: usize) -> Self {
         assert!(
             area(&[n_rows, n_cols]) <= x.len(),
             "{n_rows} rows of {n_cols}"
         );
-        Self {
-            x,
-            n_cols,
-            n_rows,
-            places: Places::Strided {
-                first: 0,
-                stride: n_cols,
-            },
-            int8: None,
-            share: usize::MAX,
-            later: None,
-        }
+        let (first, stride) = (0, n_cols);
+        Self::new(x, n_cols, n_rows, Places::Strided { first, stride })
     }
 
     /// The rows `picked` of `x`.
     pub(super) fn picked(x: &'a [f32], picked: &'a [usize], n_cols: usize) -> Self {
         let n = picked.iter().max().map_or(0, |row| row + 1);
         assert!(area(&[n, n_cols]) <= x.len(), "{n} rows of {n_cols}");
-        Self {
-            x,
-            n_cols,
-            n_rows: picked.len(),
-            places: Places::Picked(picked),
-            int8: None,
-            share: usize::MAX,
-            later: None,
-        }
+        Self::new(x, n_cols, picked.len(), Places::Picked(picked))
     }
 
     /// The heads of `n_rows` rows of `x`, head after head.
     pub(super) fn heads(x: &'a [f32], view: HeadView, n_rows: usize) -> Self {
-        Self {
-            x,
-            n_cols: view.len,
-            n_rows: area(&[view.n_heads, n_rows]),
-            places: Places::Heads { view, n_rows },
-            int8: None,
-            share: usize::MAX,
-            later: None,
-        }
+        let all = area(&[view.n_heads, n_rows]);
+        Self::new(x, view.len, all, Places::Heads { view, n_rows })
     }
 
     /// Head `head` of `n_rows` rows of `x`.
     pub(super) fn head(x: &'a [f32], view: HeadView, n_rows: usize, head: usize) -> Self {
-        Self {
-            x,
-            n_cols: view.len,
-            n_rows,
-            places: Places::Strided {
-                first: view.offset + head * view.head_stride,
-                stride: view.row_stride,
-            },
-            int8: None,
-            share: usize::MAX,
-            later: None,
-        }
+        let places = Places::Strided {
+            first: view.offset + head * view.head_stride,
+            stride: view.row_stride,
+        };
+        Self::new(x, view.len, n_rows, places)
     }
 
     fn row(&self, row: usize) -> &'a [f32] {

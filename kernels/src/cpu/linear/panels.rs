@@ -450,7 +450,7 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
             let (panels, outs, ahead) = (&panels[first..], &outs[first..], &ahead[first..]);
             // What two panels read of a row is used for both, and chains of products run beside each
             // other. As many rows as leave registers for sums, products and weights: 77 % of the dot
-            // products' peak with 6 rows of two panels, 75 with 8 rows of one, 74 with 4 of two, 54
+            // products' peak with 6 rows of two panels, 75 with 8 rows of one, 74 with 4 of two, 57
             // with 4 of one.
             let two = S::TILE_TOKENS >= 16 && panels.len() >= 2;
             macro_rules! pass {

@@ -37,8 +37,8 @@ fn with_bf16<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 
-/// Whether the product of bf16 pairs is there and faster than multiply-adds: AMD's does 32 a cycle,
-/// twice as many; Intel's half as many.
+/// Whether the product of bf16 pairs is there and faster than multiply-adds: 470 to 235 Gop/s on a
+/// Zen 4 EPYC, 82 to 165 on a core of a Xeon with AMX, so the maker decides.
 fn has_fast_bf16() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
