@@ -291,10 +291,17 @@ pub(super) fn attention<S: Simd>(
             "block ids are of the pool"
         );
     }
-    let tile_max = if lengths.keys_in_rows {
-        S::TILE_LATENT_QUERIES
-    } else {
-        S::TILE_QUERIES
+    // Int8 activations are rounded more coarsely than bf16 already.
+    let in_pairs = kv_type == KvType::Bf16
+        && activations == Activations::Int8
+        && lengths.key_len <= QUERY_LEN_MAX;
+    let tile_max = match lengths.keys_in_rows {
+        true => S::TILE_LATENT_QUERIES,
+        false => S::TILE_QUERIES,
+    };
+    let tile_max = match in_pairs && simd.bf16_dot().is_none() {
+        true => tile_max.min(pairs::TILE_QUERIES),
+        false => tile_max,
     };
     // The queries of a span that share a KV head are its rows' heads of the group, row by row.
     let tiles_of = |span: usize| (inputs.spans[span].n_rows * group).div_ceil(tile_max);
@@ -311,10 +318,6 @@ pub(super) fn attention<S: Simd>(
         }
         (span, tile, kv_head)
     };
-    // Int8 activations are rounded more coarsely than bf16 already.
-    let in_pairs = kv_type == KvType::Bf16
-        && activations == Activations::Int8
-        && lengths.key_len <= QUERY_LEN_MAX;
     pool.run(n_pieces, &|piece, _| {
         let (span, tile, kv_head) = place_of(piece);
         let n_tiles = tiles_of(span);
@@ -428,12 +431,17 @@ unsafe fn attend<S: Simd, K: Stored, const T: usize>(
     let mut total = [0f32; T];
     let mut rescale = [0f32; T];
     let mut rounded = [const { RoundedQuery::EMPTY }; T];
+    // Latent and rotary part.
+    let parts = match rows.keys_in_rows {
+        true => [rows.value_len, rows.key_len - rows.value_len],
+        false => [rows.key_len, 0],
+    };
     // SAFETY: all offsets below stay inside the block, the queries and the outputs.
     unsafe {
         for (query, rounded) in queries.iter().zip(&mut rounded) {
             query.out.write_bytes(0, rows.value_len);
             if K::PAIRS {
-                rounded.fill(simd, query.query, rows.key_len);
+                rounded.fill(simd, query.query, parts);
             }
         }
         for index in (0..n_blocks).step_by(STRIPE) {

@@ -7,57 +7,184 @@ use std::mem::MaybeUninit;
 
 use half::bf16;
 
-use super::{Bf16, Block, CHUNK_LEN, Cached, Element, LANES, Query, Scores, Simd, TILE_ROWS};
+use super::{Bf16, Block, CHUNK_LEN, Cached, Element, F32, LANES, Query, Scores, Simd, TILE_ROWS};
 
 /// Values of a [`Simd::B`].
 const PAIRED: usize = 2 * LANES;
 /// Longest query that is rounded.
 pub(super) const QUERY_LEN_MAX: usize = 1024;
+/// Queries that share a pass at most where a product of pairs is several instructions: with more of them
+/// the compiler keeps sums in memory.
+pub(super) const TILE_QUERIES: usize = 4;
 
-/// A query in bf16, one value behind the other; behind an odd length comes a zero.
-pub(super) struct RoundedQuery([MaybeUninit<[u8; 4]>; QUERY_LEN_MAX / 2]);
+/// Rounded values behind a pointer: in bf16, one behind the other, where a product of pairs is one
+/// instruction; otherwise in f32, of every [`PAIRED`] the low words of all lanes and then the high ones.
+#[derive(Clone, Copy)]
+struct Rounded(*const u8);
 
-impl RoundedQuery {
-    pub(super) const EMPTY: Self = Self([MaybeUninit::uninit(); QUERY_LEN_MAX / 2]);
+impl Rounded {
+    /// Where value `i` lies, in values.
+    #[inline(always)]
+    const fn place<S: Simd>(i: usize) -> usize {
+        match S::HAS_DOT2 {
+            true => i,
+            false => i / PAIRED * PAIRED + i % 2 * LANES + i % PAIRED / 2,
+        }
+    }
 
-    /// Rounds `query` into this room.
+    /// Writes values `at..at + PAIRED`, a whole vector's, to `to` and returns their words.
     ///
     /// # Safety
-    /// `len` elements are readable, [`QUERY_LEN_MAX`] at most.
+    /// There is room for them.
     #[inline(always)]
-    pub(super) unsafe fn fill<S: Simd>(&mut self, simd: S, query: *const f32, len: usize) {
-        debug_assert!(len <= QUERY_LEN_MAX, "a query of {len}");
-        let to = self.0.as_mut_ptr().cast::<u8>();
-        let whole = len / PAIRED * PAIRED;
-        // SAFETY: promised by the caller; an odd length is less than the room's, which is even.
+    unsafe fn write<S: Simd>(simd: S, to: *mut u8, at: usize, values: [S::F; 2]) -> [S::F; 2] {
+        let rounded = simd.round_bf16(values);
+        let words = simd.words(rounded);
+        // SAFETY: promised by the caller.
         unsafe {
-            for at in (0..whole).step_by(PAIRED) {
-                let values = [simd.load(query.add(at)), simd.load(query.add(at + LANES))];
-                simd.store_bytes(to.add(2 * at), simd.round_bf16(values));
+            if S::HAS_DOT2 {
+                simd.store_bytes(to.add(at * Bf16::BYTES), rounded);
+            } else {
+                let to = to.cast::<f32>().add(at);
+                simd.store(to, words[0]);
+                simd.store(to.add(LANES), words[1]);
             }
-            for at in whole..len {
-                let bits = bf16::from_f32(*query.add(at)).to_bits();
-                to.add(2 * at).cast::<u16>().write_unaligned(bits);
-            }
-            if !len.is_multiple_of(2) {
-                to.add(2 * len).cast::<u16>().write_unaligned(0);
+        }
+        words
+    }
+
+    /// Writes value `i`.
+    ///
+    /// # Safety
+    /// There is room for it.
+    #[inline(always)]
+    unsafe fn write_one<S: Simd>(to: *mut u8, i: usize, value: f32) {
+        let (value, i) = (bf16::from_f32(value), Self::place::<S>(i));
+        // SAFETY: promised by the caller.
+        unsafe {
+            match S::HAS_DOT2 {
+                true => to.cast::<u16>().add(i).write_unaligned(value.to_bits()),
+                false => to.cast::<f32>().add(i).write_unaligned(value.to_f32()),
             }
         }
     }
 
-    fn bytes(&self) -> *const u8 {
-        self.0.as_ptr().cast()
+    /// Value `i`.
+    ///
+    /// # Safety
+    /// It was written.
+    #[inline(always)]
+    unsafe fn one<S: Simd>(self, i: usize) -> f32 {
+        let i = Self::place::<S>(i);
+        // SAFETY: promised by the caller.
+        unsafe {
+            match S::HAS_DOT2 {
+                true => Bf16::one(self.0, i),
+                false => F32::one(self.0, i),
+            }
+        }
+    }
+
+    /// Values `i` and `i + 1` in every lane.
+    ///
+    /// # Safety
+    /// They were written, in bf16.
+    #[inline(always)]
+    unsafe fn pair<S: Simd>(self, simd: S, i: usize) -> S::B {
+        // SAFETY: promised by the caller.
+        simd.splat_b(unsafe { self.0.add(i * Bf16::BYTES).cast::<u32>().read_unaligned() })
+    }
+
+    /// Value `i` in every lane.
+    ///
+    /// # Safety
+    /// It was written, in f32.
+    #[inline(always)]
+    unsafe fn splat<S: Simd>(self, simd: S, i: usize) -> S::F {
+        // SAFETY: promised by the caller.
+        simd.splat(unsafe { *self.0.cast::<f32>().add(Self::place::<S>(i)) })
     }
 }
 
-/// Two neighbouring values in every lane.
-///
-/// # Safety
-/// They are readable.
+/// A query, or its latent part and then its rotary part from a place that is whole vectors behind the
+/// first; behind an odd length comes a zero.
+pub(super) struct RoundedQuery([MaybeUninit<[f32; PAIRED]>; QUERY_LEN_MAX / PAIRED + 1]);
+
+impl RoundedQuery {
+    pub(super) const EMPTY: Self = Self([MaybeUninit::uninit(); QUERY_LEN_MAX / PAIRED + 1]);
+
+    /// Rounds the parts of `query`, which are this long, into this room.
+    ///
+    /// # Safety
+    /// They are readable, [`QUERY_LEN_MAX`] elements in all at most.
+    #[inline(always)]
+    pub(super) unsafe fn fill<S: Simd>(&mut self, simd: S, query: *const f32, parts: [usize; 2]) {
+        debug_assert!(parts[0] + parts[1] <= QUERY_LEN_MAX, "a query of {parts:?}");
+        let to = self.0.as_mut_ptr().cast::<u8>();
+        let (mut query, mut start) = (query, 0);
+        for len in parts {
+            let whole = len / PAIRED * PAIRED;
+            // SAFETY: promised by the caller; the room is for whole vectors of the first part and of
+            // both.
+            unsafe {
+                for at in (0..whole).step_by(PAIRED) {
+                    let values = [simd.load(query.add(at)), simd.load(query.add(at + LANES))];
+                    Rounded::write(simd, to, start + at, values);
+                }
+                for at in whole..len {
+                    Rounded::write_one::<S>(to, start + at, *query.add(at));
+                }
+                if !len.is_multiple_of(2) {
+                    Rounded::write_one::<S>(to, start + len, 0.0);
+                }
+                query = query.add(len);
+            }
+            start = len.next_multiple_of(PAIRED);
+        }
+    }
+
+    fn values(&self) -> Rounded {
+        Rounded(self.0.as_ptr().cast())
+    }
+}
+
+/// `sums[t][n][i] += a[n][i] . b(t)`, pairs of bf16 in every lane, the high words of `pairs` and `b` and
+/// then the low ones. Without an instruction for that it takes `words(1)` and `b_words(t, 1)`, their high
+/// words, and likewise the low ones, each for all `t`: half as many registers.
 #[inline(always)]
-unsafe fn pair<S: Simd>(simd: S, from: *const u8) -> S::B {
-    // SAFETY: promised by the caller.
-    simd.splat_b(unsafe { from.cast::<u32>().read_unaligned() })
+fn multiply<S: Simd, const T: usize, const N: usize>(
+    simd: S,
+    sums: &mut [[[S::F; 2]; N]; T],
+    pairs: impl Fn() -> [[S::B; 2]; N],
+    words: impl Fn(usize) -> [[S::F; 2]; N],
+    b: impl Fn(usize) -> S::B,
+    b_words: impl Fn(usize, usize) -> S::F,
+) {
+    if S::HAS_DOT2 {
+        let a = pairs();
+        for (t, sums) in sums.iter_mut().enumerate() {
+            let b = b(t);
+            for (sums, a) in sums.iter_mut().zip(&a) {
+                sums[0] = simd.dot2(sums[0], a[0], b);
+                sums[1] = simd.dot2(sums[1], a[1], b);
+            }
+        }
+        return;
+    }
+    macro_rules! one_word {
+        ($word:literal) => {
+            let a = words($word);
+            for (t, sums) in sums.iter_mut().enumerate() {
+                let b = b_words(t, $word);
+                for (sums, a) in sums.iter_mut().zip(&a) {
+                    sums[0] = simd.fma(a[0], b, sums[0]);
+                    sums[1] = simd.fma(a[1], b, sums[1]);
+                }
+            }
+        };
+    }
+    one_word!(1);
+    one_word!(0);
 }
 
 /// [`super::score_columns`].
@@ -84,25 +211,42 @@ pub(super) unsafe fn score_columns<S: Simd, const T: usize, const N: usize>(
                 // What meets that zero is the last dimension once more: nothing else is known to be
                 // a number.
                 let second = (d + 1).min(key_len - 1);
-                let mut key = [[simd.splat_b(0); 2]; N];
-                for (key, block) in key.iter_mut().zip(&blocks) {
-                    let keys = block.first.add(keys + chunk * Bf16::BYTES);
-                    let first = simd.load_bytes(keys.add(d * row_bytes));
-                    let second = simd.load_bytes(keys.add(second * row_bytes));
-                    *key = simd.interleave(first, second);
-                }
+                let at = |n: usize, d: usize| {
+                    let keys = blocks[n].first.add(keys + chunk * Bf16::BYTES);
+                    keys.add(d * row_bytes)
+                };
                 if chunk == 0 {
                     for block in &blocks {
                         block.ask(simd, keys + d * row_bytes, (second + 1 - d) * row_bytes);
                     }
                 }
-                for (sums, query) in sums.iter_mut().zip(queries) {
-                    let q = pair(simd, query.bytes().add(2 * d));
-                    for (sums, key) in sums.iter_mut().zip(&key) {
-                        sums[0] = simd.dot2(sums[0], key[0], q);
-                        sums[1] = simd.dot2(sums[1], key[1], q);
-                    }
-                }
+                multiply(
+                    simd,
+                    &mut sums,
+                    #[inline(always)]
+                    || {
+                        let mut key = [[simd.splat_b(0); 2]; N];
+                        for (n, key) in key.iter_mut().enumerate() {
+                            let [first, second] = [at(n, d), at(n, second)];
+                            let [first, second] = [simd.load_bytes(first), simd.load_bytes(second)];
+                            *key = simd.interleave(first, second);
+                        }
+                        key
+                    },
+                    #[inline(always)]
+                    |word| {
+                        let mut key = [[simd.splat(0.0); 2]; N];
+                        for (n, key) in key.iter_mut().enumerate() {
+                            let from = at(n, if word == 1 { second } else { d });
+                            *key = [Bf16::load(simd, from, 0), Bf16::load(simd, from, LANES)];
+                        }
+                        key
+                    },
+                    #[inline(always)]
+                    |t| queries[t].values().pair(simd, d),
+                    #[inline(always)]
+                    |t, word| queries[t].values().splat(simd, d + word),
+                );
             }
             for i in 0..N {
                 for (row, sums) in scores.iter_mut().zip(&sums) {
@@ -131,11 +275,12 @@ pub(super) unsafe fn score_rows<S: Simd, const T: usize>(
     let rows = cached.rows;
     let (latent_len, rope_len) = (rows.value_len, rows.key_len - rows.value_len);
     for first in (0..block.n_positions).step_by(TILE_ROWS) {
-        let mut sums = [[simd.splat(0.0); TILE_ROWS]; T];
+        // Of rows 0 and 1, then 2 and 3.
+        let mut sums = [[[simd.splat(0.0); 2]; TILE_ROWS / 2]; T];
         let mut rest = [[0.0; TILE_ROWS]; T];
         for (at, len, start) in [
             (0, latent_len, rows.keys),
-            (latent_len, rope_len, rows.rope),
+            (latent_len.next_multiple_of(PAIRED), rope_len, rows.rope),
         ] {
             let start = start + first * len * Bf16::BYTES;
             block.ask(simd, start, TILE_ROWS * len * Bf16::BYTES);
@@ -144,22 +289,31 @@ pub(super) unsafe fn score_rows<S: Simd, const T: usize>(
             unsafe {
                 let row = |i: usize, d: usize| block.first.add(start + (i * len + d) * Bf16::BYTES);
                 for d in (0..whole).step_by(PAIRED) {
-                    let keys = [
-                        simd.load_bytes(row(0, d)),
-                        simd.load_bytes(row(1, d)),
-                        simd.load_bytes(row(2, d)),
-                        simd.load_bytes(row(3, d)),
-                    ];
-                    for (sums, query) in sums.iter_mut().zip(queries) {
-                        let q = simd.load_bytes(query.bytes().add((at + d) * Bf16::BYTES));
-                        for (sum, key) in sums.iter_mut().zip(keys) {
-                            *sum = simd.dot2(*sum, key, q);
-                        }
-                    }
+                    let key = |i: usize| simd.load_bytes(row(i, d));
+                    multiply(
+                        simd,
+                        &mut sums,
+                        #[inline(always)]
+                        || [[key(0), key(1)], [key(2), key(3)]],
+                        #[inline(always)]
+                        |word| {
+                            [
+                                [simd.words(key(0))[word], simd.words(key(1))[word]],
+                                [simd.words(key(2))[word], simd.words(key(3))[word]],
+                            ]
+                        },
+                        #[inline(always)]
+                        |t| simd.load_bytes(queries[t].values().0.add((at + d) * Bf16::BYTES)),
+                        #[inline(always)]
+                        |t, word| {
+                            let words = queries[t].values().0.cast::<f32>();
+                            simd.load(words.add(at + d + word * LANES))
+                        },
+                    );
                 }
                 for d in whole..len {
                     for (rest, query) in rest.iter_mut().zip(queries) {
-                        let q = Bf16::one(query.bytes(), at + d);
+                        let q = query.values().one::<S>(at + d);
                         for (i, rest) in rest.iter_mut().enumerate() {
                             *rest += q * Bf16::one(row(i, d), 0);
                         }
@@ -169,7 +323,7 @@ pub(super) unsafe fn score_rows<S: Simd, const T: usize>(
         }
         for ((row, sums), rest) in scores.iter_mut().zip(&sums).zip(&rest) {
             let to = &mut row[index * cached.block_len + first..][..TILE_ROWS];
-            for ((to, sum), rest) in to.iter_mut().zip(sums).zip(rest) {
+            for ((to, sum), rest) in to.iter_mut().zip(sums.as_flattened()).zip(rest) {
                 *to = (simd.sum(*sum) + rest) * cached.scale;
             }
         }
@@ -189,10 +343,8 @@ pub(super) unsafe fn round_weights<S: Simd>(simd: S, row: &mut Scores, width: us
     unsafe {
         for at in (0..width).step_by(PAIRED) {
             let weights = [simd.load(row.add(at)), simd.load(row.add(at + LANES))];
-            let rounded = simd.round_bf16(weights);
-            let [even, odd] = simd.words(rounded);
+            let [even, odd] = Rounded::write(simd, row.cast(), at, weights);
             sum = simd.add(simd.add(sum, even), odd);
-            simd.store_bytes(row.cast::<u8>().add(2 * at), rounded);
         }
     }
     simd.sum(sum)
@@ -228,11 +380,11 @@ pub(super) unsafe fn accumulate<S: Simd, const T: usize>(
         for i in whole..rows.value_len {
             for (t, query) in queries.iter().enumerate() {
                 let mut sum = *query.out.add(i) * rescale[t];
-                let weights = weights[t].as_ptr().cast::<u8>();
+                let weights = Rounded(weights[t].as_ptr().cast());
                 for (b, block) in blocks.iter().enumerate() {
                     let values = block.first.add(rows.values);
                     for p in 0..block.n_positions {
-                        let weight = Bf16::one(weights, b * cached.block_len + p);
+                        let weight = weights.one::<S>(b * cached.block_len + p);
                         sum += weight * Bf16::one(values, p * rows.value_len + i);
                     }
                 }
@@ -271,25 +423,47 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
             for p in (0..block.n_positions).step_by(2) {
                 // What meets the zero weight of a position that is not there is the last one.
                 let second = (p + 1).min(block.n_positions - 1);
-                let mut v = [[simd.splat_b(0); 2]; WIDE];
-                for (i, v) in v.iter_mut().enumerate() {
-                    let values = block.first.add(values + i * PAIRED * Bf16::BYTES);
-                    let first = simd.load_bytes(values.add(p * stride));
-                    let second = simd.load_bytes(values.add(second * stride));
-                    *v = simd.interleave(first, second);
-                }
                 if !rows.keys_in_rows {
                     block.ask(simd, values + p * stride, bytes);
                     block.ask(simd, values + second * stride, bytes);
                 }
-                for (sums, weights) in sums.iter_mut().zip(weights) {
-                    let weights = weights.as_ptr().cast::<u8>();
-                    let weight = pair(simd, weights.add(2 * (b * cached.block_len + p)));
-                    for (sums, v) in sums.iter_mut().zip(&v) {
-                        sums[0] = simd.dot2(sums[0], v[0], weight);
-                        sums[1] = simd.dot2(sums[1], v[1], weight);
-                    }
-                }
+                let at = |p: usize, i: usize| {
+                    let values = block.first.add(values + p * stride);
+                    values.add(i * PAIRED * Bf16::BYTES)
+                };
+                multiply(
+                    simd,
+                    &mut sums,
+                    #[inline(always)]
+                    || {
+                        let mut v = [[simd.splat_b(0); 2]; WIDE];
+                        for (i, v) in v.iter_mut().enumerate() {
+                            let [first, second] = [at(p, i), at(second, i)];
+                            let [first, second] = [simd.load_bytes(first), simd.load_bytes(second)];
+                            *v = simd.interleave(first, second);
+                        }
+                        v
+                    },
+                    #[inline(always)]
+                    |word| {
+                        let mut v = [[simd.splat(0.0); 2]; WIDE];
+                        for (i, v) in v.iter_mut().enumerate() {
+                            let from = at(if word == 1 { second } else { p }, i);
+                            *v = [Bf16::load(simd, from, 0), Bf16::load(simd, from, LANES)];
+                        }
+                        v
+                    },
+                    #[inline(always)]
+                    |t| {
+                        let weights = Rounded(weights[t].as_ptr().cast());
+                        weights.pair(simd, b * cached.block_len + p)
+                    },
+                    #[inline(always)]
+                    |t, word| {
+                        let weights = Rounded(weights[t].as_ptr().cast());
+                        weights.splat(simd, b * cached.block_len + p + word)
+                    },
+                );
             }
         }
         // By reference: arrays of vectors taken by value go through memory.

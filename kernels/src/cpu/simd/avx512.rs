@@ -222,6 +222,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     const TILE_TOKENS: usize = 16;
     const TILE_QUERIES: usize = 6;
     const TILE_LATENT_QUERIES: usize = 6;
+    const HAS_DOT2: bool = BF16;
 
     #[inline(always)]
     fn amx(self) -> Option<Amx> {

@@ -40,6 +40,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Queries that share a pass over latent rows, likewise; at most 6.
     const TILE_LATENT_QUERIES: usize;
 
+    /// Whether [`Self::dot2`] is one instruction.
+    const HAS_DOT2: bool = false;
     /// This set with [`Self::dot2`] in one instruction.
     type Bf16Dot: Simd;
     /// That set, where the processor is faster with it.
