@@ -16,6 +16,7 @@ mod simd;
 pub use self::{kv_cache::CpuCache, routes::CpuRoutes};
 
 use std::{
+    borrow::Borrow,
     io,
     sync::{Arc, Mutex, OnceLock},
 };
@@ -237,6 +238,13 @@ impl CpuBackend {
             && parts.iter().any(|p| p.layout() == Layout::Panels)
     }
 
+    /// Rows of `x` for a layer of these matrices, dealt to the threads as suits it.
+    fn inputs<'a>(&self, x: &'a [f32], n_rows: usize, parts: &[impl Borrow<Matrix>]) -> Inputs<'a> {
+        let n_bytes = parts.iter().map(|part| part.borrow().data().len()).sum();
+        let share = dispatch!(self, s => linear::rows_per_piece(s, &self.pool, n_rows, n_bytes));
+        Inputs::dense(x, n_rows, parts[0].borrow().n_cols()).in_shares(share)
+    }
+
     /// The trail of a layer.
     fn trail_of<'a>(&self, weight: &'a CpuWeight) -> &'a Arc<Trail> {
         let n_threads = self.pool.n_threads();
@@ -269,7 +277,7 @@ impl CpuBackend {
         // About 16 Ki elements a piece: shorter ones cost more to hand over than to compute.
         let rows_per_piece = (16_384 / row_len.max(1)).max(1);
         // Nor are rows taken from the thread that has them in the linear layers.
-        let share = dispatch!(self, s => linear::rows_per_piece(s, &self.pool, n_rows));
+        let share = dispatch!(self, s => linear::rows_per_piece(s, &self.pool, n_rows, 0));
         let rows_per_piece = rows_per_piece.min(share);
         self.pool.run(n_rows.div_ceil(rows_per_piece), &|piece, _| {
             let first = piece * rows_per_piece;
@@ -413,7 +421,7 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) {
         let later = Later::new();
-        let mut inputs = Inputs::dense(x, n_rows, weight.n_cols());
+        let mut inputs = self.inputs(x, n_rows, &weight.parts);
         let bias = bias.map(|bias| &bias[..weight.n_rows()]);
         let next = self.next_after(weight);
         let way = Way {
@@ -451,13 +459,13 @@ impl Backend for CpuBackend {
             return;
         }
         let later = Later::new();
-        let mut inputs = Inputs::dense(x, n_rows, gate.n_cols());
+        let pair = [gate.single(), up.single()];
+        let mut inputs = self.inputs(x, n_rows, &pair);
         let next = self.next_after(gate);
         let way = Way {
             trail: self.trail_of(gate),
             next: next.as_deref(),
         };
-        let pair = [gate.single(), up.single()];
         let mut memory = lock(&self.int8);
         dispatch!(self, s => {
             if self.rounds(&gate.parts) {

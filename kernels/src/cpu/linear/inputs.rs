@@ -4,7 +4,7 @@ use std::sync::Once;
 
 use super::{
     panels::{F32_TILE_TOKENS, TileInput},
-    shares::{FEW_THREADS, SHARE_ROWS_MIN, rows_per_piece},
+    shares::{FEW_THREADS, SHARE_ROWS_MIN},
     tiles::{Int8Tiles, RowSet, SharedTiles},
 };
 use crate::{
@@ -24,7 +24,7 @@ pub(in crate::cpu) struct Inputs<'a> {
     pub(super) n_rows: usize,
     places: Places<'a>,
     pub(super) int8: Option<(SharedTiles, RowSet)>,
-    /// Rows whose tiles are their own, see [`rows_per_piece`].
+    /// Rows whose tiles are their own.
     share: usize,
     /// Where rows are rounded by the thread that needs them first.
     later: Option<&'a Later>,
@@ -96,6 +96,17 @@ impl<'a> Inputs<'a> {
         Self::new(x, view.len, n_rows, places)
     }
 
+    /// The same rows, cut into shares of so many.
+    pub(in crate::cpu) fn in_shares(mut self, n_rows: usize) -> Self {
+        self.share = n_rows;
+        self
+    }
+
+    /// Rows of a share.
+    pub(super) fn share(&self) -> usize {
+        self.share.min(self.n_rows).max(1)
+    }
+
     fn row(&self, row: usize) -> &'a [f32] {
         let start = match self.places {
             Places::Strided { first, stride } => first + row * stride,
@@ -117,7 +128,7 @@ impl<'a> Inputs<'a> {
         memory: &mut Int8Tiles,
         later: &'a Later,
     ) -> Self {
-        let share = rows_per_piece(simd, pool, self.n_rows);
+        let share = self.share();
         let tiles = if share < self.n_rows.min(SHARE_ROWS_MIN) {
             self.later = Some(later);
             memory.reserve(self.n_rows, self.n_cols);
@@ -128,9 +139,7 @@ impl<'a> Inputs<'a> {
                 (first, share.min(self.n_rows - first))
             })
         };
-        let mut rounded = self.rounded(tiles, 0);
-        rounded.share = share;
-        rounded
+        self.rounded(tiles, 0)
     }
 
     /// Returns when the rows of share `share` are rounded, if they are to be.
@@ -168,7 +177,7 @@ impl<'a> Inputs<'a> {
         // A piece is some groups of up to a tile of rows: the groups of a tile are cache lines of
         // their own, its rows are not, and threads that share lines wait for each other (43 ns a
         // group in pieces of rows, 9 so).
-        let share = rows_per_piece(simd, pool, self.n_rows);
+        let share = self.share();
         let rows_per_piece = S::TILE_TOKENS.min(share);
         let groups_per_piece = (ROUND_PIECE / (rows_per_piece * GROUP_LEN)).max(1);
         let n_ranges = n_groups.div_ceil(groups_per_piece);

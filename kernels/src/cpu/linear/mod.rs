@@ -178,7 +178,7 @@ fn stacked_panels<S: Simd>(
     inputs: &Inputs<'_>,
     to: Stack<'_>,
 ) {
-    let rows_per_piece = rows_per_piece(simd, pool, inputs.n_rows);
+    let rows_per_piece = inputs.share();
     let per_piece = panels_per_piece(inputs.n_cols, rows_per_piece);
     let n_panels_in_all = parts.iter().map(n_panels).sum();
     let cut = Cut::new(n_panels_in_all, per_piece, pool.n_threads());
@@ -331,7 +331,7 @@ pub(super) fn gated<S: Simd>(
     out: &mut [f32],
 ) {
     let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
-    let rows_per_piece = rows_per_piece(simd, pool, inputs.n_rows);
+    let rows_per_piece = inputs.share();
     let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
     let cut = Cut::new(n_panels(gate), per_piece, pool.n_threads());
     let n_shares = inputs.n_rows.div_ceil(rows_per_piece);

@@ -4,8 +4,6 @@
 //! group is added in f32, groups in column order; in f32, every column is one fused multiply-add,
 //! columns in order. Neither depends on how many rows of activations share the pass.
 
-use std::ptr;
-
 use super::{
     tiles::{HALVES_BYTES, ROW_BYTES},
     unpacked::{CODE_BYTES, SCALE_BYTES},
@@ -37,8 +35,6 @@ pub(super) enum TileInput {
 
 /// Panels that a pass takes at once at most.
 pub(super) const PANELS_MAX: usize = 4;
-/// No panels to ask for.
-const NOTHING: [*const u8; PANELS_MAX] = [ptr::null(); PANELS_MAX];
 
 /// `outs[p][t][r] = row r of panel p . row t of the input` over `n_groups` groups, for up to
 /// [`PANELS_MAX`] panels.
@@ -397,14 +393,20 @@ impl PanelFormat for Q6K {
     }
 }
 
-/// Asks for group `group`'s share of the panel `ahead`, which may be null.
+/// Asks for group `group`'s share of the panel `ahead`, which may be null: every `PARTS`th line of it
+/// from line `PART` on.
 #[inline(always)]
-fn ask<S: Simd>(simd: S, ahead: *const u8, group: usize, layout: PanelLayout) {
+fn ask<S: Simd, const PART: usize, const PARTS: usize>(
+    simd: S,
+    ahead: *const u8,
+    group: usize,
+    layout: PanelLayout,
+) {
     if ahead.is_null() {
         return;
     }
     let bytes = layout.code_bytes + layout.scale_bytes;
-    for line in (0..bytes).step_by(64) {
+    for line in (PART * 64..bytes).step_by(PARTS * 64) {
         simd.prefetch(ahead.wrapping_add(group * bytes + line));
     }
 }
@@ -454,25 +456,22 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
             // with 4 of one.
             let two = S::TILE_TOKENS >= 16 && panels.len() >= 2;
             macro_rules! pass {
-                ($n:literal: $($first:literal + $rows:expr),+) => {{
-                    let mut ahead = ahead;
+                ($n:literal, $parts:literal: $($part:literal: $first:literal + $rows:expr),+) => {{
                     $(
-                        int8_pass::<S, P, T, { $rows }, $n>(
+                        int8_pass::<S, P, T, { $rows }, $n, $part, $parts>(
                             simd, panels, n_groups, x, $first, outs, ahead,
                         );
-                        ahead = &NOTHING;
                     )+
-                    let _ = ahead;
                     $n
                 }};
             }
             first += match T {
-                1 if panels.len() >= 4 => pass!(4: 0 + T),
-                1 | 2 if panels.len() >= 2 => pass!(2: 0 + T),
-                4 if two => pass!(2: 0 + T),
-                16 if two => pass!(2: 0 + 6, 6 + 6, 12 + 4),
-                16 => pass!(1: 0 + 8, 8 + 8),
-                _ => pass!(1: 0 + T),
+                1 if panels.len() >= 4 => pass!(4, 1: 0: 0 + T),
+                1 | 2 if panels.len() >= 2 => pass!(2, 1: 0: 0 + T),
+                4 if two => pass!(2, 1: 0: 0 + T),
+                16 if two => pass!(2, 3: 0: 0 + 6, 1: 6 + 6, 2: 12 + 4),
+                16 => pass!(1, 2: 0: 0 + 8, 1: 8 + 8),
+                _ => pass!(1, 1: 0: 0 + T),
             };
         }
     }
@@ -483,7 +482,15 @@ unsafe fn int8_tiles<S: Simd, P: PanelFormat, const T: usize>(
 /// # Safety
 /// As [`TileFn`]; `panels`, `outs` and `ahead` are `N` or more.
 #[inline(always)]
-unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, const N: usize>(
+unsafe fn int8_pass<
+    S: Simd,
+    P: PanelFormat,
+    const T: usize,
+    const R: usize,
+    const N: usize,
+    const PART: usize,
+    const PARTS: usize,
+>(
     simd: S,
     panels: &[*const u8],
     n_groups: usize,
@@ -519,7 +526,7 @@ unsafe fn int8_pass<S: Simd, P: PanelFormat, const T: usize, const R: usize, con
                     let mut scales = [P::scales(simd, &panels[0], group); N];
                     for n in 0..N {
                         scales[n] = P::scales(simd, &panels[n], group);
-                        ask(simd, ahead[n], group, layout);
+                        ask::<S, PART, PARTS>(simd, ahead[n], group, layout);
                     }
                     let codes = x.add(first * GROUP_LEN);
                     let at = group * layout.code_bytes;
@@ -621,7 +628,7 @@ unsafe fn unpack<S: Simd, P: PanelFormat>(
                 let scales = to.add(n_groups * CODE_BYTES);
                 let minima = scales.add(n_groups * SCALE_BYTES);
                 for group in 0..n_groups {
-                    ask(simd, ahead, group, layout);
+                    ask::<S, 0, 1>(simd, ahead, group, layout);
                     let w = P::quads(simd, panel.codes.add(group * layout.code_bytes));
                     for (q, quad) in w.into_iter().enumerate() {
                         let quad = simd.recenter(quad, P::ZERO);

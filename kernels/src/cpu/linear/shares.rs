@@ -18,6 +18,9 @@ pub(super) const SHARE_ROWS_MIN: usize = 2 * PASS_ROWS;
 pub(super) const FEW_THREADS: usize = 4;
 /// Short shares are multiples of so many rows, as many as share a kernel's registers.
 const SHORT_SHARE_ROWS: usize = 8;
+/// Weights of a layer up to which shares may be shorter. 16 rows took two threads 3.2 ms with an output
+/// layer of 30 MB when each read all of it, 2.0 ms when each read its half.
+const SHORT_SHARE_BYTES: usize = 4 << 20;
 /// Reading and unpacking a group's weights, in the unit of [`PIECE_WORK`].
 const UNPACK_WORK: usize = 2;
 
@@ -25,14 +28,20 @@ const UNPACK_WORK: usize = 2;
 /// for their own: what a thread wrote is then in its own caches when it goes on with it, instead of
 /// in another's (16 rows of SmolLM2 on two threads: 5 % more tokens, 16 % where the threads' caches
 /// seem to be far apart). Panels for the matrix unit are unpacked by every thread, so shares are
-/// longer there.
-pub(in crate::cpu) fn rows_per_piece<S: Simd>(simd: S, pool: &Pool, n_rows: usize) -> usize {
+/// longer there; and weights of [`SHORT_SHARE_BYTES`] and more come from memory that all share, once.
+pub(in crate::cpu) fn rows_per_piece<S: Simd>(
+    simd: S,
+    pool: &Pool,
+    n_rows: usize,
+    weight_bytes: usize,
+) -> usize {
     let n_threads = pool.n_threads();
     let share = n_rows.div_ceil(n_threads);
     let short = share.next_multiple_of(SHORT_SHARE_ROWS);
     let idle_rows = short * n_threads - n_rows;
     let unpacks = MATRIX_ROWS_MIN <= n_rows && simd.amx().is_some();
-    let is_short = short < SHARE_ROWS_MIN && n_threads <= FEW_THREADS && !unpacks;
+    let is_read_once = unpacks || weight_bytes >= SHORT_SHARE_BYTES;
+    let is_short = short < SHARE_ROWS_MIN && n_threads <= FEW_THREADS && !is_read_once;
     let rows = match is_short && 8 * idle_rows <= n_rows {
         true => short,
         false => share.next_multiple_of(PASS_ROWS).max(SHARE_ROWS_MIN),
