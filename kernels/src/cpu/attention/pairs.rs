@@ -187,6 +187,16 @@ fn multiply<S: Simd, const T: usize, const N: usize>(
     one_word!(0);
 }
 
+/// Sums of [`multiply`] where `words` came from [`Simd::words`] of neighbouring values, in their order:
+/// two instructions a row less than widening its halves.
+#[inline(always)]
+fn in_order<S: Simd>(simd: S, sums: [S::F; 2]) -> [S::F; 2] {
+    match S::HAS_DOT2 {
+        true => sums,
+        false => simd.zip(sums),
+    }
+}
+
 /// [`super::score_columns`].
 ///
 /// # Safety
@@ -238,7 +248,7 @@ pub(super) unsafe fn score_columns<S: Simd, const T: usize, const N: usize>(
                         let mut key = [[simd.splat(0.0); 2]; N];
                         for (n, key) in key.iter_mut().enumerate() {
                             let from = at(n, if word == 1 { second } else { d });
-                            *key = [Bf16::load(simd, from, 0), Bf16::load(simd, from, LANES)];
+                            *key = simd.words(simd.load_bytes(from));
                         }
                         key
                     },
@@ -251,8 +261,9 @@ pub(super) unsafe fn score_columns<S: Simd, const T: usize, const N: usize>(
             for i in 0..N {
                 for (row, sums) in scores.iter_mut().zip(&sums) {
                     let to = row.as_mut_ptr().add(i * block_len + chunk);
-                    simd.store(to, simd.mul(sums[i][0], scale));
-                    simd.store(to.add(LANES), simd.mul(sums[i][1], scale));
+                    let sums = in_order(simd, sums[i]);
+                    simd.store(to, simd.mul(sums[0], scale));
+                    simd.store(to.add(LANES), simd.mul(sums[1], scale));
                 }
             }
         }
@@ -414,8 +425,13 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
             let (factor, out) = (simd.splat(*rescale), query.out.add(at));
             for (i, sums) in sums.iter_mut().enumerate() {
                 let out = out.add(i * PAIRED);
-                sums[0] = simd.mul(simd.load(out), factor);
-                sums[1] = simd.mul(simd.load(out.add(LANES)), factor);
+                *sums = [
+                    simd.mul(simd.load(out), factor),
+                    simd.mul(simd.load(out.add(LANES)), factor),
+                ];
+                if !S::HAS_DOT2 {
+                    *sums = simd.unzip(*sums);
+                }
             }
         }
         for (b, block) in blocks.iter().enumerate() {
@@ -449,7 +465,7 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
                         let mut v = [[simd.splat(0.0); 2]; WIDE];
                         for (i, v) in v.iter_mut().enumerate() {
                             let from = at(if word == 1 { second } else { p }, i);
-                            *v = [Bf16::load(simd, from, 0), Bf16::load(simd, from, LANES)];
+                            *v = simd.words(simd.load_bytes(from));
                         }
                         v
                     },
@@ -470,6 +486,7 @@ unsafe fn columns<S: Simd, const T: usize, const WIDE: usize>(
         for (sums, query) in sums.iter().zip(queries) {
             let out = query.out.add(at);
             for (i, sums) in sums.iter().enumerate() {
+                let sums = in_order(simd, *sums);
                 simd.store(out.add(i * PAIRED), sums[0]);
                 simd.store(out.add(i * PAIRED + LANES), sums[1]);
             }

@@ -153,6 +153,30 @@ fn words(a: __m256i) -> F {
     ]
 }
 
+/// See [`Simd::zip`], for eight lanes of both.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn zip(a: __m256, b: __m256) -> F {
+    let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    [
+        _mm256_permute2f128_ps::<0x20>(low, high),
+        _mm256_permute2f128_ps::<0x31>(low, high),
+    ]
+}
+
+/// See [`Simd::unzip`], for 16 values: the even ones and the odd ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unzip(a: F) -> [__m256; 2] {
+    let even = _mm256_shuffle_ps::<0b10_00_10_00>(a[0], a[1]);
+    let odd = _mm256_shuffle_ps::<0b11_01_11_01>(a[0], a[1]);
+    // Quarters 0 and 2 are of the first eight.
+    [even, odd].map(|half| {
+        let half = _mm256_castps_pd(half);
+        _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(half))
+    })
+}
+
 /// Eight values in lanes of words, see [`Simd::round_bf16`].
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -426,6 +450,19 @@ impl Simd for Avx2 {
         unsafe {
             let ([a_low, a_high], [b_low, b_high]) = (words(a[0]), words(a[1]));
             [[a_low, b_low], [a_high, b_high]]
+        }
+    }
+    #[inline(always)]
+    fn zip(self, a: [F; 2]) -> [F; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe { [zip(a[0][0], a[1][0]), zip(a[0][1], a[1][1])] }
+    }
+    #[inline(always)]
+    fn unzip(self, a: [F; 2]) -> [F; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let ([a_even, a_odd], [b_even, b_odd]) = (unzip(a[0]), unzip(a[1]));
+            [[a_even, b_even], [a_odd, b_odd]]
         }
     }
     #[inline(always)]

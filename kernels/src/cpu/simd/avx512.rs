@@ -59,6 +59,16 @@ fn interleave<const FIRST: i16>(a: __m512i, b: __m512i) -> __m512i {
     _mm512_permutex2var_epi16(a, words, b)
 }
 
+/// Lanes of `a` and `b` by number, those of `b` from 16 on.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn lanes(a: [__m512; 2], numbers: impl Fn(i32) -> i32) -> __m512 {
+    let numbers: [i32; LANES] = std::array::from_fn(|i| numbers(i as i32));
+    // SAFETY: 64 bytes.
+    let numbers = unsafe { _mm512_loadu_si512(numbers.as_ptr().cast()) };
+    _mm512_permutex2var_ps(a[0], numbers, a[1])
+}
+
 /// See [`Simd::in_turn`].
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -497,6 +507,21 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 _mm512_castsi512_ps(_mm512_and_si512(a, high)),
             ]
         }
+    }
+    #[inline(always)]
+    fn zip(self, a: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            [
+                lanes(a, |i| i / 2 + i % 2 * 16),
+                lanes(a, |i| 8 + i / 2 + i % 2 * 16),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn unzip(self, a: [__m512; 2]) -> [__m512; 2] {
+        // SAFETY: `self` proves the features.
+        unsafe { [lanes(a, |i| 2 * i), lanes(a, |i| 2 * i + 1)] }
     }
     #[inline(always)]
     fn round_bf16(self, a: [__m512; 2]) -> __m512i {

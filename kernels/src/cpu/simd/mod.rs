@@ -153,6 +153,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn interleave(self, a: Self::B, b: Self::B) -> [Self::B; 2];
     /// The low words of all lanes as bf16, and the high ones.
     fn words(self, a: Self::B) -> [Self::F; 2];
+    /// Lanes of both in turn, `a[0]` of lane 0 first: the first 16 of them and the others.
+    fn zip(self, a: [Self::F; 2]) -> [Self::F; 2];
+    /// What [`Self::zip`] undoes.
+    fn unzip(self, a: [Self::F; 2]) -> [Self::F; 2];
     /// 32 values rounded to bf16, ties to even, two neighbours in a lane; NaN stays NaN.
     fn round_bf16(self, a: [Self::F; 2]) -> Self::B;
     /// `sums[lane] + a[lane] * b[lane]` for both words of a lane as bf16, the high ones first. Products of
@@ -218,9 +222,9 @@ mod tests {
     use super::*;
 
     /// Sums of pairs of 32 values against 32 others, after both were rounded, interleaved with each
-    /// other and taken apart again.
+    /// other and taken apart again; behind them the values' even and odd ones, and those in turn.
     fn pairs<S: Simd>(simd: S, values: &[f32; 4 * LANES]) -> Vec<u32> {
-        let mut found = [[0f32; LANES]; 6];
+        let mut found = [[0f32; LANES]; 10];
         simd.vectorize(
             #[inline(always)]
             || {
@@ -238,6 +242,12 @@ mod tests {
                     }
                     let three = simd.splat_b(0x4040_4040);
                     simd.store(found[5].as_mut_ptr(), simd.dot2(load(0), a, three));
+                    let apart = simd.unzip([load(0), load(1)]);
+                    let in_turn = simd.zip(apart);
+                    let all = apart.into_iter().chain(in_turn);
+                    for (to, v) in found[6..].iter_mut().zip(all) {
+                        simd.store(to.as_mut_ptr(), v);
+                    }
                 }
             },
         );
@@ -256,6 +266,11 @@ mod tests {
             let expected = pairs(Portable, &values);
             let rounded = half::bf16::from_f32(values[0]).to_f32();
             assert_eq!(expected[LANES], rounded.to_bits(), "the first word");
+            for (i, value) in values[..2 * LANES].iter().enumerate() {
+                let apart = expected[6 * LANES + i % 2 * LANES + i / 2];
+                let in_turn = expected[8 * LANES + i];
+                assert_eq!([apart, in_turn], [value.to_bits(); 2], "value {i}");
+            }
             #[cfg(target_arch = "x86_64")]
             {
                 if let Some(set) = Avx2::probe() {

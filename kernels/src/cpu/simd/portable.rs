@@ -221,6 +221,14 @@ impl Simd for Portable {
         ]
     }
     #[inline(always)]
+    fn zip(self, a: [F; 2]) -> [F; 2] {
+        [0, LANES].map(|first| std::array::from_fn(|i| a[i % 2][(first + i) / 2]))
+    }
+    #[inline(always)]
+    fn unzip(self, a: [F; 2]) -> [F; 2] {
+        [0, 1].map(|odd| std::array::from_fn(|i| a.as_flattened()[2 * i + odd]))
+    }
+    #[inline(always)]
     fn round_bf16(self, a: [F; 2]) -> B {
         let word = |i: usize| bf16::from_f32(a[i / LANES][i % LANES]).to_le_bytes();
         std::array::from_fn(|i| {
