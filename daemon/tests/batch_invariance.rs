@@ -1,5 +1,5 @@
-//! Invariant 1: the logits of a sequence are the same bits whatever else is in the batch and
-//! however its prompt is cut.
+//! Invariant 1: the logits of a sequence are the same bits whatever else is in the batch, however its
+//! prompt is cut and whichever logits are wanted beside its own.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 use std::{cell::RefCell, path::PathBuf, time::Duration};
@@ -44,7 +44,7 @@ fn executor(
     let budget = Budget {
         kv_bytes_max: 16 << 20,
         step_tokens_max: 96,
-        step_spans_max: 8,
+        step_spans_max: 96,
     };
     let plan = plan_cpu(&checkpoint, cpu, n_ranks, budget, None).unwrap();
     let load = |rank: usize| load_cpu(&checkpoint, cpu, &plan.ranks[rank]).unwrap();
@@ -85,9 +85,10 @@ impl Sequence {
 }
 
 /// Runs all sequences together, `chunk(step, index)` tokens of each at a step, and returns the bits
-/// of each one's last logits.
+/// of each one's last logits; `wanted` are those of a sequence's last step.
 fn run(
     executor: &mut dyn StepExecutor,
+    wanted: LogitRows,
     mut sequences: Vec<Sequence>,
     mut chunk: impl FnMut(usize, usize) -> usize,
 ) -> Vec<Vec<u32>> {
@@ -105,11 +106,7 @@ fn run(
             }
             let end = sequence.done + n;
             let is_last = end == sequence.tokens.len();
-            let logits = if is_last {
-                LogitRows::Last
-            } else {
-                LogitRows::Skip
-            };
+            let logits = if is_last { wanted } else { LogitRows::Skip };
             let tokens = &sequence.tokens[sequence.done..end];
             plan.push(
                 index as u64,
@@ -124,9 +121,12 @@ fn run(
         if plan.spans.is_empty() {
             continue;
         }
-        let logits = executor.execute(&plan).unwrap();
-        for (row, index) in logits.chunks_exact(VOCAB).zip(ends) {
-            sequences[index].last = row.iter().map(|v| v.to_bits()).collect();
+        let mut logits = &*executor.execute(&plan).unwrap();
+        let n_rows = plan.spans.iter().map(|span| span.logit_tokens().len());
+        for (n_rows, index) in n_rows.filter(|n| *n > 0).zip(ends) {
+            let (rows, rest) = logits.split_at(n_rows * VOCAB);
+            let last = rows[rows.len() - VOCAB..].iter();
+            (sequences[index].last, logits) = (last.map(|v| v.to_bits()).collect(), rest);
         }
     }
     sequences.into_iter().map(|s| s.last).collect()
@@ -150,23 +150,25 @@ fn check(model: &str, n_ranks: usize, activations: Activations, kv_type: KvType)
         ..Default::default()
     };
     proptest!(config, |((prompts, chunks) in cases)| {
-        let alone = prompts
-            .iter()
-            .map(|(len, seed)| {
+        let alone = |wanted| {
+            let run_one = |(len, seed): &(usize, u32)| {
                 let sequence = Sequence::new(&prompt(*len, *seed), 5);
-                run(&mut **one.borrow_mut(), vec![sequence], |_, _| 96).remove(0)
-            })
-            .collect::<Vec<_>>();
+                run(&mut **one.borrow_mut(), wanted, vec![sequence], |_, _| 96).remove(0)
+            };
+            prompts.iter().map(run_one).collect::<Vec<_>>()
+        };
+        let (alone, among_all) = (alone(LogitRows::Last), alone(LogitRows::All));
         let sequences = prompts
             .iter()
             .enumerate()
             .map(|(i, (len, seed))| Sequence::new(&prompt(*len, *seed), 20 * i as u32))
             .collect();
-        let together = run(&mut **two.borrow_mut(), sequences, |step, index| {
+        let together = run(&mut **two.borrow_mut(), LogitRows::Last, sequences, |step, index| {
             // Never all zero for good: every eighth step everybody moves.
             if step % 8 == 7 { 1 } else { chunks[(step * 5 + index * 11) % chunks.len()] }
         });
-        prop_assert_eq!(alone, together);
+        prop_assert_eq!(&alone, &together);
+        prop_assert_eq!(alone, among_all);
     });
 }
 

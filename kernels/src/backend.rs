@@ -477,8 +477,8 @@ pub trait Backend: WeightStore + Send + 'static {
         to_rows: RowView,
         n_rows: usize,
     );
-    /// `to[i] = from[rows[i]]`, dense, `width` wide.
-    fn gather_rows(&self, from: &Self::Buffer, rows: &[usize], width: usize, to: &mut Self::Buffer);
+    /// `x[i] = x[rows[i]]`, dense rows of `width` elements; `rows` ascend.
+    fn keep_rows(&self, x: &mut Self::Buffer, rows: &[usize], width: usize);
 
     /// `angles[m] = [cos(p f_0).., sin(p f_0)..] * factor` for every row's position `p`.
     fn rope_angles(

@@ -188,10 +188,8 @@ impl Backend for Reference {
         }
     }
 
-    fn gather_rows(&self, from: &Vec<f32>, rows: &[usize], width: usize, to: &mut Vec<f32>) {
-        for (out, row) in to.chunks_exact_mut(width).zip(rows) {
-            out.copy_from_slice(&from[row * width..][..width]);
-        }
+    fn keep_rows(&self, x: &mut Vec<f32>, rows: &[usize], width: usize) {
+        keep_rows(x, rows, width);
     }
 
     fn rope_angles(
@@ -509,6 +507,14 @@ fn group_score(kind: GroupScore) -> impl Fn(&[f32]) -> f32 {
             GroupScore::TopTwoSum if group.len() < 2 => best[0],
             GroupScore::TopTwoSum => best[0] + best[1],
         }
+    }
+}
+
+/// [`Backend::keep_rows`].
+pub(crate) fn keep_rows(x: &mut [f32], rows: &[usize], width: usize) {
+    assert!(rows.is_sorted_by(|a, b| a < b), "rows ascend");
+    for (to, from) in rows.iter().enumerate() {
+        x.copy_within(from * width..(from + 1) * width, to * width);
     }
 }
 

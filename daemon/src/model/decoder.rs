@@ -39,79 +39,97 @@ impl<B: WeightStore> Decoder<B> {
     }
 }
 
+/// What a step computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// Every row: keys and values of all are stored.
+    pub rows: StepInputs<'a>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: &'a [usize],
+    /// Those rows alone.
+    pub last: StepInputs<'a>,
+}
+
 impl<B: Backend> Decoder<B> {
     /// Runs a step: stores keys and values of its rows in `caches` (one per layer) and leaves the
     /// logits of `logit_rows` in the workspace, in that order, this rank's columns of each. The
     /// residual stream is the same on every rank; what the halves of a layer add to it is summed over
-    /// them.
+    /// them. Behind the keys and values of the last layer only rows whose logits are wanted go on.
     ///
     /// # Errors
     /// [`Missing`] when another rank did not arrive.
     pub fn forward<'w>(
         &self,
         backend: &B,
-        inputs: &StepInputs<'_>,
-        logit_rows: &[usize],
+        Step {
+            rows,
+            logit_rows,
+            last,
+        }: Step<'_>,
         cache_shape: CacheShape,
         caches: &mut [B::Cache],
         ws: &'w mut Workspace<B>,
         group: &mut Collective,
     ) -> Result<&'w mut B::Buffer, Missing> {
-        let (spec, n_rows) = (&self.spec, inputs.n_rows());
-        let dense = RowView::dense(spec.hidden);
+        let spec = &self.spec;
         let mut step = StepContext {
             backend,
-            inputs,
-            rms_norm_eps: spec.rms_norm_eps,
-            rope_layout: spec.rope_layout,
+            spec,
+            inputs: &rows,
+            last: None,
             cache_shape,
             layer: 0,
         };
-        let n_elements = n_rows * spec.hidden;
-        backend.embed(&self.embedding, self.first_token, inputs.tokens, &mut ws.x);
-        let x = backend.download(&mut ws.x, n_elements);
+        backend.embed(&self.embedding, self.first_token, rows.tokens, &mut ws.x);
+        let x = backend.download(&mut ws.x, rows.n_rows() * spec.hidden);
         group.all_reduce(Site::outside(Op::Embedding), x)?;
         let rope = &spec.rope;
         backend.rope_angles(
             &rope.inverse_frequencies,
             rope.factor,
-            inputs,
+            &rows,
             &mut ws.angles,
         );
         let eps = spec.rms_norm_eps;
-        let first = self
-            .layers
-            .first()
-            .map_or(&self.norm, |l| &l.attention_norm);
-        backend.rms_norm(&ws.x, dense, n_rows, first, eps, &mut ws.normed);
-        let add_and_norm = |ws: &mut Workspace<B>, gain: &B::Buffer| {
-            let (x, y) = (&mut ws.x, &ws.y);
-            backend.add_rms_norm(x, y, n_rows, spec.hidden, gain, eps, &mut ws.normed);
-        };
+        let (dense, n_rows) = (RowView::dense(spec.hidden), rows.n_rows());
+        let gain = &self.layers[0].attention_norm;
+        backend.rms_norm(&ws.x, dense, n_rows, gain, eps, &mut ws.normed);
         for (index, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            let next = self.layers.get(index + 1);
             step.layer = index;
+            step.last = next.is_none().then_some((logit_rows, &last));
             match &layer.attention {
-                Attention::Gqa(attention) => attention.forward(&step, cache, ws),
-                Attention::Mla(attention) => attention.forward(&step, cache, ws, group)?,
+                Attention::Gqa(attention) => attention.forward(&mut step, cache, ws),
+                Attention::Mla(attention) => attention.forward(&mut step, cache, ws, group)?,
             }
-            let y = backend.download(&mut ws.y, n_elements);
-            group.all_reduce(step.site(Op::Attention), y)?;
-            add_and_norm(ws, &layer.ffn_norm);
+            self.add(&step, ws, group, Op::Attention, &layer.ffn_norm)?;
             match &layer.ffn {
                 Ffn::Mlp(ffn) => ffn.forward(&step, ws),
                 Ffn::Moe(ffn) => ffn.forward(&step, ws, group)?,
             }
-            let y = backend.download(&mut ws.y, n_elements);
-            group.all_reduce(step.site(Op::FeedForward), y)?;
-            // Behind the last layer that norms rows whose logits nobody wants, too: cheaper than one pass
-            // more over the others.
-            let next = self.layers.get(index + 1);
-            add_and_norm(ws, next.map_or(&self.norm, |l| &l.attention_norm));
+            let gain = next.map_or(&self.norm, |l| &l.attention_norm);
+            self.add(&step, ws, group, Op::FeedForward, gain)?;
         }
-        let n = logit_rows.len();
-        backend.gather_rows(&ws.normed, logit_rows, spec.hidden, &mut ws.last);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        backend.linear(&ws.last, n, head, None, &mut ws.logits);
+        let n = logit_rows.len();
+        backend.linear(&ws.normed, n, head, None, &mut ws.logits);
         Ok(&mut ws.logits)
+    }
+
+    /// Adds the ranks' parts of what half a layer computed to the residual stream, and norms that.
+    fn add(
+        &self,
+        step: &StepContext<'_, B>,
+        ws: &mut Workspace<B>,
+        group: &mut Collective,
+        half: Op,
+        gain: &B::Buffer,
+    ) -> Result<(), Missing> {
+        let (b, n_rows, width) = (step.backend, step.inputs.n_rows(), self.spec.hidden);
+        let y = b.download(&mut ws.y, n_rows * width);
+        group.all_reduce(step.site(half), y)?;
+        let (x, eps) = (&mut ws.x, self.spec.rms_norm_eps);
+        b.add_rms_norm(x, &ws.y, n_rows, width, gain, eps, &mut ws.normed);
+        Ok(())
     }
 }

@@ -21,7 +21,7 @@ mod workspace;
 mod tests;
 
 pub use build::{build, refuse_extra_tensors};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, Step};
 pub use fields::ConfigError;
 pub use rope::RopeSpec;
 pub use spec::{DecoderSpec, spec_of};

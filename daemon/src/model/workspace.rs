@@ -36,8 +36,6 @@ pub struct Workspace<B: Backend> {
     pub(super) gate_logits: B::Buffer,
     /// Chosen experts, for models that have some.
     pub(super) routes: Option<B::Routes>,
-    /// Rows whose logits are wanted `[l, hidden]`, after the last norm.
-    pub(super) last: B::Buffer,
     /// `[l, vocab]`.
     pub(super) logits: B::Buffer,
 }
@@ -158,7 +156,6 @@ impl<B: Backend> Workspace<B> {
             up: rows(sizes.inter),
             gate_logits: rows(sizes.n_experts),
             routes: sizes.experts.map(|shape| backend.routes(shape)),
-            last: backend.buffer(n_logits_max * spec.hidden),
             logits: backend.buffer(n_logits_max * spec.vocab_len),
         }
     }
@@ -173,7 +170,7 @@ impl<B: Backend> Workspace<B> {
         let sizes = Sizes::of(spec, n_rows_max);
         let row = 3 * spec.hidden + 2 * spec.rope.inverse_frequencies.len() + sizes.per_row();
         let experts = sizes.experts.as_ref().map_or(0, ExpertShape::n_elements);
-        let elements = n_rows_max * row + experts + n_logits_max * (spec.hidden + spec.vocab_len);
+        let elements = n_rows_max * row + experts + n_logits_max * spec.vocab_len;
         elements * size_of::<f32>() + backend.scratch_bytes(&sizes.step(spec, n_rows_max))
     }
 }

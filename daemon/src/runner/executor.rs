@@ -2,6 +2,7 @@
 //! engine plans and tells the others, which follow.
 
 use std::{
+    iter,
     ops::Range,
     sync::{
         Arc,
@@ -11,10 +12,10 @@ use std::{
 
 use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan, Workers};
 
-use super::{ExecutorLimits, LogitRows, RankPlan, StepError, StepExecutor, StepPlan};
+use super::{ExecutorLimits, RankPlan, Span, StepError, StepExecutor, StepPlan};
 use crate::{
     collective::{Collective, Op, Site, Told},
-    model::{Decoder, Workspace},
+    model::{Decoder, Step, Workspace},
 };
 
 /// One rank's part of a decoder with its caches and buffers.
@@ -43,49 +44,89 @@ pub struct ModelExecutor<B: Backend> {
 /// A plan flattened into rows; refilled every step.
 #[derive(Debug)]
 struct StepRows {
+    all: Rows,
+    /// Those whose logits are wanted.
+    last: Rows,
+    /// Where they are among all.
+    logit_rows: Vec<usize>,
+}
+
+/// Rows of a step, as [`StepInputs`] has them.
+#[derive(Debug)]
+struct Rows {
+    tokens: Vec<u32>,
     positions: Vec<usize>,
     span_of_row: Vec<usize>,
     spans: Vec<StepSpan>,
-    logit_rows: Vec<usize>,
+}
+
+impl Rows {
+    /// With room for so many.
+    fn with_capacity(n_rows: usize, n_spans: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(n_rows),
+            positions: Vec::with_capacity(n_rows),
+            span_of_row: Vec::with_capacity(n_rows),
+            spans: Vec::with_capacity(n_spans),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.span_of_row.clear();
+        self.spans.clear();
+    }
+
+    /// Adds the rows of `span` for `tokens` of its own.
+    fn push(&mut self, plan: &StepPlan, span: &Span, tokens: Range<usize>) {
+        let n_rows = tokens.len();
+        if n_rows == 0 {
+            return;
+        }
+        let first_pos = span.first_pos + (tokens.start - span.tokens.start);
+        self.span_of_row
+            .extend(iter::repeat_n(self.spans.len(), n_rows));
+        self.spans.push(StepSpan {
+            first_row: self.tokens.len(),
+            n_rows,
+            first_pos,
+            first_block: span.blocks.start,
+        });
+        self.tokens.extend_from_slice(&plan.tokens[tokens]);
+        self.positions.extend(first_pos..first_pos + n_rows);
+    }
+
+    fn inputs<'a>(&'a self, plan: &'a StepPlan) -> StepInputs<'a> {
+        StepInputs {
+            tokens: &self.tokens,
+            positions: &self.positions,
+            span_of_row: &self.span_of_row,
+            spans: &self.spans,
+            blocks: &plan.blocks,
+        }
+    }
 }
 
 impl StepRows {
     /// With room for the largest plan.
     fn for_limits(limits: &ExecutorLimits) -> Self {
+        let (n_logits, n_spans) = (limits.step_logits_max, limits.step_spans_max);
         Self {
-            positions: Vec::with_capacity(limits.step_tokens_max),
-            span_of_row: Vec::with_capacity(limits.step_tokens_max),
-            spans: Vec::with_capacity(limits.step_spans_max),
-            logit_rows: Vec::with_capacity(limits.step_logits_max),
+            all: Rows::with_capacity(limits.step_tokens_max, n_spans),
+            last: Rows::with_capacity(n_logits, n_spans),
+            logit_rows: Vec::with_capacity(n_logits),
         }
     }
 
     fn fill(&mut self, plan: &StepPlan) {
-        let Self {
-            positions,
-            span_of_row,
-            spans,
-            logit_rows,
-        } = self;
-        positions.clear();
-        span_of_row.clear();
-        spans.clear();
-        logit_rows.clear();
-        for (index, span) in plan.spans.iter().enumerate() {
-            let n_rows = span.tokens.len();
-            positions.extend(span.first_pos..span.first_pos + n_rows);
-            span_of_row.extend(std::iter::repeat_n(index, n_rows));
-            spans.push(StepSpan {
-                first_row: span.tokens.start,
-                n_rows,
-                first_pos: span.first_pos,
-                first_block: span.blocks.start,
-            });
-            match span.logits {
-                LogitRows::Skip => {}
-                LogitRows::Last => logit_rows.push(span.tokens.end - 1),
-                LogitRows::All => logit_rows.extend(span.tokens.clone()),
-            }
+        self.all.clear();
+        self.last.clear();
+        self.logit_rows.clear();
+        for span in &plan.spans {
+            self.all.push(plan, span, span.tokens.clone());
+            self.last.push(plan, span, span.logit_tokens());
+            self.logit_rows.extend(span.logit_tokens());
         }
     }
 }
@@ -227,17 +268,14 @@ impl<B: Backend> ModelExecutor<B> {
     /// returned.
     fn run(&mut self, plan: &StepPlan) -> Result<usize, StepError> {
         self.rows.fill(plan);
-        let inputs = StepInputs {
-            tokens: &plan.tokens,
-            positions: &self.rows.positions,
-            span_of_row: &self.rows.span_of_row,
-            spans: &self.rows.spans,
-            blocks: &plan.blocks,
+        let step = Step {
+            rows: self.rows.all.inputs(plan),
+            logit_rows: &self.rows.logit_rows,
+            last: self.rows.last.inputs(plan),
         };
         let logits = self.decoder.forward(
             &self.backend,
-            &inputs,
-            &self.rows.logit_rows,
+            step,
             self.cache_shape,
             &mut self.caches,
             &mut self.workspace,

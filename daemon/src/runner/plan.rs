@@ -29,6 +29,18 @@ pub struct Span {
     pub logits: LogitRows,
 }
 
+impl Span {
+    /// Tokens that get a row of logits, as a range of [`StepPlan::tokens`].
+    pub fn logit_tokens(&self) -> Range<usize> {
+        let Range { start, end } = self.tokens;
+        match self.logits {
+            LogitRows::Skip => end..end,
+            LogitRows::Last => end.saturating_sub(1).max(start)..end,
+            LogitRows::All => start..end,
+        }
+    }
+}
+
 /// One step over all its sequences.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepPlan {
@@ -72,14 +84,7 @@ impl StepPlan {
 
     /// Rows of logits the plan asks for.
     pub fn n_logits(&self) -> usize {
-        self.spans
-            .iter()
-            .map(|s| match s.logits {
-                LogitRows::Skip => 0,
-                LogitRows::Last => 1,
-                LogitRows::All => s.tokens.len(),
-            })
-            .sum()
+        self.spans.iter().map(|s| s.logit_tokens().len()).sum()
     }
 }
 

@@ -570,10 +570,8 @@ impl Backend for CpuBackend {
         });
     }
 
-    fn gather_rows(&self, from: &Vec<f32>, rows: &[usize], width: usize, to: &mut Vec<f32>) {
-        for (out, row) in to.chunks_exact_mut(width).zip(rows) {
-            out.copy_from_slice(&from[row * width..][..width]);
-        }
+    fn keep_rows(&self, x: &mut Vec<f32>, rows: &[usize], width: usize) {
+        reference::keep_rows(x, rows, width);
     }
 
     fn rope_angles(
@@ -826,7 +824,9 @@ impl Backend for CpuBackend {
             let expert = &experts[run.expert];
             let (hidden, inter) = (expert.down.n_rows(), expert.gate.n_rows());
             let slots = run.first..run.first + run.n;
-            self.gather_rows(x, &rows[slots.clone()], hidden, gathered);
+            for (to, row) in gathered.chunks_exact_mut(hidden).zip(&rows[slots.clone()]) {
+                to.copy_from_slice(&x[row * hidden..][..hidden]);
+            }
             self.linear(gathered, run.n, &expert.gate, None, gate);
             self.linear(gathered, run.n, &expert.up, None, up);
             self.swiglu(gate, up, run.n, inter);

@@ -69,7 +69,7 @@ impl<B: WeightStore> Gqa<B> {
 impl<B: Backend> Gqa<B> {
     pub(in crate::model) fn forward(
         &self,
-        step: &StepContext<'_, B>,
+        step: &mut StepContext<'_, B>,
         cache: &mut B::Cache,
         ws: &mut Workspace<B>,
     ) {
@@ -98,13 +98,20 @@ impl<B: Backend> Gqa<B> {
         self.qkv.run(b, &ws.normed, n_rows, &mut ws.qkv);
         if let Some([q_gain, k_gain]) = &self.qk_norm {
             for (of, gain) in [(q, q_gain), (k, k_gain)] {
-                b.rms_norm_heads(&mut ws.qkv, n_rows, heads(of), gain, step.rms_norm_eps);
+                b.rms_norm_heads(&mut ws.qkv, n_rows, heads(of), gain, step.spec.rms_norm_eps);
             }
         }
         // Keys lie behind the queries, head after head.
         let rotated = heads(rows(0, q_len + kv_len));
-        b.rope(&mut ws.qkv, n_rows, rotated, step.rope_layout, &ws.angles);
+        b.rope(
+            &mut ws.qkv,
+            n_rows,
+            rotated,
+            step.spec.rope_layout,
+            &ws.angles,
+        );
         b.store_heads(&ws.qkv, k, v, cache, step.cache_shape, step.inputs);
+        step.stored(ws, q.stride);
         #[expect(
             clippy::cast_precision_loss,
             reason = "head dimensions are far below 2^24"
@@ -123,6 +130,6 @@ impl<B: Backend> Gqa<B> {
             step.inputs,
             &mut ws.o,
         );
-        self.o.run(b, &ws.o, n_rows, &mut ws.y);
+        self.o.run(b, &ws.o, step.inputs.n_rows(), &mut ws.y);
     }
 }

@@ -132,7 +132,7 @@ impl<B: WeightStore> Mla<B> {
 impl<B: Backend> Mla<B> {
     pub(in crate::model) fn forward(
         &self,
-        step: &StepContext<'_, B>,
+        step: &mut StepContext<'_, B>,
         cache: &mut B::Cache,
         ws: &mut Workspace<B>,
         group: &mut Collective,
@@ -190,7 +190,7 @@ impl<B: Backend> Mla<B> {
             &mut ws.qkv,
             n_rows,
             shared_key,
-            step.rope_layout,
+            step.spec.rope_layout,
             &ws.angles,
         );
         b.store_latent(
@@ -200,6 +200,8 @@ impl<B: Backend> Mla<B> {
             step.cache_shape,
             step.inputs,
         );
+        step.stored(ws, q_len + row_len);
+        let n_rows = step.inputs.n_rows();
         match &self.query {
             MlaQuery::Direct(q) => q.run(b, &ws.normed, n_rows, &mut ws.q),
             MlaQuery::Compressed { rank, gain, b: q_b } => {
@@ -215,7 +217,13 @@ impl<B: Backend> Mla<B> {
             head_stride: head_len,
             len: qk_rope_head_dim,
         };
-        b.rope(&mut ws.q, n_rows, rotated, step.rope_layout, &ws.angles);
+        b.rope(
+            &mut ws.q,
+            n_rows,
+            rotated,
+            step.spec.rope_layout,
+            &ws.angles,
+        );
         let plain = HeadView {
             offset: 0,
             len: qk_nope_head_dim,

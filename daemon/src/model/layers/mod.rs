@@ -16,11 +16,11 @@ pub(super) use self::{
 use std::ops::Range;
 
 use dsd_kernels::{
-    backend::{Backend, CacheShape, RopeLayout, StepInputs, WeightStore},
+    backend::{Backend, CacheShape, StepInputs, WeightStore},
     matrix::Matrix,
 };
 
-use super::split::Split;
+use super::{spec::DecoderSpec, split::Split, workspace::Workspace};
 use crate::{
     collective::{Collective, Missing, Op, Site},
     weights::{Cut, Role, TensorSource, WeightsError},
@@ -29,9 +29,11 @@ use crate::{
 /// What every block of a step needs besides its own weights.
 pub(super) struct StepContext<'a, B> {
     pub(super) backend: &'a B,
+    pub(super) spec: &'a DecoderSpec,
+    /// The rows that matter from here on.
     pub(super) inputs: &'a StepInputs<'a>,
-    pub(super) rms_norm_eps: f32,
-    pub(super) rope_layout: RopeLayout,
+    /// In the last layer, which of them matter when keys and values are stored.
+    pub(super) last: Option<(&'a [usize], &'a StepInputs<'a>)>,
     pub(super) cache_shape: CacheShape,
     /// The layer, to name where ranks meet.
     pub(super) layer: usize,
@@ -44,6 +46,29 @@ impl<B> StepContext<'_, B> {
             layer: self.layer,
             op,
         }
+    }
+}
+
+impl<B: Backend> StepContext<'_, B> {
+    /// Keys and values are stored: leaves the rows that matter behind this, where some do not, in all
+    /// that a block goes on with; `ws.qkv` has rows of `qkv_len`.
+    fn stored(&mut self, ws: &mut Workspace<B>, qkv_len: usize) {
+        let Some((rows, inputs)) = self.last.take() else {
+            return;
+        };
+        if inputs.n_rows() == self.inputs.n_rows() {
+            return;
+        }
+        let hidden = self.spec.hidden;
+        for (buffer, width) in [
+            (&mut ws.x, hidden),
+            (&mut ws.normed, hidden),
+            (&mut ws.angles, 2 * self.spec.rope.inverse_frequencies.len()),
+            (&mut ws.qkv, qkv_len),
+        ] {
+            self.backend.keep_rows(buffer, rows, width);
+        }
+        self.inputs = inputs;
     }
 }
 
