@@ -425,16 +425,15 @@ pub trait Backend: WeightStore + Send + 'static {
         bias: Option<&Self::Buffer>,
         out: &mut Self::Buffer,
     );
-    /// `out[m] = silu(G x[m] + g) * (U x[m] + u)` for `gate = (G, g)` and `up = (U, u)`, one matrix
-    /// each; `x` and `out` dense, `scratch` as large as `out`.
-    fn gated_linear(
+    /// `out[m] = D (silu(G x[m] + g) * (U x[m] + u)) + d` for layers `(G, g)`, `(U, u)` and `(D, d)`, one
+    /// matrix each (Shazeer 2020); `x` and `out` dense, `scratch` with room for what is inside, twice.
+    fn mlp(
         &self,
         x: &Self::Buffer,
         n_rows: usize,
-        gate: (&Self::Weight, Option<&Self::Buffer>),
-        up: (&Self::Weight, Option<&Self::Buffer>),
+        layers: [(&Self::Weight, Option<&Self::Buffer>); 3],
+        scratch: [&mut Self::Buffer; 2],
         out: &mut Self::Buffer,
-        scratch: &mut Self::Buffer,
     );
     /// `out[m] = x[m] / sqrt(mean(x[m]^2) + eps) * gain` (Zhang & Sennrich 2019).
     fn rms_norm(

@@ -156,8 +156,8 @@ pub const WIDTHS: [usize; 7] = [2, 16, 30, 64, 100, 576, 2048];
 pub enum SpeedCase {
     /// A linear layer.
     Linear(LinearCase),
-    /// `silu(gate) * up` of a dense layer: two matrices of the case's size.
-    Gated(LinearCase),
+    /// A SwiGLU MLP: two matrices of the case's size and one that leads back.
+    Mlp(LinearCase),
     /// Attention of `n_sequences` sequences alike.
     Attention(AttentionCase, usize),
     /// MLA's key absorption and value expansion.
@@ -237,7 +237,7 @@ pub fn speed() -> Vec<SpeedCase> {
     }
     let (n, k) = (1536, 576);
     let format = Format::Q4_0;
-    cases.extend(STEPS.map(|m| SpeedCase::Gated(LinearCase { format, m, n, k })));
+    cases.extend(STEPS.map(|m| SpeedCase::Mlp(LinearCase { format, m, n, k })));
     let heads = CacheRows::Heads {
         n_kv_heads: 3,
         head_dim: 64,

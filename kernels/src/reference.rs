@@ -103,21 +103,21 @@ impl Backend for Reference {
         }
     }
 
-    fn gated_linear(
+    fn mlp(
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        gate: (&Vec<Matrix>, Option<&Vec<f32>>),
-        up: (&Vec<Matrix>, Option<&Vec<f32>>),
+        [gate, up, down]: [(&Vec<Matrix>, Option<&Vec<f32>>); 3],
+        [inner, ups]: [&mut Vec<f32>; 2],
         out: &mut Vec<f32>,
-        scratch: &mut Vec<f32>,
     ) {
-        self.linear(x, n_rows, gate.0, gate.1, out);
-        self.linear(x, n_rows, up.0, up.1, scratch);
+        self.linear(x, n_rows, gate.0, gate.1, inner);
+        self.linear(x, n_rows, up.0, up.1, ups);
         let n = n_rows * n_outputs(gate.0);
-        for (g, u) in out[..n].iter_mut().zip(scratch) {
+        for (g, u) in inner[..n].iter_mut().zip(ups) {
             *g = silu(*g) * *u;
         }
+        self.linear(inner, n_rows, down.0, down.1, out);
     }
 
     fn rms_norm(

@@ -867,48 +867,56 @@ fn experts_agree_for_every_router() {
     }
 }
 
+/// With biases of zero nothing is fused.
 #[test]
-fn gated_layers_agree_with_and_without_bias() {
+fn mlps_agree_with_and_without_bias_and_fusing_them_changes_no_bit() {
+    /// Runs `backend`'s on weights of its own.
+    fn run<B: Backend<Buffer = Vec<f32>>>(
+        backend: &B,
+        matrices: &[Matrix; 3],
+        biases: Option<&[Vec<f32>; 3]>,
+        x: &Vec<f32>,
+    ) -> Vec<f32> {
+        let [(inter, hidden), ..] = matrices.each_ref().map(|w| (w.n_rows(), w.n_cols()));
+        let m = x.len() / hidden;
+        let weights = matrices.clone().map(|matrix| backend.weight(vec![matrix]));
+        let layers = [0, 1, 2].map(|i| (&weights[i], biases.map(|of| &of[i])));
+        let mut inner = [0, 1].map(|_| vec![0.0; m * inter]);
+        let mut out = vec![0.0; m * hidden];
+        backend.mlp(x, m, layers, inner.each_mut(), &mut out);
+        out
+    }
     let mut random = Random(9);
-    for format in [
-        Format::F32,
-        Format::Q4_0,
-        Format::Q4_1,
-        Format::Int8,
-        Format::Int4,
+    for (format, hidden, inter) in [
+        (Format::F32, 64, 70),
+        (Format::Q4_0, 64, 96),
+        (Format::Q4_1, 64, 160),
+        (Format::Q6K, 256, 256),
+        (Format::Int8, 64, 96),
+        (Format::Int4, 64, 96),
     ] {
-        let (n, k, m) = (70, 96, 21);
-        let (gate, up) = (random.matrix(format, n, k), random.matrix(format, n, k));
-        let x = random.values(m * k);
-        let biases = [random.values(n), random.values(n)];
-        for with_bias in [false, true] {
-            let bias = |i: usize| with_bias.then_some(&biases[i]);
-            let (mut expected, mut scratch) = (vec![0.0; m * n], vec![0.0; m * n]);
-            let (g, u) = (vec![gate.clone()], vec![up.clone()]);
-            Reference.gated_linear(
-                &x,
-                m,
-                (&g, bias(0)),
-                (&u, bias(1)),
-                &mut expected,
-                &mut scratch,
-            );
-            for backend in backends(Activations::F32) {
-                let (g, u) = (
-                    backend.weight(vec![gate.clone()]),
-                    backend.weight(vec![up.clone()]),
-                );
-                let mut found = vec![0.0; m * n];
-                backend.gated_linear(
-                    &x,
-                    m,
-                    (&g, bias(0)),
-                    (&u, bias(1)),
-                    &mut found,
-                    &mut scratch,
-                );
-                let what = format!("{format} {with_bias} {:?}", backend.config());
-                check(&what, &found, &expected, 2e-5);
+        let matrices = [(inter, hidden), (inter, hidden), (hidden, inter)]
+            .map(|(n, k)| random.matrix(format, n, k));
+        let biases = [inter, inter, hidden].map(|n| random.values(n));
+        let zeros = biases.each_ref().map(|bias| vec![0.0; bias.len()]);
+        for m in [1, 5, 21, 70] {
+            let x = random.values(m * hidden);
+            let expected = run(&Reference, &matrices, None, &x);
+            let expected_biased = run(&Reference, &matrices, Some(&biases), &x);
+            for (activations, tolerance) in [(Activations::F32, 2e-5), (Activations::Int8, 3e-2)] {
+                for backend in backends(activations) {
+                    let what = format!("{format} {m} rows, {:?}", backend.config());
+                    let found = run(&backend, &matrices, None, &x);
+                    assert_eq!(found, run(&backend, &matrices, Some(&zeros), &x), "{what}");
+                    check(&what, &found, &expected, tolerance);
+                    let found = run(&backend, &matrices, Some(&biases), &x);
+                    check(
+                        &format!("{what}, biases"),
+                        &found,
+                        &expected_biased,
+                        tolerance,
+                    );
+                }
             }
         }
     }

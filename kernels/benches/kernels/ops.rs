@@ -47,7 +47,7 @@ impl<'a> Op<'a> {
         let is_block = |format: Format| format.block_len() != 1;
         let mut op = match case {
             SpeedCase::Linear(case) if !rounds || is_block(case.format) => linear(backend, case)?,
-            SpeedCase::Gated(case) if !rounds || is_block(case.format) => gated(backend, case)?,
+            SpeedCase::Mlp(case) if !rounds || is_block(case.format) => mlp(backend, case)?,
             SpeedCase::Experts(case) if !rounds || is_block(case.format) => experts(backend, case)?,
             SpeedCase::Latent(case) if !rounds || !case.joined => latent(backend, case)?,
             SpeedCase::Attention(case, n_sequences)
@@ -59,7 +59,7 @@ impl<'a> Op<'a> {
             SpeedCase::RmsNorm { m, k } => rms_norm(backend, m, k),
             SpeedCase::Rope { m, h, d } => rope(backend, m, h, d),
             SpeedCase::Linear(_)
-            | SpeedCase::Gated(_)
+            | SpeedCase::Mlp(_)
             | SpeedCase::Experts(_)
             | SpeedCase::Attention(..)
             | SpeedCase::Latent(_) => return None,
@@ -138,22 +138,24 @@ fn linear(backend: &CpuBackend, case: LinearCase) -> Option<Op<'_>> {
     })
 }
 
-fn gated(backend: &CpuBackend, case: LinearCase) -> Option<Op<'_>> {
+fn mlp(backend: &CpuBackend, case: LinearCase) -> Option<Op<'_>> {
     let LinearCase { format, m, n, k } = case;
-    let (gate, up) = (
+    let (gate, up, down) = (
         weight(backend, format, n, k)?,
         weight(backend, format, n, k)?,
+        weight(backend, format, k, n)?,
     );
-    reserve(backend, m, k, None);
+    reserve(backend, m, k.max(n), None);
     let x = backend.upload(&activations(m * k));
-    let (mut out, mut scratch) = (backend.buffer(m * n), backend.buffer(m * n));
+    let [mut inner, mut ups, mut out] = [m * n, m * n, m * k].map(|len| backend.buffer(len));
     Some(Op {
-        name: format!("gated {format} m{m} n{n} k{k}"),
+        name: format!("mlp {format} m{m} n{n} k{k}"),
         arithmetic: Arithmetic::F32,
-        n_ops: 4.0 * (m * n * k) as f64,
-        n_bytes: 2.0 * weight_bytes(format, n, k) + f32_bytes(m * (n + k)),
+        n_ops: 6.0 * (m * n * k) as f64,
+        n_bytes: 3.0 * weight_bytes(format, n, k) + 2.0 * f32_bytes(m * k),
         call: Box::new(move || {
-            backend.gated_linear(&x, m, (&gate, None), (&up, None), &mut out, &mut scratch);
+            let layers = [&gate, &up, &down].map(|weight| (weight, None));
+            backend.mlp(&x, m, layers, [&mut inner, &mut ups], &mut out);
         }),
     })
 }

@@ -107,6 +107,9 @@ pub enum CpuError {
     Thread(#[source] io::Error),
 }
 
+/// Rows of a share from which the inside of an MLP is rounded where it is computed.
+const ROUNDED_ROWS_MIN: usize = 16;
+
 /// Threads, scratch and instruction set.
 pub struct CpuBackend {
     config: CpuConfig,
@@ -115,7 +118,7 @@ pub struct CpuBackend {
     scratch: Vec<Mutex<Scratch>>,
     /// Weights in panels.
     arena: Mutex<Arena>,
-    /// Rounded activations of the running linear layer, or of the experts' two.
+    /// Rounded activations: what the running layer or the experts take, and what is inside.
     int8: Mutex<[Int8Tiles; 2]>,
     /// Which linear layer ran last.
     trails: Trails,
@@ -197,18 +200,18 @@ impl CpuBackend {
         self.config
     }
 
-    /// Rows and columns that are rounded to int8 at once: of a linear layer, in heads or not, and of
-    /// the experts' two passes.
-    fn int8_rows(&self, shape: &StepShape) -> [(usize, usize); 3] {
+    /// Rows and columns that are rounded to int8 at once, in either memory: of a linear layer, in heads
+    /// or not, or what experts take; inside a layer, or inside experts.
+    fn int8_rows(&self, shape: &StepShape) -> [[(usize, usize); 2]; 2] {
         if self.config.activations == Activations::F32 {
-            return [(0, 0); 3];
+            return [[(0, 0); 2]; 2];
         }
+        let (n_rows, width) = (shape.n_rows_max, shape.width_max);
         let slots = shape.experts.map_or(0, |e| e.n_rows_max * e.top_k);
         let (hidden, inter) = shape.experts.map_or((0, 0), |e| (e.hidden, e.inter));
         [
-            (shape.n_rows_max, shape.width_max.max(shape.heads_width_max)),
-            (slots, hidden),
-            (slots, inter),
+            [(n_rows, width.max(shape.heads_width_max)), (slots, hidden)],
+            [(n_rows, width), (slots, inter)],
         ]
     }
 
@@ -258,6 +261,25 @@ impl CpuBackend {
             true => self.trails.enter(self.trail_of(weight)),
             false => None,
         }
+    }
+
+    /// A layer of rows that are rounded already, where they are to be.
+    fn stacked(
+        &self,
+        inputs: &Inputs<'_>,
+        weight: &CpuWeight,
+        bias: Option<&Vec<f32>>,
+        out: &mut [f32],
+    ) {
+        let bias = bias.map(|bias| &bias[..weight.n_rows()]);
+        let next = self.next_after(weight);
+        let way = Way {
+            trail: self.trail_of(weight),
+            next: next.as_deref(),
+        };
+        dispatch!(self, s => linear::stacked(
+            s, &self.pool, &self.scratch, &weight.parts, way, inputs, bias, out,
+        ));
     }
 
     /// `gate[m] = silu(gate[m]) * up[m]`, dense, `width` wide.
@@ -360,20 +382,21 @@ impl Backend for CpuBackend {
     }
 
     fn scratch_bytes(&self, shape: &StepShape) -> usize {
-        let int8 = self.int8_rows(shape);
         let threads = self.pool.n_threads() * Scratch::bytes(shape.n_rows_max, shape.width_max);
-        let of = |[(rows_a, cols_a), (rows_b, cols_b)]: [(usize, usize); 2]| {
-            Int8Tiles::bytes(rows_a, cols_a).max(Int8Tiles::bytes(rows_b, cols_b))
+        let bytes = |of: [(usize, usize); 2]| {
+            let [a, b] = of.map(|(n_rows, n_cols)| Int8Tiles::bytes(n_rows, n_cols));
+            a.max(b)
         };
-        threads + of([int8[0], int8[1]]) + Int8Tiles::bytes(int8[2].0, int8[2].1)
+        threads + self.int8_rows(shape).map(bytes).iter().sum::<usize>()
     }
 
     fn reserve(&self, shape: &StepShape) {
-        let int8 = self.int8_rows(shape);
         let mut memory = lock(&self.int8);
-        memory[0].reserve(int8[0].0, int8[0].1);
-        memory[0].reserve(int8[1].0, int8[1].1);
-        memory[1].reserve(int8[2].0, int8[2].1);
+        for (memory, of) in memory.iter_mut().zip(self.int8_rows(shape)) {
+            for (n_rows, n_cols) in of {
+                memory.reserve(n_rows, n_cols);
+            }
+        }
         for scratch in &self.scratch {
             lock(scratch).reserve(shape.n_rows_max, shape.width_max);
         }
@@ -422,40 +445,32 @@ impl Backend for CpuBackend {
     ) {
         let later = Later::new();
         let mut inputs = self.inputs(x, n_rows, &weight.parts);
-        let bias = bias.map(|bias| &bias[..weight.n_rows()]);
-        let next = self.next_after(weight);
-        let way = Way {
-            trail: self.trail_of(weight),
-            next: next.as_deref(),
-        };
         let mut memory = lock(&self.int8);
-        dispatch!(self, s => {
-            if self.rounds(&weight.parts) {
+        if self.rounds(&weight.parts) {
+            dispatch!(self, s => {
                 inputs = inputs.round_all(s, &self.pool, &mut memory[0], &later);
-            }
-            linear::stacked(
-                s, &self.pool, &self.scratch, &weight.parts, way, &inputs, bias, out,
-            );
-        });
+            });
+        }
+        self.stacked(&inputs, weight, bias, out);
     }
 
-    fn gated_linear(
+    fn mlp(
         &self,
         x: &Vec<f32>,
         n_rows: usize,
-        gate: (&CpuWeight, Option<&Vec<f32>>),
-        up: (&CpuWeight, Option<&Vec<f32>>),
+        [gate, up, down]: [(&CpuWeight, Option<&Vec<f32>>); 3],
+        [inner, ups]: [&mut Vec<f32>; 2],
         out: &mut Vec<f32>,
-        scratch: &mut Vec<f32>,
     ) {
-        let ((gate, gate_bias), (up, up_bias)) = (gate, up);
-        let fused = gate_bias.is_none()
+        let ((gate, gate_bias), (up, up_bias), (down, down_bias)) = (gate, up, down);
+        let is_gated = gate_bias.is_none()
             && up_bias.is_none()
             && linear::gated_applies(gate.single(), up.single());
-        if !fused {
-            self.linear(x, n_rows, gate, gate_bias, out);
-            self.linear(x, n_rows, up, up_bias, scratch);
-            self.swiglu(out, scratch, n_rows, gate.n_rows());
+        if !is_gated {
+            self.linear(x, n_rows, gate, gate_bias, inner);
+            self.linear(x, n_rows, up, up_bias, ups);
+            self.swiglu(inner, ups, n_rows, gate.n_rows());
+            self.linear(inner, n_rows, down, down_bias, out);
             return;
         }
         let later = Later::new();
@@ -467,12 +482,25 @@ impl Backend for CpuBackend {
             next: next.as_deref(),
         };
         let mut memory = lock(&self.int8);
+        let [of_x, of_inner] = &mut *memory;
+        let is_rounded = self.rounds(&gate.parts);
+        // A group of fewer rows takes longer to round alone than among others.
+        let is_fused = is_rounded
+            && down.single().layout() == Layout::Panels
+            && inputs.share() >= ROUNDED_ROWS_MIN;
+        let tiles = is_fused.then(|| of_inner.room(n_rows, gate.n_rows()));
         dispatch!(self, s => {
-            if self.rounds(&gate.parts) {
-                inputs = inputs.round_all(s, &self.pool, &mut memory[0], &later);
+            if is_rounded {
+                inputs = inputs.round_all(s, &self.pool, of_x, &later);
             }
-            linear::gated(s, &self.pool, &self.scratch, pair, way, &inputs, out);
+            linear::gated(s, &self.pool, &self.scratch, pair, way, &inputs, inner, tiles);
         });
+        let Some(tiles) = tiles else {
+            drop(memory);
+            self.linear(inner, n_rows, down, down_bias, out);
+            return;
+        };
+        self.stacked(&inputs.made_of(tiles, gate.n_rows()), down, down_bias, out);
     }
 
     fn rms_norm(

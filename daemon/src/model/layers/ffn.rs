@@ -50,15 +50,9 @@ impl<B: WeightStore> Mlp<B> {
 impl<B: Backend> Mlp<B> {
     pub(in crate::model) fn forward(&self, step: &StepContext<'_, B>, ws: &mut Workspace<B>) {
         let (b, n_rows) = (step.backend, step.inputs.n_rows());
-        b.gated_linear(
-            &ws.normed,
-            n_rows,
-            self.gate.parts(),
-            self.up.parts(),
-            &mut ws.gate,
-            &mut ws.up,
-        );
-        self.down.run(b, &ws.gate, n_rows, &mut ws.y);
+        let layers = [&self.gate, &self.up, &self.down].map(Linear::parts);
+        let scratch = [&mut ws.gate, &mut ws.up];
+        b.mlp(&ws.normed, n_rows, layers, scratch, &mut ws.y);
     }
 }
 

@@ -6,8 +6,11 @@
 use std::{ops::Range, ptr, sync::Mutex};
 
 use super::{
-    Cut, Inputs, Int8Tiles, Panels, Scratch, by_sets, gated_panels, matrix_unit, n_panels,
-    panel_of, panel_or, panels_per_piece, trail::Trail,
+    Cut, Inputs, Int8Tiles, Panels, Scratch, by_sets,
+    gated::{GatedOut, gated_panels},
+    matrix_unit, n_panels, panel_of, panel_or, panels_per_piece,
+    tiles::RowSet,
+    trail::Trail,
 };
 use crate::{
     backend::Expert,
@@ -91,6 +94,7 @@ pub(in crate::cpu) fn experts<S: Simd>(
         .as_mut()
         .map(|m| Inputs::picked(x, slots.rows, hidden).round(simd, pool, &mut m[0], &sets));
     let inner = &mut inner[..area(&[slots.rows.len(), inter])];
+    let tiles_inner = int8.as_mut().map(|m| m[1].room(slots.rows.len(), inter));
     let n_rows = slots.rows.iter().max().map_or(0, |row| row + 1);
     let out = &mut out[..area(&[n_rows, of(run).down.n_rows()])];
     {
@@ -115,25 +119,22 @@ pub(in crate::cpu) fn experts<S: Simd>(
                 };
                 panel_or(pair(run)[which], index, n_panels, beyond)
             };
-            let (rows, at) = (0..run.n, run.first);
-            let scratch = &mut lock(&scratch[thread]);
-            gated_panels(
-                simd,
-                scratch,
-                pair(run),
-                ahead,
-                &inputs,
-                panels,
-                rows,
-                at,
-                inner,
-            );
+            let to = match tiles_inner {
+                None => GatedOut::F32 {
+                    out: inner,
+                    first: run.first,
+                },
+                Some(tiles) => GatedOut::Int8 {
+                    tiles,
+                    set: RowSet::new(run.first, run.n, inter),
+                    first: 0,
+                },
+            };
+            let (rows, scratch) = (0..run.n, &mut lock(&scratch[thread]));
+            gated_panels(simd, scratch, pair(run), ahead, &inputs, panels, rows, to);
         });
     }
     let inner = &*inner;
-    let tiles_inner = int8
-        .as_mut()
-        .map(|m| Inputs::dense(inner, slots.rows.len(), inter).round(simd, pool, &mut m[1], &sets));
     // Few pieces, so that what is read of an expert at once is long.
     let panels = n_panels(of(run).down.single());
     let n_pieces = panels
@@ -145,10 +146,10 @@ pub(in crate::cpu) fn experts<S: Simd>(
         let panels = piece * per_piece..((piece + 1) * per_piece).min(panels);
         let scratch = &mut lock(&scratch[thread]);
         for (index, run) in slots.runs.iter().enumerate() {
-            let mut inputs = Inputs::dense(&inner[run.first * inter..], run.n, inter);
-            if let Some(tiles) = tiles_inner {
-                inputs = inputs.rounded(tiles, run.first);
-            }
+            let inputs = match tiles_inner {
+                None => Inputs::dense(&inner[run.first * inter..], run.n, inter),
+                Some(tiles) => Inputs::made(tiles, run.first, run.n, inter),
+            };
             let down = of(run).down.single();
             // What is read after some panels more, of this expert, of another or of the next layer.
             let ahead = |panel: usize| {

@@ -74,6 +74,16 @@ impl<'a> Inputs<'a> {
         Self::new(x, n_cols, n_rows, Places::Strided { first, stride })
     }
 
+    /// `n_rows` rows of `n_cols` columns that were rounded where they were made, behind `first` others.
+    pub(super) fn made(tiles: SharedTiles, first: usize, n_rows: usize, n_cols: usize) -> Self {
+        Self::new(&[], n_cols, n_rows, Places::Picked(&[])).rounded(tiles, first)
+    }
+
+    /// What was made of these rows, `n_cols` columns of each, in the same shares.
+    pub(in crate::cpu) fn made_of(&self, tiles: SharedTiles, n_cols: usize) -> Self {
+        Self::made(tiles, 0, self.n_rows, n_cols).in_shares(self.share)
+    }
+
     /// The rows `picked` of `x`.
     pub(super) fn picked(x: &'a [f32], picked: &'a [usize], n_cols: usize) -> Self {
         let n = picked.iter().max().map_or(0, |row| row + 1);
@@ -103,7 +113,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// Rows of a share.
-    pub(super) fn share(&self) -> usize {
+    pub(in crate::cpu) fn share(&self) -> usize {
         self.share.min(self.n_rows).max(1)
     }
 
@@ -131,8 +141,7 @@ impl<'a> Inputs<'a> {
         let share = self.share();
         let tiles = if share < self.n_rows.min(SHARE_ROWS_MIN) {
             self.later = Some(later);
-            memory.reserve(self.n_rows, self.n_cols);
-            memory.shared()
+            memory.room(self.n_rows, self.n_cols)
         } else {
             self.round(simd, pool, memory, &|row| {
                 let first = row / share * share;
@@ -155,9 +164,10 @@ impl<'a> Inputs<'a> {
                 ..set
             };
             let groups = 0..set.n_groups;
-            // SAFETY: the memory was reserved for all rows, and a share is rounded once, by one thread.
+            // SAFETY: rows are whole, the memory was reserved for all, and a share is rounded once, by one
+            // thread.
             unsafe {
-                let row = |row: usize| self.row(first + row);
+                let row = |row: usize| self.row(first + row).as_ptr();
                 tiles.round_rows(simd, row, 0..set.n_rows, set, &groups);
             }
         });
@@ -171,8 +181,7 @@ impl<'a> Inputs<'a> {
         memory: &mut Int8Tiles,
         sets: &(dyn Fn(usize) -> (usize, usize) + Sync),
     ) -> SharedTiles {
-        memory.reserve(self.n_rows, self.n_cols);
-        let tiles = memory.shared();
+        let tiles = memory.room(self.n_rows, self.n_cols);
         let n_groups = self.n_cols / GROUP_LEN;
         // A piece is some groups of up to a tile of rows: the groups of a tile are cache lines of
         // their own, its rows are not, and threads that share lines wait for each other (43 ns a
@@ -197,17 +206,14 @@ impl<'a> Inputs<'a> {
                 let mut row = first;
                 while row < end {
                     let (set_first, set_len) = sets(row);
-                    let set = RowSet {
-                        first: set_first,
-                        n_rows: set_len,
-                        n_groups,
-                    };
+                    let set = RowSet::new(set_first, set_len, self.n_cols);
                     let rows = row - set_first..end.min(set_first + set_len) - set_first;
                     row += rows.len();
-                    // SAFETY: the memory was reserved for all rows; each group is rounded by one
+                    // SAFETY: rows are whole, the memory was reserved for all; each group is rounded by one
                     // thread.
                     unsafe {
-                        tiles.round_rows(simd, |i| self.row(set_first + i), rows, set, &groups);
+                        let row = |i: usize| self.row(set_first + i).as_ptr();
+                        tiles.round_rows(simd, row, rows, set, &groups);
                     }
                 }
             },
@@ -217,11 +223,7 @@ impl<'a> Inputs<'a> {
 
     /// These rows, rounded before as one set behind `first` others.
     pub(super) fn rounded(mut self, tiles: SharedTiles, first: usize) -> Self {
-        let set = RowSet {
-            first,
-            n_rows: self.n_rows,
-            n_groups: self.n_cols / GROUP_LEN,
-        };
+        let set = RowSet::new(first, self.n_rows, self.n_cols);
         self.int8 = Some((tiles, set));
         self
     }

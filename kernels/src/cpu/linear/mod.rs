@@ -6,6 +6,7 @@
 
 mod decode;
 mod experts;
+mod gated;
 mod inputs;
 mod panels;
 mod passes;
@@ -17,6 +18,7 @@ mod unpacked;
 
 pub(super) use self::{
     experts::{ExpertRun, Slots, applies as experts_apply, experts},
+    gated::{applies as gated_applies, gated},
     inputs::{Inputs, Later},
     rows::{Job, Scratch, absorb_head, linear_piece},
     shares::rows_per_piece,
@@ -24,11 +26,11 @@ pub(super) use self::{
     trail::{Trail, Trails},
 };
 
-use std::{ops::Range, ptr, sync::Mutex};
+use std::{ptr, sync::Mutex};
 
 use self::{
     panels::PREFETCH_BYTES,
-    passes::{Panels, by_sets, expect, matrix_unit, panels_at_once, pass, passes, put},
+    passes::{Panels, by_sets, expect, matrix_unit, put},
     shares::{Cut, panels_per_piece},
 };
 use super::{
@@ -312,145 +314,4 @@ pub(super) fn per_head<S: Simd>(
             },
         );
     });
-}
-
-/// Whether [`gated`] takes the pair.
-pub(super) fn gated_applies(gate: &Matrix, up: &Matrix) -> bool {
-    let in_panels = |m: &Matrix| m.layout() == Layout::Panels;
-    in_panels(gate) && in_panels(up) && (gate.n_rows(), gate.n_cols()) == (up.n_rows(), up.n_cols())
-}
-
-/// `out[m] = silu(G x[m]) * U x[m]`, both in panels.
-pub(super) fn gated<S: Simd>(
-    simd: S,
-    pool: &Pool,
-    scratch: &[Mutex<Scratch>],
-    [gate, up]: [&Matrix; 2],
-    way: Way<'_>,
-    inputs: &Inputs<'_>,
-    out: &mut [f32],
-) {
-    let out = SharedOut::new(&mut out[..area(&[inputs.n_rows, gate.n_rows()])]);
-    let rows_per_piece = inputs.share();
-    let per_piece = panels_per_piece(2 * inputs.n_cols, rows_per_piece);
-    let cut = Cut::new(n_panels(gate), per_piece, pool.n_threads());
-    let n_shares = inputs.n_rows.div_ceil(rows_per_piece);
-    let n_pieces = n_shares * cut.n_pieces;
-    if n_pieces == 0 {
-        return;
-    }
-    for thread in 0..pool.n_threads() {
-        let first = cut.piece(pool.share(n_pieces, thread).start % cut.n_pieces);
-        let streams = [gate, up].map(|matrix| panel_of(matrix, first.start));
-        way.trail.begin(thread, streams);
-    }
-    pool.run(n_pieces, &|piece, thread| {
-        let own = pool.share(n_pieces, thread);
-        let end = match n_shares == 1 && own.contains(&piece) {
-            true => cut.piece(own.end - 1).end,
-            false => n_panels(gate),
-        };
-        let ahead = |which: usize, index: usize| {
-            let beyond = |over| way.beyond(thread, 2 * over + which, gate);
-            panel_or([gate, up][which], index, end, beyond)
-        };
-        let (share, panels) = (piece / cut.n_pieces, cut.piece(piece % cut.n_pieces));
-        inputs.ready(simd, share);
-        let rows = share * rows_per_piece..((share + 1) * rows_per_piece).min(inputs.n_rows);
-        let scratch = &mut lock(&scratch[thread]);
-        gated_panels(
-            simd,
-            scratch,
-            [gate, up],
-            ahead,
-            inputs,
-            panels,
-            rows,
-            0,
-            out,
-        );
-    });
-}
-
-/// Panels `panels` of [`gated`] for rows `rows`; row `m` goes to row `first_out + m` of `out`.
-/// `ahead(which, panel)` says where a panel of the gate, 0, or of `up` lies to ask for, which may be one
-/// behind the last.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the operation's own, and where to run it"
-)]
-fn gated_panels<S: Simd>(
-    simd: S,
-    scratch: &mut Scratch,
-    [gate, up]: [&Matrix; 2],
-    ahead: impl Fn(usize, usize) -> *const u8,
-    inputs: &Inputs<'_>,
-    panels: Range<usize>,
-    rows: Range<usize>,
-    first_out: usize,
-    out: SharedOut<'_>,
-) {
-    let inter = gate.n_rows();
-    let unit = matrix_unit(simd, inputs);
-    let (gate, up) = (
-        Panels::new(simd, unit.as_ref(), gate, inputs),
-        Panels::new(simd, unit.as_ref(), up, inputs),
-    );
-    let Scratch { unpacked, outs, .. } = scratch;
-    let outs = outs.all();
-    let share_passes = gate.weight.format() == up.weight.format();
-    // Two streams at once.
-    let distance = panels_ahead(gate.weight).div_ceil(2);
-    let at_once = panels_at_once(inputs.n_rows) / 2;
-    for index in panels.clone().step_by(at_once) {
-        let n = at_once.min(panels.end - index);
-        // Gates, then ups.
-        let codes = |i: usize| match i.checked_sub(n) {
-            None => panel_of(gate.weight, index + i),
-            Some(i) => panel_of(up.weight, index + i),
-        };
-        let ahead = |i: usize| match i.checked_sub(n) {
-            None => ahead(0, index + i + distance),
-            Some(i) => ahead(1, index + i + distance),
-        };
-        let (first_set, second_set) = match share_passes {
-            true => (gate.set(2 * n, codes, ahead, unpacked), None),
-            false => {
-                let [of_gate, of_up] = unpacked.each_mut().map(std::slice::from_mut);
-                let ups = up.set(n, |i| codes(n + i), |i| ahead(n + i), of_up);
-                (gate.set(n, codes, ahead, of_gate), Some(ups))
-            }
-        };
-        let first_row = index * PANEL_ROWS;
-        for (first, len) in passes(rows.clone()) {
-            let to = out.place((first_out + first) * inter + first_row);
-            expect(simd, n, to, inter, len);
-            let is_first = first == rows.start;
-            pass(&gate, &first_set, is_first, first, len, outs);
-            if let Some(set) = &second_set {
-                pass(&up, set, is_first, first, len, &mut outs[n..]);
-            }
-            let (gates, ups) = outs[..2 * n].split_at_mut(n);
-            for (p, (gates, ups)) in gates.iter_mut().zip(ups).enumerate() {
-                simd.vectorize(
-                    #[inline(always)]
-                    || {
-                        for (gate, up) in gates.iter_mut().zip(&*ups).take(len) {
-                            // SAFETY: both hold 16 elements.
-                            unsafe {
-                                let value = simd.silu(simd.load(gate.as_ptr()));
-                                let value = simd.mul(value, simd.load(up.as_ptr()));
-                                simd.store(gate.as_mut_ptr(), value);
-                            }
-                        }
-                    },
-                );
-                let first_row = first_row + p * PANEL_ROWS;
-                let n_valid = PANEL_ROWS.min(inter - first_row);
-                let at = (first_out + first) * inter + first_row;
-                // SAFETY: this piece owns these outputs.
-                unsafe { put(simd, &gates[..len], out.at(at), inter, 0..n_valid) };
-            }
-        }
-    }
 }

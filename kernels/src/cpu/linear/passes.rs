@@ -31,7 +31,7 @@ pub(super) struct Panels<'a, S> {
     unpack: Option<(&'a AmxUnit, UnpackFn<S>)>,
 }
 
-/// Panels that share their passes: up to [`PANELS_MAX`], [`UNPACKED_MAX`] where they are unpacked.
+/// Panels that share their passes.
 /// Pointers beside each other and not structs of them: what is copied right after it was written in
 /// smaller parts waits for the memory.
 pub(super) struct Set {
@@ -40,11 +40,8 @@ pub(super) struct Set {
     /// Panels to ask for while these are read; null where they were asked for already.
     ahead: [*const u8; PANELS_MAX],
     /// As the matrix unit reads them; null where it takes no part.
-    unpacked: [*const u8; UNPACKED_MAX],
+    unpacked: [*const u8; PANELS_MAX],
 }
-
-/// Panels that a thread has unpacked at a time.
-const UNPACKED_MAX: usize = 2;
 
 /// Rows of activations of one [`pass`] at most: two tiles.
 pub(super) const PASS_ROWS: usize = 2 * TILE_LEN;
@@ -118,7 +115,7 @@ impl<'a, S: Simd> Panels<'a, S> {
             n,
             codes: [ptr::null(); PANELS_MAX],
             ahead: [ptr::null(); PANELS_MAX],
-            unpacked: [ptr::null(); UNPACKED_MAX],
+            unpacked: [ptr::null(); PANELS_MAX],
         };
         for i in 0..n {
             (set.codes[i], set.ahead[i]) = (codes(i), ahead(i));
@@ -178,7 +175,7 @@ pub(super) fn pass<S: Simd>(
             rows: ptr::null(),
             out: ptr::null_mut(),
         };
-        let (mut products, mut n) = ([none; UNPACKED_MAX * PASS_ROWS / TILE_LEN], 0);
+        let (mut products, mut n) = ([none; PANELS_MAX * PASS_ROWS / TILE_LEN], 0);
         while done + TILE_LEN <= len {
             for (panel, out) in set.unpacked.iter().zip(&mut *outs) {
                 products[n] = Product {

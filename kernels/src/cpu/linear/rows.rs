@@ -9,6 +9,8 @@ use bytemuck::cast_slice;
 
 use super::{
     decode::{self, Decode, GROUP_LEN, WeightRow},
+    gated::Groups,
+    panels::PANELS_MAX,
     passes::PassOuts,
     unpacked::Unpacked,
 };
@@ -39,16 +41,17 @@ pub(in crate::cpu) struct Scratch {
     panel: Vec<f32>,
     /// Rows of activations padded to whole vectors, where the width is not a multiple.
     padded: Vec<f32>,
-    /// Panels for the matrix unit: two, for layers whose outputs are multiplied.
-    pub(super) unpacked: [Unpacked; 2],
+    /// Panels for the matrix unit.
+    pub(super) unpacked: [Unpacked; PANELS_MAX],
     pub(super) outs: PassOuts,
+    pub(super) groups: Groups,
 }
 
 impl Scratch {
     /// Bytes for `n_tokens` rows of activations of at most `n_cols` columns.
     pub(in crate::cpu) const fn bytes(n_tokens: usize, n_cols: usize) -> usize {
         (TILE_ROWS + n_tokens) * n_cols.next_multiple_of(GROUP_LEN) * size_of::<f32>()
-            + 2 * Unpacked::bytes(n_cols)
+            + PANELS_MAX * Unpacked::bytes(n_cols)
     }
 
     /// Takes that memory.

@@ -77,10 +77,30 @@ pub(super) struct RowSet {
     pub(super) n_groups: usize,
 }
 
+impl RowSet {
+    /// `n_rows` rows of `n_cols` columns behind `first` others.
+    pub(super) fn new(first: usize, n_rows: usize, n_cols: usize) -> Self {
+        Self {
+            first,
+            n_rows,
+            n_groups: n_cols / GROUP_LEN,
+        }
+    }
+}
+
 impl Int8Tiles {
     /// Bytes for `n_rows` rows of `n_cols` columns.
     pub(in crate::cpu) const fn bytes(n_rows: usize, n_cols: usize) -> usize {
         (n_rows * n_cols.div_ceil(GROUP_LEN) * BYTES).next_multiple_of(64)
+    }
+
+    /// Room for `n_rows` rows of `n_cols` columns, for writers of disjoint parts.
+    pub(in crate::cpu) fn room(&mut self, n_rows: usize, n_cols: usize) -> SharedTiles {
+        self.reserve(n_rows, n_cols);
+        SharedTiles {
+            first: self.lines.as_mut_ptr().cast(),
+            len: self.lines.len() * 64,
+        }
     }
 
     /// Makes room for `n_rows` rows of `n_cols` columns.
@@ -90,19 +110,11 @@ impl Int8Tiles {
             self.lines.resize(n_lines, Line::ZERO);
         }
     }
-
-    /// A pointer for writers of disjoint rows.
-    pub(super) fn shared(&mut self) -> SharedTiles {
-        SharedTiles {
-            first: self.lines.as_mut_ptr().cast(),
-            len: self.lines.len() * 64,
-        }
-    }
 }
 
 /// [`Int8Tiles`] while several threads fill it, and while kernels read it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct SharedTiles {
+pub(in crate::cpu) struct SharedTiles {
     first: *mut u8,
     len: usize,
 }
@@ -120,14 +132,15 @@ impl SharedTiles {
         self.first.wrapping_add(at).cast_const()
     }
 
-    /// Rounds groups `groups` of rows `rows` of `set`, of which row `i` is `x(i)`.
+    /// Rounds groups `groups` of rows `rows` of `set`, of which row `i` begins at `x(i)`.
     ///
     /// # Safety
-    /// The set fits the memory and no other thread touches those groups of the rows.
-    pub(super) unsafe fn round_rows<'x, S: Simd>(
+    /// Those groups of the rows are readable, the set fits the memory and no other thread touches what is
+    /// written of it.
+    pub(super) unsafe fn round_rows<S: Simd>(
         self,
         simd: S,
-        x: impl Fn(usize) -> &'x [f32],
+        x: impl Fn(usize) -> *const f32,
         rows: Range<usize>,
         set: RowSet,
         groups: &Range<usize>,
@@ -177,23 +190,15 @@ impl Place {
     /// lanes; returns `LEN`.
     ///
     /// # Safety
-    /// The tile is this thread's.
-    unsafe fn round_tile<'x, S: Simd, const LEN: usize>(
+    /// Those groups are readable, and the tile's are this thread's.
+    unsafe fn round_tile<S: Simd, const LEN: usize>(
         self,
         simd: S,
-        x: impl Fn(usize) -> &'x [f32],
+        x: impl Fn(usize) -> *const f32,
         groups: &Range<usize>,
     ) -> usize {
         let at_once = LANES / LEN;
-        let rows = std::array::from_fn::<_, LEN, _>(|t| {
-            let row = x(t);
-            assert_eq!(
-                row.len(),
-                self.n_groups * GROUP_LEN,
-                "a row of whole groups"
-            );
-            row.as_ptr()
-        });
+        let rows = std::array::from_fn::<_, LEN, _>(&x);
         let rest = groups.end - groups.len() % at_once..groups.end;
         simd.vectorize(
             #[inline(always)]
@@ -205,7 +210,7 @@ impl Place {
                         from[i] = rows[t].wrapping_add(group * GROUP_LEN);
                         codes[i] = self.group(group, LEN).0.wrapping_add(t * GROUP_LEN).cast();
                     }
-                    // SAFETY: rows are whole groups, as asserted above, and so is the tile.
+                    // SAFETY: promised by the caller.
                     unsafe {
                         let (scales, sums) = simd.round_groups(&from, &codes);
                         for i in 0..at_once {
@@ -221,33 +226,32 @@ impl Place {
                 }
             },
         );
-        for (t, row) in (0..LEN).map(|t| (t, x(t))) {
+        for (t, row) in rows.into_iter().enumerate() {
             // SAFETY: promised by the caller.
             unsafe { self.round_row(simd, row, t, LEN, rest.clone()) };
         }
         LEN
     }
 
-    /// Rounds groups `groups` of `x` into row `t` of a tile of `len`.
+    /// Rounds groups `groups` of the row at `x` into row `t` of a tile of `len`.
     ///
     /// # Safety
-    /// Those groups of the tile's row are this thread's.
+    /// Those groups are readable, and the tile's are this thread's.
     unsafe fn round_row<S: Simd>(
         self,
         simd: S,
-        x: &[f32],
+        x: *const f32,
         t: usize,
         len: usize,
         groups: Range<usize>,
     ) {
-        assert_eq!(x.len(), self.n_groups * GROUP_LEN, "a row of whole groups");
-        let values = &x.as_chunks::<GROUP_LEN>().0[groups.clone()];
         simd.vectorize(
             #[inline(always)]
             || {
-                for (group, values) in groups.zip(values) {
+                for group in groups {
                     let (block, half_sums) = self.group(group, len);
-                    // SAFETY: the caller promises the tile.
+                    let values = x.wrapping_add(group * GROUP_LEN);
+                    // SAFETY: the caller promises values and tile.
                     unsafe { round_group(simd, values, block, half_sums, t, len) };
                 }
             },
@@ -297,20 +301,20 @@ unsafe fn put_scales<const N: usize>(
 }
 
 /// # Safety
-/// `block` holds a group of a tile of `len` rows and `half_sums` its sums of halves, `t < len`.
+/// `values` is a group, `block` one of a tile of `len` rows and `half_sums` its sums of halves, `t < len`.
 #[inline(always)]
 unsafe fn round_group<S: Simd>(
     simd: S,
-    values: &[f32; GROUP_LEN],
+    values: *const f32,
     block: *mut u8,
     half_sums: *mut i32,
     t: usize,
     len: usize,
 ) {
-    // SAFETY: a group has 32 values and the caller promises the block.
+    // SAFETY: promised by the caller.
     unsafe {
         let codes = block.add(t * GROUP_LEN).cast::<i8>();
-        let (scale, halves) = simd.round_group(values.as_ptr(), codes);
+        let (scale, halves) = simd.round_group(values, codes);
         put_scales(&[scale], &halves.map(|sum| [sum]), block, half_sums, t, len);
     }
 }
@@ -334,8 +338,7 @@ mod tests {
             x[..GROUP_LEN].fill(0.0);
             let row = |row: usize| &x[row * n_groups * GROUP_LEN..][..n_groups * GROUP_LEN];
             let mut memory = Int8Tiles::default();
-            memory.reserve(n_rows + 3, n_groups * GROUP_LEN);
-            let tiles = memory.shared();
+            let tiles = memory.room(n_rows + 3, n_groups * GROUP_LEN);
             let set = RowSet {
                 first: 3,
                 n_rows,
@@ -344,8 +347,11 @@ mod tests {
             let (rows, groups) = (n_rows / 3 + 1, n_groups / 2);
             for rows in [0..rows, rows..n_rows] {
                 for groups in [0..groups, groups..n_groups] {
-                    // SAFETY: the memory was reserved for them, and this is the only thread.
-                    unsafe { tiles.round_rows(simd, row, rows.clone(), set, &groups) };
+                    // SAFETY: rows are whole, the memory was reserved for them, and this is the only thread.
+                    unsafe {
+                        let start = |i| row(i).as_ptr();
+                        tiles.round_rows(simd, start, rows.clone(), set, &groups);
+                    };
                 }
             }
             for (r, group) in (0..n_rows).flat_map(|r| (0..n_groups).map(move |g| (r, g))) {
