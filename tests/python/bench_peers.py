@@ -148,13 +148,14 @@ def steady_reading():
 
 
 def ranks(name):
-    """Decoding of two ranks with a thread each beside one rank with one thread."""
+    """Decoding of two ranks with a thread each, and of one rank with two threads, beside one rank with one thread."""
     file = peers.model(name)
     one, first = dsd_speed(file, 16, 33, threads=1)
     two, second = dsd_speed(file, 16, 33, "--tp", 2, threads=1)
+    threads, third = dsd_speed(file, 16, 33, threads=2)
     found = {"one": one["decode"], "two": two["decode"], "ratio": two["decode"] / one["decode"],
-             "prefill_ratio": two["prefill"] / one["prefill"]}
-    return found, max(first.others, second.others)
+             "prefill_ratio": two["prefill"] / one["prefill"], "threads_ratio": threads["decode"] / one["decode"]}
+    return found, max(first.others, second.others, third.others)
 
 
 class BusyLoop:

@@ -119,8 +119,8 @@ def rows(r):
                   [("llama.cpp", v3_many_peer)], times(v3_many_peer, 3), 500, bar_text="3x llama.cpp")
 
     def ranks_row(key, name):
-        return Row(f"2 ranks, a thread each, to 1 rank, 1 thread: {name}", r.median(f"ranks {key}", "ratio"), r.n_clean(f"ranks {key}"), [],
-                   1.85, 1.95, "x", 2.0, "1.85x")
+        return Row(f"2 ranks, a thread each, to 1 rank, 1 thread: {name}", r.median(f"ranks {key}", "ratio"), r.n_clean(f"ranks {key}"),
+                   [("1 rank, 2 threads", r.median(f"ranks {key}", "threads_ratio"))], 1.85, 1.95, "x", 2.0, "1.85x")
 
     fall = Row("another program on one of the two cores: decode falls by", r.median("shared-core dsd", "fall"), r.n_clean("shared-core dsd"),
                [("llama.cpp", r.median("shared-core llama.cpp", "fall"))], 3, 2.2, "x", None, "3x", falls=True)
