@@ -81,6 +81,10 @@ pub(crate) struct ComputeArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
+    /// Instruction set of the kernels, which changes their speed and no bit of what they compute
+    /// [default: the best one that this processor has].
+    #[arg(long, value_name = "SET", value_parser = isa_named)]
+    isa: Option<Isa>,
     /// Threads that compute at once, in each rank [default: the cores this process may use, dealt to
     /// the ranks].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -115,11 +119,21 @@ impl ComputeArgs {
         let n_threads = self.threads.map_or_else(dealt, usize::from);
         CpuConfig {
             n_threads,
-            isa: Isa::available()[0],
+            isa: self.isa.unwrap_or_else(|| Isa::available()[0]),
             activations,
             kv_type,
         }
     }
+}
+
+/// An instruction set of this processor by its name.
+fn isa_named(name: &str) -> Result<Isa, String> {
+    let available = Isa::available();
+    let found = available.iter().find(|isa| isa.name() == name);
+    found.copied().ok_or_else(|| {
+        let names = available.iter().map(|isa| isa.name()).collect::<Vec<_>>();
+        format!("this processor has {}", names.join(", "))
+    })
 }
 
 /// Cores this process may use, by affinity and control group.
