@@ -72,17 +72,31 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
 /// meanwhile, or null.
 pub(super) type UnpackFn<S> = unsafe fn(S, *const u8, usize, *mut u8, *const u8);
 
-/// How a format is unpacked; `None` for formats with halves, whose products are too short for the
-/// matrix unit.
+/// How a format is unpacked for the matrix unit; `None` for formats with halves, whose products are
+/// too short for it.
 pub(super) fn unpack_fn<S: Simd>(format: Format) -> Option<UnpackFn<S>> {
     match format {
-        Format::Q4_0 => Some(unpack::<S, Q4_0>),
-        Format::Q4_1 => Some(unpack::<S, Q4_1>),
-        Format::Q8_0 => Some(unpack::<S, Q8_0>),
-        Format::Q4K => Some(unpack::<S, Q4K>),
-        Format::Int8 => Some(unpack::<S, Int8>),
-        Format::Int4 => Some(unpack::<S, Int4>),
+        Format::Q4_0 => Some(unpack::<S, Q4_0, true>),
+        Format::Q4_1 => Some(unpack::<S, Q4_1, true>),
+        Format::Q8_0 => Some(unpack::<S, Q8_0, true>),
+        Format::Q4K => Some(unpack::<S, Q4K, true>),
+        Format::Int8 => Some(unpack::<S, Int8, true>),
+        Format::Int4 => Some(unpack::<S, Int4, true>),
         Format::Q6K | Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => None,
+    }
+}
+
+/// How a format whose codes are less than a byte is unpacked for vectors, and the kernels for that:
+/// taking it apart anew for every six rows is an eighth of their instructions.
+pub(super) fn bytes_fns<S: Simd>(
+    format: Format,
+) -> Option<(UnpackFn<S>, [TileFn<S>; N_TILE_LENS])> {
+    match format {
+        Format::Q4_0 => Some((unpack::<S, Q4_0, false>, fns::<S, Bytes<8, false>>(true))),
+        Format::Q4_1 => Some((unpack::<S, Q4_1, false>, fns::<S, Bytes<0, true>>(true))),
+        Format::Q4K => Some((unpack::<S, Q4K, false>, fns::<S, Bytes<0, true>>(true))),
+        Format::Int4 => Some((unpack::<S, Int4, false>, fns::<S, Bytes<0, true>>(true))),
+        _ => None,
     }
 }
 
@@ -144,13 +158,30 @@ impl<S: Simd> Clone for Scales<S> {
 impl<S: Simd> Copy for Scales<S> {}
 
 /// A block format in panels, as [`crate::panel`] describes it.
-trait PanelFormat: 'static {
+trait PanelFormat: Sized + 'static {
     const FORMAT: Format;
     /// The code of value 0 before the minimum.
     const ZERO: u8;
     const HAS_MIN: bool;
     const HAS_HALVES: bool;
+    /// Bytes of a group's codes.
+    const CODE_BYTES: usize = layout::<Self>().code_bytes;
 
+    /// # Safety
+    /// `panel` points at a panel of `n_groups` groups.
+    #[inline(always)]
+    unsafe fn parts(panel: *const u8, n_groups: usize) -> Panel {
+        let layout = layout::<Self>();
+        // SAFETY: offsets inside the panel.
+        unsafe {
+            Panel {
+                codes: panel,
+                scales: panel.add(layout.scales_at(n_groups)),
+                blocks: panel.add(layout.blocks_at(n_groups)),
+                rows: panel.add(layout.rows_at(n_groups)),
+            }
+        }
+    }
     /// Quad `q` of a group.
     ///
     /// # Safety
@@ -394,6 +425,50 @@ impl PanelFormat for Q6K {
     }
 }
 
+/// Any format with codes of less than a byte, unpacked ([`super::unpacked`]) and not recentered.
+enum Bytes<const ZERO: u8, const HAS_MIN: bool> {}
+impl<const ZERO: u8, const HAS_MIN: bool> PanelFormat for Bytes<ZERO, HAS_MIN> {
+    /// Of the panels to ask for, and nobody asks: that was done while these were unpacked.
+    const FORMAT: Format = Format::Q8_0;
+    const ZERO: u8 = ZERO;
+    const HAS_MIN: bool = HAS_MIN;
+    const HAS_HALVES: bool = false;
+    const CODE_BYTES: usize = CODE_BYTES;
+
+    #[inline(always)]
+    unsafe fn parts(panel: *const u8, n_groups: usize) -> Panel {
+        // SAFETY: offsets inside the panel.
+        unsafe {
+            let scales = panel.add(n_groups * CODE_BYTES);
+            Panel {
+                codes: panel,
+                scales,
+                blocks: scales.add(n_groups * SCALE_BYTES),
+                rows: panel,
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
+        // SAFETY: promised by the caller.
+        unsafe { bytes(simd, codes, q) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller; minima are there where the format has some.
+        unsafe {
+            let at = group * SCALE_BYTES;
+            Scales {
+                scale: [simd.load(panel.scales.add(at).cast()); 2],
+                min: match HAS_MIN {
+                    true => simd.load(panel.blocks.add(at).cast()),
+                    false => simd.splat(0.0),
+                },
+            }
+        }
+    }
+}
+
 /// Asks for group `group`'s share of the panel `ahead`, which may be null: every `PARTS`th line of it
 /// from line `PART` on.
 #[inline(always)]
@@ -416,21 +491,6 @@ const fn layout<P: PanelFormat>() -> PanelLayout {
     match PanelLayout::of(P::FORMAT) {
         Some(layout) => layout,
         None => unreachable!(),
-    }
-}
-
-/// # Safety
-/// `panel` points at a panel of `n_groups` groups.
-#[inline(always)]
-unsafe fn parts(layout: PanelLayout, panel: *const u8, n_groups: usize) -> Panel {
-    // SAFETY: offsets inside the panel.
-    unsafe {
-        Panel {
-            codes: panel,
-            scales: panel.add(layout.scales_at(n_groups)),
-            blocks: panel.add(layout.blocks_at(n_groups)),
-            rows: panel.add(layout.rows_at(n_groups)),
-        }
     }
 }
 
@@ -508,7 +568,7 @@ unsafe fn int8_pass<
                 let layout = layout::<P>();
                 // Arrays, so that a loop over them is none in the machine's code and the sums stay in
                 // registers.
-                let panels = std::array::from_fn::<_, N, _>(|n| parts(layout, panels[n], n_groups));
+                let panels = std::array::from_fn::<_, N, _>(|n| P::parts(panels[n], n_groups));
                 let ahead = std::array::from_fn::<_, N, _>(|n| ahead[n]);
                 let mut sums = [[simd.splat(0.0); R]; N];
                 let mut half_sums = x.add(n_groups * T * ROW_BYTES).cast::<i32>().add(first);
@@ -530,7 +590,7 @@ unsafe fn int8_pass<
                         ask::<S, PART, PARTS>(simd, ahead[n], group, layout);
                     }
                     let codes = x.add(first * GROUP_LEN);
-                    let at = group * layout.code_bytes;
+                    let at = group * P::CODE_BYTES;
                     // Products with quads of one scale, in chains that start at `start`.
                     macro_rules! chains {
                         ($half:literal: $($q:literal),+) => {
@@ -611,8 +671,8 @@ unsafe fn add_quad<S: Simd, P: PanelFormat, const R: usize, const N: usize>(
     }
 }
 
-/// See [`UnpackFn`].
-unsafe fn unpack<S: Simd, P: PanelFormat>(
+/// See [`UnpackFn`]. With `SIGNED`, codes less the format's zero.
+unsafe fn unpack<S: Simd, P: PanelFormat, const SIGNED: bool>(
     simd: S,
     panel: *const u8,
     n_groups: usize,
@@ -625,14 +685,17 @@ unsafe fn unpack<S: Simd, P: PanelFormat>(
             // SAFETY: the caller promises the panel and the room.
             unsafe {
                 let layout = layout::<P>();
-                let panel = parts(layout, panel, n_groups);
+                let panel = P::parts(panel, n_groups);
                 let scales = to.add(n_groups * CODE_BYTES);
                 let minima = scales.add(n_groups * SCALE_BYTES);
                 for group in 0..n_groups {
                     ask::<S, 0, 1>(simd, ahead, group, layout);
-                    let w = P::quads(simd, panel.codes.add(group * layout.code_bytes));
+                    let w = P::quads(simd, panel.codes.add(group * P::CODE_BYTES));
                     for (q, quad) in w.into_iter().enumerate() {
-                        let quad = simd.recenter(quad, P::ZERO);
+                        let quad = match SIGNED {
+                            true => simd.recenter(quad, P::ZERO),
+                            false => quad,
+                        };
                         simd.store_bytes(to.add(group * CODE_BYTES + q * 4 * PANEL_ROWS), quad);
                     }
                     let s = P::scales(simd, &panel, group);
@@ -680,12 +743,11 @@ unsafe fn f32_pass<S: Simd, P: PanelFormat, const T: usize>(
         || {
             // SAFETY: the caller promises panel and rows.
             unsafe {
-                let layout = layout::<P>();
-                let panel = parts(layout, panel, n_groups);
+                let panel = P::parts(panel, n_groups);
                 let zero = simd.splat(f32::from(P::ZERO));
                 let mut sums = [simd.splat(0.0); T];
                 for group in 0..n_groups {
-                    let w = P::quads(simd, panel.codes.add(group * layout.code_bytes));
+                    let w = P::quads(simd, panel.codes.add(group * P::CODE_BYTES));
                     let s = P::scales(simd, &panel, group);
                     for (q, quad) in w.iter().enumerate() {
                         for j in 0..4 {

@@ -1,5 +1,5 @@
-//! Panels whose codes are unpacked to signed bytes once and used for many rows of activations, by
-//! the matrix unit.
+//! Panels whose codes are unpacked to bytes once and used for many rows of activations: signed ones by
+//! the matrix unit, as below, unsigned ones by vectors ([`super::panels`]).
 //!
 //! Invariant: an output has the bits that [`super::panels`] gives it: products of a group are
 //! summed exactly, and scales enter in the same operations and the same order.
