@@ -195,14 +195,14 @@ fn a_row_of_a_linear_layer_has_the_same_bits_in_any_batch() {
     let mut random = Random(3);
     for activations in [Activations::F32, Activations::Int8] {
         for format in Format::ALL {
-            let (n, k) = (70, 512);
+            let (n, k, n_rows) = (70, 512, 77);
             let matrix = random.matrix(format, n, k);
-            let x = random.values(45 * k);
+            let x = random.values(n_rows * k);
             for backend in backends(activations) {
                 let weight = backend.weight(vec![matrix.clone()]);
-                let mut together = vec![0.0; 45 * n];
-                backend.linear(&x, 45, &weight, None, &mut together);
-                for m in 0..45 {
+                let mut together = vec![0.0; n_rows * n];
+                backend.linear(&x, n_rows, &weight, None, &mut together);
+                for m in 0..n_rows {
                     let mut alone = vec![0.0; n];
                     backend.linear(&x[m * k..][..k].to_vec(), 1, &weight, None, &mut alone);
                     let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
