@@ -869,7 +869,7 @@ fn experts_agree_for_every_router() {
 
 /// With biases of zero nothing is fused.
 #[test]
-fn mlps_agree_with_and_without_bias_and_fusing_them_changes_no_bit() {
+fn mlps_agree_with_and_without_bias_and_are_the_same_fused_or_not() {
     /// Runs `backend`'s on weights of its own.
     fn run<B: Backend<Buffer = Vec<f32>>>(
         backend: &B,

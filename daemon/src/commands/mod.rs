@@ -81,8 +81,8 @@ pub(crate) struct ComputeArgs {
     /// Device to run on.
     #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceArg,
-    /// Instruction set of the kernels, which changes their speed and no bit of what they compute
-    /// [default: the best one that this processor has].
+    /// Instruction set of the kernels: amx, avx512, avx2, which compute the same bits, or portable,
+    /// which does not [default: the first of them that this processor has].
     #[arg(long, value_name = "SET", value_parser = isa_named)]
     isa: Option<Isa>,
     /// Threads that compute at once, in each rank [default: the cores this process may use, dealt to
@@ -128,11 +128,12 @@ impl ComputeArgs {
 
 /// An instruction set of this processor by its name.
 fn isa_named(name: &str) -> Result<Isa, String> {
-    let available = Isa::available();
-    let found = available.iter().find(|isa| isa.name() == name);
-    found.copied().ok_or_else(|| {
-        let names = available.iter().map(|isa| isa.name()).collect::<Vec<_>>();
-        format!("this processor has {}", names.join(", "))
+    Isa::named(name).ok_or_else(|| {
+        let names = Isa::available().into_iter().map(Isa::name);
+        format!(
+            "this processor has {}",
+            names.collect::<Vec<_>>().join(", ")
+        )
     })
 }
 

@@ -187,10 +187,7 @@ fn die() {
 /// Loads this rank's part and meets the others.
 fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
     pin(&start.cpus);
-    let isa = Isa::available()
-        .into_iter()
-        .find(|isa| isa.name() == start.isa)
-        .ok_or_else(|| FormError::Unknown(start.isa.clone()))?;
+    let isa = Isa::named(&start.isa).ok_or_else(|| FormError::Unknown(start.isa.clone()))?;
     let kv_type = KvType::ALL
         .into_iter()
         .find(|kv_type| kv_type.name() == start.kv_type)

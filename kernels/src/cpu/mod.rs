@@ -72,6 +72,11 @@ impl Isa {
         found
     }
 
+    /// The one of this name, if this processor has it.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::available().into_iter().find(|isa| isa.name() == name)
+    }
+
     /// The name used in logs and reports.
     pub const fn name(self) -> &'static str {
         match self {

@@ -1,7 +1,7 @@
 //! Two layers whose outputs are multiplied, `silu(G x) * U x` (Shazeer 2020).
 //!
 //! Where the layer behind them takes rounded activations, a group of outputs is rounded by the thread
-//! that computed it, as soon as it has it: in f32 they would be four times as long, and written,
+//! that computed it, as soon as it has it: in f32 they would be more than twice as long, and written,
 //! fetched and rounded by whoever comes to it.
 
 use std::{ops::Range, sync::Mutex};
@@ -187,7 +187,7 @@ pub(super) fn gated_panels<S: Simd>(
             match to {
                 GatedOut::F32 { out, first: at } => {
                     let at = (at + first) * inter + first_row;
-                    let n_valid = GROUP_LEN.min(inter - first_row);
+                    let n_valid = (n * PANEL_ROWS).min(inter - first_row);
                     for (t, values) in values.iter().enumerate().take(len) {
                         // SAFETY: this piece owns these outputs.
                         unsafe {
@@ -201,6 +201,7 @@ pub(super) fn gated_panels<S: Simd>(
                     set,
                     first: at,
                 } => {
+                    debug_assert_eq!(n, GROUP_PANELS, "rows of whole groups, cut between them");
                     let (group, rows) = (first_row / GROUP_LEN, first - at..first + len - at);
                     let in_front = group * GROUP_LEN;
                     let row =
