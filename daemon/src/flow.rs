@@ -32,6 +32,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// With whom beginnings of prompts are shared.
     pub cache_owner: CacheOwner,
+    /// Who its work is charged to.
+    pub account: Account,
     /// Where events go.
     pub sink: TokenSink,
 }
@@ -40,6 +42,40 @@ pub struct Request {
 /// its API key, made here and never taken from the client; all zeros where everybody may call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CacheOwner(pub [u8; 32]);
+
+/// Who a request's work is charged to. Accounts share an engine in proportion to their tenants'
+/// weights; the users of a tenant share what is the tenant's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Account {
+    /// Digest of the tenant's name; 0 where everybody may call.
+    pub tenant: u64,
+    /// Digest of the user that the client named; 0 for none.
+    pub user: u64,
+    /// The tenant's share against other tenants', at least 1.
+    pub weight: u32,
+    /// Whether somebody waits for the first token.
+    pub class: Class,
+}
+
+impl Default for Account {
+    fn default() -> Self {
+        Self {
+            tenant: 0,
+            user: 0,
+            weight: 1,
+            class: Class::Interactive,
+        }
+    }
+}
+
+/// What a request expects of the time to its first token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Class {
+    /// Soon, or a refusal that says when.
+    Interactive,
+    /// Whenever there is room.
+    Batch,
+}
 
 /// Names a request in logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -17,7 +17,7 @@ use tokio::task;
 use super::{Admin, clamped, error_reply, millis};
 use crate::{
     catalog::{Catalog, ServedModel},
-    flow::{CacheOwner, SamplingParams},
+    flow::{Account, CacheOwner, SamplingParams},
     gateway::{
         self, ApiError,
         generation::{
@@ -204,6 +204,7 @@ fn params(
         ignore_eos: false,
         top_logprobs: None,
         cache_owner: CacheOwner::default(),
+        account: Account::default(),
         deadline: Some(deadline),
     })
 }

@@ -25,7 +25,7 @@ use tokio::time;
 use crate::{
     catalog::ServedModel,
     flow::{
-        self, CacheOwner, Request, RequestId, SamplingParams, StreamItem, TokenEvent,
+        self, Account, CacheOwner, Request, RequestId, SamplingParams, StreamItem, TokenEvent,
         TokenLogprobs, TokenStream,
     },
     replica::SubmitError,
@@ -65,6 +65,8 @@ pub struct GenerationParams {
     pub top_logprobs: Option<usize>,
     /// As in [`Request::cache_owner`].
     pub cache_owner: CacheOwner,
+    /// As in [`Request::account`].
+    pub account: Account,
     /// When the whole generation must be over.
     pub deadline: Option<Instant>,
 }
@@ -233,6 +235,7 @@ impl Generation {
             top_logprobs: params.top_logprobs,
             deadline: params.deadline,
             cache_owner: params.cache_owner,
+            account: params.account,
             sink,
         })?;
         let parser = OutputParser::new(

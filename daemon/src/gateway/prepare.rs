@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     catalog::{Catalog, ServedModel},
-    flow::{CacheOwner, SamplingParams},
+    flow::{Account, CacheOwner, SamplingParams},
     runtime::clock,
     text::{ChatOptions, ReasoningMode},
 };
@@ -32,6 +32,8 @@ pub(super) struct Terms {
     deadline: Instant,
     /// With whom it may share cached prompts.
     cache_owner: CacheOwner,
+    /// Who it is charged to.
+    account: Account,
 }
 
 /// A request that may be submitted.
@@ -74,6 +76,7 @@ pub(super) async fn read_and<T: Send + 'static>(
             .get::<CacheOwner>()
             .copied()
             .unwrap_or_default(),
+        account: Account::default(),
     };
     let internal = |what: &str| ApiError::new(Code::Internal, what).into_response();
     let n_places = places(bytes.len(), config.body_len_max, config.encoders_max);
@@ -252,6 +255,7 @@ fn prepared(
         ignore_eos: options.ignore_eos,
         top_logprobs: options.top_logprobs,
         cache_owner: terms.cache_owner,
+        account: terms.account,
         deadline: Some(terms.deadline),
     };
     Ok(Prepared {

@@ -13,8 +13,8 @@ use dsd_proto::wire::group::{
 use crate::{
     engine::{EngineLimits, EngineLoad},
     flow::{
-        CacheOwner, FinishReason, Request, RequestId, SamplingParams, StreamItem, TokenEvent,
-        TokenLogprobs, TokenSink,
+        Account, CacheOwner, FinishReason, Request, RequestId, SamplingParams, StreamItem,
+        TokenEvent, TokenLogprobs, TokenSink,
     },
 };
 
@@ -100,6 +100,7 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
             .deadline_ms
             .and_then(|ms| now.checked_add(Duration::from_millis(ms))),
         cache_owner,
+        account: Account::default(),
         sink,
     }
 }

@@ -437,6 +437,7 @@ mod tests {
                 top_logprobs: None,
                 deadline: None,
                 cache_owner: flow::CacheOwner::default(),
+                account: flow::Account::default(),
                 sink,
             };
             catalog

@@ -13,7 +13,7 @@ use crate::{
         ExecutorLimits, StepError, StepPlan,
         fake::{FakeControl, FakeExecutor, PATIENCE, mix, reference},
     },
-    flow::{CacheOwner, RequestId, SamplingParams, TokenStream, token_stream},
+    flow::{Account, CacheOwner, RequestId, SamplingParams, TokenStream, token_stream},
     runtime::{clock, thread},
 };
 
@@ -55,6 +55,7 @@ fn request(id: u64, n_prompt: usize, max_tokens: usize) -> (Request, TokenStream
         top_logprobs: None,
         deadline: None,
         cache_owner: CacheOwner::default(),
+        account: Account::default(),
         sink,
     };
     (request, stream)
