@@ -34,6 +34,8 @@ pub struct Request {
     pub cache_owner: CacheOwner,
     /// Who its work is charged to.
     pub account: Account,
+    /// The choices that it is one of.
+    pub siblings: Siblings,
     /// Where events go.
     pub sink: TokenSink,
 }
@@ -66,6 +68,15 @@ impl Default for Account {
             class: Class::Interactive,
         }
     }
+}
+
+/// The choices of one request, which are submitted together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Siblings {
+    /// Names the request they belong to; 0 where there is one choice.
+    pub request: u64,
+    /// How many they are; 0 counts as 1.
+    pub n: u32,
 }
 
 /// What a request expects of the time to its first token.
@@ -130,6 +141,11 @@ pub enum StreamItem {
     Started {
         /// Prompt positions found in the cache.
         n_cached: usize,
+    },
+    /// How far its prompt is. For those who account for it; its reader gets none.
+    Prefilled {
+        /// Positions computed.
+        n_computed: usize,
     },
     /// The next token.
     Token(TokenEvent),
@@ -236,6 +252,16 @@ impl TokenSink {
         Self {
             target,
             on_close: Arc::default(),
+        }
+    }
+
+    /// This sink with somebody in between, who passes events on.
+    #[must_use]
+    pub fn through(self, between: impl FnOnce(Self) -> Arc<dyn EventSink>) -> Self {
+        let on_close = Arc::clone(&self.on_close);
+        Self {
+            target: between(self),
+            on_close,
         }
     }
 

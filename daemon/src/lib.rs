@@ -12,6 +12,7 @@ pub mod gateway;
 pub mod catalog;
 pub mod text;
 pub mod replica;
+pub mod admission;
 pub mod group;
 pub mod engine;
 pub mod scheduler;
@@ -24,6 +25,7 @@ pub mod weights;
 
 // Named by all, name none of the above.
 pub mod flow;
+pub mod cost;
 pub mod config;
 pub mod telemetry;
 pub mod runtime;

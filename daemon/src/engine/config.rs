@@ -2,15 +2,18 @@
 
 use std::time::Duration;
 
-use crate::{runner::ExecutorLimits, scheduler::SchedulerConfig};
+use crate::{cost::CostModel, runner::ExecutorLimits, scheduler::SchedulerConfig};
 
 /// Share of the pool kept free at admission: one block in 64.
 const WATERMARK_DIVISOR: usize = 64;
 /// Requests that may wait for each one that may run, when nobody says otherwise.
 const WAITING_PER_RUNNING: usize = 4;
+/// How long a step may take on processor cores, when nobody says otherwise: short enough that nobody
+/// sees running streams pause, long enough that chunks of prompts are computed efficiently.
+pub const STEP_TARGET_CPU: Duration = Duration::from_millis(50);
 
 /// How an engine runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EngineConfig {
     /// Label of the metrics and name in logs.
     pub model: String,
@@ -20,6 +23,10 @@ pub struct EngineConfig {
     pub running_max: usize,
     /// Tokens of a step at most.
     pub step_tokens_max: usize,
+    /// How long a step may take by prediction.
+    pub step_target: Duration,
+    /// What is known of step times; `None`: they are measured before the first request.
+    pub cost: Option<CostModel>,
     /// Blocks that stay free when a sequence is admitted beside others.
     pub watermark_blocks: usize,
     /// Give the blocks of one sequence to the next that begins alike.
@@ -99,6 +106,8 @@ impl EngineConfig {
             waiting_max: running_max.saturating_mul(WAITING_PER_RUNNING),
             running_max,
             step_tokens_max: executor.step_tokens_max,
+            step_target: STEP_TARGET_CPU,
+            cost: None,
             watermark_blocks: executor.n_blocks / WATERMARK_DIVISOR,
             prefix_cache: true,
             sampleable_len: executor.vocab_len,
@@ -184,6 +193,7 @@ impl EngineConfig {
             block_len: executor.block_len,
             context_len_max: executor.context_len_max,
             step_tokens_max: self.step_tokens_max,
+            step_target: self.step_target,
             running_max: self.running_max,
             waiting_max: self.waiting_max,
             watermark_blocks: self.watermark_blocks,

@@ -8,6 +8,7 @@ use crate::flow::FinishReason;
 pub(super) struct Meter {
     pub(super) step_seconds: Histogram,
     pub(super) step_tokens: Histogram,
+    pub(super) step_prediction_ratio: Histogram,
     pub(super) queue_seconds: Histogram,
     pub(super) time_to_first_token_seconds: Histogram,
     pub(super) inter_token_seconds: Histogram,
@@ -88,6 +89,7 @@ impl Meter {
         Self {
             step_seconds: histogram("dsd_engine_step_seconds"),
             step_tokens: histogram("dsd_engine_step_tokens"),
+            step_prediction_ratio: histogram("dsd_engine_step_seen_over_predicted_ratio"),
             queue_seconds: histogram("dsd_queue_seconds"),
             time_to_first_token_seconds: histogram("dsd_time_to_first_token_seconds"),
             inter_token_seconds: histogram("dsd_inter_token_seconds"),

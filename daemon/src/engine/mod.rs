@@ -12,9 +12,9 @@
 //!
 //! Called by replica.
 
+mod calibration;
 mod canary;
 mod config;
-mod departures;
 #[cfg(test)]
 pub(crate) mod fake;
 mod meter;
@@ -33,14 +33,14 @@ use std::{
 };
 
 use crate::{
+    cost::CostModel,
     flow::Request,
     runtime::{clock, thread},
 };
 
 /// What a caller brings to an engine, so that it needs no arrow of its own to the runner.
 pub use crate::runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan};
-pub use config::{ConfigError, EngineConfig, EngineLimits};
-pub use departures::Departures;
+pub use config::{ConfigError, EngineConfig, EngineLimits, STEP_TARGET_CPU};
 pub use shared::EngineLoad;
 use shared::Shared;
 use step_loop::StepLoop;
@@ -72,8 +72,6 @@ pub enum PostError {
         waiting: usize,
         /// The limit.
         max: usize,
-        /// When a place is expected to be free.
-        retry_after: Duration,
     },
     /// The engine is stopping.
     #[error("the engine is stopping")]
@@ -106,7 +104,7 @@ struct Arrival {
 }
 
 /// Called on the engine's thread after every turn of its loop, behind the events of the turn.
-pub type Outlet = Box<dyn FnMut(&EngineLoad) + Send>;
+pub type Outlet = Box<dyn FnMut(&EngineLoad, &CostModel) + Send>;
 
 /// Starts an engine and waits for its first canary token.
 ///
@@ -116,7 +114,7 @@ pub fn start(
     executor: Box<dyn StepExecutor>,
     cfg: EngineConfig,
 ) -> Result<EngineHandle, StartError> {
-    start_reporting(executor, cfg, Box::new(|_| {}), |_| {})
+    start_reporting(executor, cfg, Box::new(|_, _| {}), |_| {})
 }
 
 /// [`start`], with somebody who is told what comes of every turn, and of an executor that is of no
@@ -145,7 +143,7 @@ pub fn start_reporting(
     let body = move || {
         // Dropped before the loop and its sinks: who misses an end finds the reason.
         let _obituary = obituary;
-        let first = step_loop.run_canary();
+        let first = step_loop.calibrate().and_then(|()| step_loop.run_canary());
         let is_ready = first.is_ok();
         let token = step_loop.canary_token().unwrap_or_default();
         // The starter waits for this, so the send cannot block or fail.
@@ -191,11 +189,7 @@ impl EngineHandle {
             return Err(PostError::Dead);
         }
         let max = self.limits.waiting_max;
-        let full = |waiting| PostError::QueueFull {
-            waiting,
-            max,
-            retry_after: self.shared.departures.retry_after(),
-        };
+        let full = |waiting| PostError::QueueFull { waiting, max };
         self.shared.reserve_place(max).map_err(full)?;
         let submitted_at = clock::now();
         let arrival = Arrival {
@@ -231,6 +225,11 @@ impl EngineHandle {
     /// Counters as of the last step.
     pub fn load(&self) -> EngineLoad {
         self.shared.load(clock::now())
+    }
+
+    /// What is known of step times.
+    pub fn cost(&self) -> CostModel {
+        self.shared.cost()
     }
 
     /// The token that the canary gave first.

@@ -1,11 +1,16 @@
-//! What the engine thread and its handles share: counters, each a number of its own, no locks.
+//! What the engine thread and its handles share: counters, each a number of its own, and the cost
+//! model.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use super::{Departures, EngineLimits};
+use super::EngineLimits;
+use crate::cost::CostModel;
 
 /// Stands for "never" in the time fields.
 const NEVER: u64 = u64::MAX;
@@ -57,8 +62,8 @@ pub(super) struct Shared {
     last_token_at: AtomicU64,
     /// Nanoseconds since `started_at`, or [`NEVER`].
     drain_until: AtomicU64,
-    /// How fast the waiting line drains.
-    pub(super) departures: Departures,
+    /// Copied in by the engine thread after a step.
+    cost: Mutex<CostModel>,
 }
 
 impl Shared {
@@ -78,7 +83,7 @@ impl Shared {
             is_dead: AtomicBool::new(false),
             last_token_at: AtomicU64::new(NEVER),
             drain_until: AtomicU64::new(NEVER),
-            departures: Departures::default(),
+            cost: Mutex::default(),
         }
     }
 
@@ -93,6 +98,18 @@ impl Shared {
     pub(super) fn release_place(&self) {
         let n_before = self.n_queued.fetch_sub(1, Ordering::AcqRel);
         assert!(0 < n_before, "a place is released once");
+    }
+
+    pub(super) fn set_cost(&self, cost: &CostModel) {
+        let mut shared = self.cost.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.clone_from(cost);
+    }
+
+    pub(super) fn cost(&self) -> CostModel {
+        self.cost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(super) fn note_token(&self, now: Instant) {

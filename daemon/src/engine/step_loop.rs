@@ -12,6 +12,7 @@ use std::{
 use dsd_kernels::backend::Workers;
 
 use crate::{
+    cost::CostModel,
     flow::{FinishReason, RequestId, SamplingParams, StreamItem, TokenEvent, TokenSink},
     kv_cache::BlockKey,
     runner::{StepError, StepExecutor, StepPlan},
@@ -21,7 +22,7 @@ use crate::{
 };
 
 use super::{
-    Arrival, EngineConfig, EngineLimits, Outlet,
+    Arrival, EngineConfig, EngineLimits, Outlet, calibration,
     canary::{Canary, Verdict},
     meter::{End, Meter},
     shared::Shared,
@@ -35,6 +36,9 @@ pub(super) struct StepLoop {
     executor: Box<dyn StepExecutor>,
     scheduler: Scheduler,
     canary: Canary,
+    cost: CostModel,
+    /// False when nothing was known of step times at the start.
+    is_calibrated: bool,
     limits: EngineLimits,
     model: String,
     shared: Arc<Shared>,
@@ -52,7 +56,6 @@ pub(super) struct StepLoop {
     /// Told what came of every turn of the loop.
     outlet: Outlet,
     last_token_at: Option<Instant>,
-    last_departure_at: Option<Instant>,
     n_preemptions_counted: u64,
 }
 
@@ -122,12 +125,13 @@ impl StepLoop {
             sampled: Vec::with_capacity(limits.running_max),
             ended: Vec::with_capacity(scheduler.n_slots()),
             draws: Draws::new(executor.workers(), limits.vocab_len, limits.running_max),
+            is_calibrated: cfg.cost.is_some(),
+            cost: cfg.cost.unwrap_or_default(),
             model: cfg.model,
             is_stopping: false,
             fatal: None,
             outlet,
             last_token_at: None,
-            last_departure_at: None,
             n_preemptions_counted: 0,
             executor,
             scheduler,
@@ -175,7 +179,19 @@ impl StepLoop {
     }
 
     fn report(&mut self) {
-        (self.outlet)(&self.shared.load(clock::now()));
+        (self.outlet)(&self.shared.load(clock::now()), &self.cost);
+    }
+
+    /// Measures step times where nothing is known of them.
+    pub(super) fn calibrate(&mut self) -> Result<(), StepError> {
+        if !self.is_calibrated {
+            let n_blocks = self.limits.n_blocks;
+            let limits = self.executor.limits();
+            self.cost = calibration::run(&mut *self.executor, &limits, n_blocks)?;
+            self.is_calibrated = true;
+        }
+        self.shared.set_cost(&self.cost);
+        Ok(())
     }
 
     /// The token that the canary has to give.
@@ -246,6 +262,9 @@ impl StepLoop {
             stop_tokens: request.stop_tokens,
             deadline: request.deadline,
             root: BlockKey::root(&request.cache_owner.0),
+            account: request.account,
+            siblings: request.siblings,
+            arrived_at: submitted_at,
         };
         match self.scheduler.enqueue(spec) {
             Ok(slot) => {
@@ -296,7 +315,8 @@ impl StepLoop {
     }
 
     fn step(&mut self, now: Instant) {
-        self.scheduler.plan(now, &mut self.plan, &mut self.ended);
+        self.scheduler
+            .plan(now, &self.cost, &mut self.plan, &mut self.ended);
         self.settle(None);
         self.note_admissions(now);
         if self.plan.spans.is_empty() {
@@ -339,9 +359,12 @@ impl StepLoop {
                     let sent = client.zip(token).map(|(client, token)| client.send(token));
                     self.sampled.push(sent);
                 }
-                self.note_step(done_at - now);
+                let took = clock::now().saturating_duration_since(now);
+                self.note_step(took);
                 self.note_emissions(done_at);
-                self.scheduler.apply(&self.sampled, &mut self.ended);
+                self.note_prompts();
+                self.scheduler
+                    .apply(&self.sampled, took, &self.cost, &mut self.ended);
                 self.settle(None);
             }
             Err(e @ StepError::Missing(_)) => {
@@ -400,9 +423,7 @@ impl StepLoop {
     }
 
     fn note_admissions(&mut self, now: Instant) {
-        let mut n = 0;
         let mut n_cached_all = 0;
-        let mut oldest = now;
         for slot in self.scheduler.admitted() {
             let Some(client) = &mut self.clients[slot.idx()] else {
                 continue;
@@ -412,26 +433,19 @@ impl StepLoop {
             client.sink.send(StreamItem::Started { n_cached });
             n_cached_all += n_cached as u64;
             self.shared.release_place();
-            oldest = oldest.min(client.submitted_at);
             self.meter
                 .queue_seconds
                 .record(now.saturating_duration_since(client.submitted_at));
-            n += 1;
         }
         self.meter.cached_tokens.increment(n_cached_all);
-        if 0 < n {
-            // An empty line says nothing about how fast it drains.
-            let since = self
-                .last_departure_at
-                .map_or(oldest, |last| last.max(oldest));
-            self.shared
-                .departures
-                .note(n, now.saturating_duration_since(since));
-            self.last_departure_at = Some(now);
-        }
     }
 
-    fn note_step(&self, elapsed: Duration) {
+    fn note_step(&mut self, elapsed: Duration) {
+        let (shape, seconds) = (self.scheduler.step_shape(), elapsed.as_secs_f64());
+        let expected = self.cost.seconds(shape);
+        self.meter.step_prediction_ratio.record(seconds / expected);
+        self.cost.observe(shape, seconds);
+        self.shared.set_cost(&self.cost);
         let scheduled = self.scheduler.scheduled();
         let n_prompt: usize = scheduled.iter().map(|s| s.n_prompt_tokens).sum();
         let n_recomputed: usize = scheduled.iter().map(|s| s.n_recomputed).sum();
@@ -443,6 +457,16 @@ impl StepLoop {
         self.shared
             .n_prompt_tokens
             .fetch_add(n_prompt as u64, Ordering::AcqRel);
+    }
+
+    /// Tells how far prompts are.
+    fn note_prompts(&self) {
+        for scheduled in self.scheduler.scheduled().iter().filter(|s| !s.is_sampled) {
+            if let Some(client) = &self.clients[scheduled.slot.idx()] {
+                let n_computed = scheduled.n_computed;
+                client.sink.send(StreamItem::Prefilled { n_computed });
+            }
+        }
     }
 
     /// Times and counts of the tokens that the step gave its clients.

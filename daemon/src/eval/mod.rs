@@ -114,6 +114,8 @@ impl Model {
             cpu,
             budget,
             step_timeout: STEP_TIMEOUT,
+            step_target: group::STEP_TARGET_CPU,
+            cost: None,
             waiting_max: 1,
             prefix_cache: false,
             sampleable_len: plan.spec.vocab_len,

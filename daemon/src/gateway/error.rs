@@ -15,7 +15,12 @@ use dsd_proto::{
 };
 
 use super::{generation::ChoiceEnd, health::NotReady};
-use crate::{catalog::LookupError, replica::SubmitError, telemetry::chain, text::TextError};
+use crate::{
+    catalog::LookupError,
+    replica::{Refusal, SubmitError},
+    telemetry::chain,
+    text::TextError,
+};
 
 /// When to come back to a model that is on its way in or out, or down: nothing measures how long
 /// that takes.
@@ -192,12 +197,17 @@ impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
         match error {
-            SubmitError::QueueFull { retry_after, .. } => Self {
+            SubmitError::Refused(
+                Refusal::Busy { retry_after, .. } | Refusal::QueueFull { retry_after, .. },
+            ) => Self {
                 code: Code::QueueFull,
                 message,
                 param: None,
                 retry_after: Some(retry_after),
             },
+            SubmitError::Refused(Refusal::TooLate { .. }) => {
+                Self::new(Code::DeadlineExceeded, message)
+            }
             SubmitError::PromptTooLong { .. } => {
                 Self::new(Code::ContextLengthExceeded, message).with_param("prompt")
             }
@@ -216,11 +226,11 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_come_back_in_whole_seconds() {
-        let error = SubmitError::QueueFull {
+        let error = SubmitError::Refused(Refusal::QueueFull {
             waiting: 5,
             max: 5,
             retry_after: Duration::from_millis(1200),
-        };
+        });
         let response = ApiError::from(error).into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()["retry-after"], "2");

@@ -25,8 +25,8 @@ use tokio::time;
 use crate::{
     catalog::ServedModel,
     flow::{
-        self, Account, CacheOwner, Request, RequestId, SamplingParams, StreamItem, TokenEvent,
-        TokenLogprobs, TokenStream,
+        self, Account, CacheOwner, Request, RequestId, SamplingParams, Siblings, StreamItem,
+        TokenEvent, TokenLogprobs, TokenStream,
     },
     replica::SubmitError,
     runtime::clock,
@@ -195,22 +195,44 @@ impl Generation {
             first: 0,
             ready: VecDeque::new(),
         };
-        for prompt in prompts {
+        let n_choices = prompts.len() * params.n;
+        let siblings = Siblings {
+            request: match n_choices {
+                1 => 0,
+                _ => next_request_id().0,
+            },
+            n: params.n as u32,
+        };
+        let mut requests = Vec::with_capacity(n_choices);
+        for (i, prompt) in prompts.iter().enumerate() {
             generation.counts.n_prompt += prompt.ids.len();
+            // Choices of one prompt wait for the first of them.
+            let siblings = Siblings {
+                request: siblings
+                    .request
+                    .wrapping_mul(1 << 16)
+                    .wrapping_add(i as u64),
+                ..siblings
+            };
             for _ in 0..params.n {
-                let choice = generation.submit(&prompt, params, &stop_tokens)?;
+                let (choice, request) =
+                    generation.prepare(prompt, params, &stop_tokens, siblings)?;
                 generation.choices.push(choice);
+                requests.push(request);
             }
         }
+        model.replica.submit_all(requests)?;
         Ok(generation)
     }
 
-    fn submit(
+    /// A choice and the request for it.
+    fn prepare(
         &self,
         prompt: &PreparedPrompt,
         params: &GenerationParams,
         stop_tokens: &Arc<[u32]>,
-    ) -> Result<Choice, SubmitError> {
+        siblings: Siblings,
+    ) -> Result<(Choice, Request), SubmitError> {
         let n_prompt = prompt.ids.len();
         let room = self.model.context_len().saturating_sub(n_prompt);
         if room == 0 {
@@ -222,7 +244,7 @@ impl Generation {
         let max_tokens = params.max_tokens.unwrap_or(room).clamp(1, room);
         let (sink, stream) = flow::token_stream(max_tokens);
         let idx = self.choices.len() as u64;
-        self.model.replica.submit(Request {
+        let request = Request {
             id: next_request_id(),
             prompt: prompt.ids.clone(),
             output: Vec::new(),
@@ -236,19 +258,21 @@ impl Generation {
             deadline: params.deadline,
             cache_owner: params.cache_owner,
             account: params.account,
+            siblings,
             sink,
-        })?;
+        };
         let parser = OutputParser::new(
             Arc::clone(&self.model.text),
             prompt.reasoning,
             params.stop.clone(),
         );
-        Ok(Choice {
+        let choice = Choice {
             stream: Some(stream),
             parser,
             stop_tokens: Arc::clone(stop_tokens),
             held: Vec::new(),
-        })
+        };
+        Ok((choice, request))
     }
 
     /// The next event; `None` when every choice has ended.
@@ -313,6 +337,7 @@ impl Generation {
                 let is_first = idx.is_multiple_of(self.n_per_prompt);
                 self.counts.n_cached += if is_first { n_cached } else { 0 };
             }
+            Some(StreamItem::Prefilled { .. }) => {}
             Some(StreamItem::Token(token)) => self.token(idx, token),
             Some(StreamItem::Finished(reason)) => {
                 let end = match reason {

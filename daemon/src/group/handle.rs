@@ -14,7 +14,8 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::{GroupConfig, GroupError, messages::Asked, supervisor::Supervisor};
 use crate::{
-    engine::{Departures, EngineLimits, EngineLoad},
+    cost::CostModel,
+    engine::{EngineLimits, EngineLoad},
     flow::{FinishReason, Request, StreamItem, TokenSink},
     runtime::{clock, thread},
 };
@@ -22,16 +23,6 @@ use crate::{
 /// Why a request was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PostError {
-    /// As many requests as may wait do.
-    #[error("{waiting} requests wait already, the limit is {max}")]
-    QueueFull {
-        /// Requests waiting.
-        waiting: usize,
-        /// The limit.
-        max: usize,
-        /// When a place is expected to be free.
-        retry_after: Duration,
-    },
     /// The group is stopping.
     #[error("the group is stopping")]
     Stopping,
@@ -52,8 +43,6 @@ pub(super) struct Shared {
     state: Mutex<State>,
     /// Raised when the thread has something to do.
     pub(super) bell: OwnedFd,
-    waiting_max: usize,
-    pub(super) departures: Departures,
 }
 
 #[derive(Debug)]
@@ -69,7 +58,10 @@ pub(super) struct State {
     pub(super) is_ready: bool,
     pub(super) load: GroupLoad,
     pub(super) load_at: Instant,
-    pub(super) last_departure_at: Option<Instant>,
+    /// What the engine knows of step times.
+    pub(super) cost: CostModel,
+    /// How long the last formation took.
+    pub(super) forming_time: Duration,
     /// When what was taken has to be over.
     pub(super) stop_at: Option<Instant>,
     /// Set when `stop_at` changed.
@@ -82,7 +74,6 @@ pub(super) struct InFlight {
     pub(super) asked: Asked,
     pub(super) output: Vec<u32>,
     pub(super) sink: TokenSink,
-    pub(super) submitted_at: Instant,
     pub(super) has_started: bool,
     /// Told to the group of this epoch.
     pub(super) epoch: u64,
@@ -112,8 +103,6 @@ impl GroupHandle {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::new(now)),
             bell,
-            waiting_max: cfg.waiting_max,
-            departures: Departures::default(),
         });
         let drain_limit = cfg.drain_limit;
         let (first_tx, first_rx) = mpsc::sync_channel(1);
@@ -146,13 +135,6 @@ impl GroupHandle {
         if state.stop_at.is_some() {
             return Err(PostError::Stopping);
         }
-        if shared.waiting_max <= state.n_waiting {
-            return Err(PostError::QueueFull {
-                waiting: state.n_waiting,
-                max: shared.waiting_max,
-                retry_after: shared.departures.retry_after(),
-            });
-        }
         let id = request.id.0;
         let weak: Weak<Shared> = Arc::downgrade(shared);
         request.sink.on_close(move || {
@@ -176,10 +158,11 @@ impl GroupHandle {
                 top_logprobs: request.top_logprobs,
                 deadline: request.deadline,
                 cache_owner: request.cache_owner,
+                account: request.account,
+                siblings: request.siblings,
             },
             output: request.output,
             sink: request.sink,
-            submitted_at: clock::now(),
             has_started: false,
             epoch: 0,
             n_crashes: 0,
@@ -239,6 +222,16 @@ impl GroupHandle {
         (report, !state.is_ready)
     }
 
+    /// What is known of step times, and how long it takes until steps run where none does now.
+    pub fn cost(&self) -> (CostModel, Duration) {
+        let state = self.shared.lock();
+        let forming = match state.is_ready {
+            true => Duration::ZERO,
+            false => state.forming_time,
+        };
+        (state.cost.clone(), forming)
+    }
+
     /// What the group takes.
     pub fn limits(&self) -> EngineLimits {
         self.limits
@@ -272,7 +265,8 @@ impl State {
                 canary_wrong: false,
             },
             load_at: now,
-            last_departure_at: None,
+            cost: CostModel::default(),
+            forming_time: Duration::ZERO,
             stop_at: None,
             stop_is_news: false,
         }

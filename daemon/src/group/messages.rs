@@ -13,8 +13,8 @@ use dsd_proto::wire::group::{
 use crate::{
     engine::{EngineLimits, EngineLoad},
     flow::{
-        Account, CacheOwner, FinishReason, Request, RequestId, SamplingParams, StreamItem,
-        TokenEvent, TokenLogprobs, TokenSink,
+        Account, CacheOwner, Class, FinishReason, Request, RequestId, SamplingParams, Siblings,
+        StreamItem, TokenEvent, TokenLogprobs, TokenSink,
     },
 };
 
@@ -41,6 +41,8 @@ pub(super) struct Asked {
     pub(super) top_logprobs: Option<usize>,
     pub(super) deadline: Option<Instant>,
     pub(super) cache_owner: CacheOwner,
+    pub(super) account: Account,
+    pub(super) siblings: Siblings,
 }
 
 impl Asked {
@@ -68,6 +70,12 @@ impl Asked {
             top_logprobs: self.top_logprobs.map(|n| n as u32),
             deadline_ms: self.deadline.map(|d| left(d).as_millis() as u64),
             cache_owner: self.cache_owner.0.to_vec(),
+            tenant: self.account.tenant,
+            user: self.account.user,
+            weight: self.account.weight,
+            is_batch: self.account.class == Class::Batch,
+            siblings_request: self.siblings.request,
+            n_siblings: self.siblings.n,
         }
     }
 }
@@ -100,7 +108,19 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
             .deadline_ms
             .and_then(|ms| now.checked_add(Duration::from_millis(ms))),
         cache_owner,
-        account: Account::default(),
+        account: Account {
+            tenant: message.tenant,
+            user: message.user,
+            weight: message.weight.max(1),
+            class: match message.is_batch {
+                true => Class::Batch,
+                false => Class::Interactive,
+            },
+        },
+        siblings: Siblings {
+            request: message.siblings_request,
+            n: message.n_siblings,
+        },
         sink,
     }
 }
@@ -109,6 +129,7 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
 pub(super) fn event_of(item: StreamItem) -> GroupEventKind {
     match item {
         StreamItem::Started { n_cached } => GroupEventKind::Started(n_cached as u64),
+        StreamItem::Prefilled { n_computed } => GroupEventKind::Prefilled(n_computed as u64),
         StreamItem::Token(event) => {
             let (logprob, top) = match event.logprobs {
                 Some(logprobs) => (Some(logprobs.chosen), values(&logprobs.top)),
@@ -129,16 +150,21 @@ pub(super) fn event_of(item: StreamItem) -> GroupEventKind {
     }
 }
 
-/// The event as the request's reader gets it.
-pub(super) fn item_of(event: GroupEventKind) -> StreamItem {
-    match event {
+/// The event as the request's sink gets it; `None` when the engine did not take the request.
+pub(super) fn item_of(event: GroupEventKind) -> Option<StreamItem> {
+    let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+    Some(match event {
+        GroupEventKind::NoRoom => return None,
         GroupEventKind::Started(n_cached) => StreamItem::Started {
-            n_cached: usize::try_from(n_cached).unwrap_or(usize::MAX),
+            n_cached: size(n_cached),
+        },
+        GroupEventKind::Prefilled(n_computed) => StreamItem::Prefilled {
+            n_computed: size(n_computed),
         },
         GroupEventKind::Token(token) => {
             let top = pairs(token.top);
             StreamItem::Token(TokenEvent {
-                index: usize::try_from(token.index).unwrap_or(usize::MAX),
+                index: size(token.index),
                 token: token.token,
                 logprobs: token.logprob.map(|chosen| TokenLogprobs { chosen, top }),
             })
@@ -148,7 +174,7 @@ pub(super) fn item_of(event: GroupEventKind) -> StreamItem {
         GroupEventKind::DeadlinePassed => StreamItem::Finished(FinishReason::DeadlinePassed),
         GroupEventKind::Stopped => StreamItem::Finished(FinishReason::Stopped),
         GroupEventKind::Failed(cause) => StreamItem::Finished(FinishReason::Failed(cause)),
-    }
+    })
 }
 
 pub(super) fn load_message(load: &EngineLoad) -> GroupLoad {

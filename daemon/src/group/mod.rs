@@ -22,6 +22,8 @@ mod handle;
 mod supervisor;
 pub mod rank;
 
+/// How long a step may take, for those who configure a group.
+pub use crate::engine::STEP_TARGET_CPU;
 pub use frames::SocketError;
 pub use handle::{GroupHandle, PostError};
 
@@ -38,6 +40,7 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use crate::{
     collective::{Collective, Op, Segment, SegmentError, Site},
     config::LogConfig,
+    cost::CostModel,
     runner::{Budget, StepError},
     runtime::thread,
 };
@@ -62,7 +65,11 @@ pub struct GroupConfig {
     pub budget: Budget,
     /// How long a rank may be late in a step before it is lost.
     pub step_timeout: Duration,
-    /// Requests that wait at most.
+    /// How long a step may take by prediction.
+    pub step_target: Duration,
+    /// What is known of step times.
+    pub cost: Option<CostModel>,
+    /// Requests that the engine has room for beside those that run.
     pub waiting_max: usize,
     /// Keep blocks for prompts that begin alike.
     pub prefix_cache: bool,
@@ -97,8 +104,8 @@ pub fn this_program() -> PathBuf {
 }
 
 impl GroupConfig {
-    /// What rank `rank` is told. An engine beside its agent's count of those that wait has room for
-    /// those that ran in a lost group.
+    /// What rank `rank` is told. Beside those that wait, the engine has room for those that ran in a
+    /// lost group.
     fn start(&self, rank: usize, segment: &Path) -> RankStart {
         let n_running = self.budget.step_spans_max;
         RankStart {
@@ -115,6 +122,11 @@ impl GroupConfig {
             kv_bytes_max: self.budget.kv_bytes_max,
             step_tokens_max: self.budget.step_tokens_max as u32,
             step_spans_max: n_running as u32,
+            step_target_us: self.step_target.as_micros() as u64,
+            cost: self
+                .cost
+                .as_ref()
+                .map_or_else(Vec::new, CostModel::parameters),
             waiting_max: (self.waiting_max + n_running) as u32,
             prefix_cache: self.prefix_cache,
             sampleable_len: self.sampleable_len as u32,

@@ -20,8 +20,8 @@ use dsd_kernels::{
     cpu::{CpuBackend, CpuConfig, Isa},
 };
 use dsd_proto::wire::group::{
-    GroupCancel, GroupEvent, GroupEvents, GroupStop, GroupSubmit, RankFailed, RankFault, RankReady,
-    RankStart,
+    GroupCancel, GroupEvent, GroupEventKind, GroupEvents, GroupStop, GroupSubmit, RankFailed,
+    RankFault, RankReady, RankStart,
 };
 use rustix::{
     process::{Signal, getpid, kill_process},
@@ -35,7 +35,8 @@ use super::{
 };
 use crate::{
     collective::{Collective, Op, Segment, SegmentError, Site},
-    engine::{self, EngineConfig, EngineHandle, StartError, StepError},
+    cost::CostModel,
+    engine::{self, EngineConfig, EngineHandle, PostError, StartError, StepError},
     flow::{EventSink, StreamItem, TokenSink},
     runner::{self, Budget, ModelExecutor, StepExecutor, load_cpu, plan_cpu},
     runtime::{clock, thread},
@@ -45,6 +46,9 @@ use crate::{
 
 /// How long ranks wait for each other's loading.
 const LOAD_LIMIT: Duration = Duration::from_secs(3600);
+
+/// How often the agent is told of the cost model.
+const COST_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why a rank process ends before its time.
 #[derive(Debug, thiserror::Error)]
@@ -318,16 +322,29 @@ impl Engine {
         cfg.waiting_max = start.waiting_max as usize;
         cfg.prefix_cache = start.prefix_cache;
         cfg.sampleable_len = start.sampleable_len as usize;
+        cfg.step_target = Duration::from_micros(start.step_target_us);
+        cfg.cost = CostModel::from_parameters(&start.cost);
         cfg.drain_limit = Duration::from_millis(start.drain_limit_ms);
         let outbox = Outbox::default();
         let lost = Arc::<Mutex<Option<StepError>>>::default();
         let outlet = {
             let (agent, outbox) = (agent.clone(), outbox.clone());
-            Box::new(move |load: &engine::EngineLoad| {
+            let mut sent_at: Option<Instant> = None;
+            Box::new(move |load: &engine::EngineLoad, cost: &CostModel| {
                 let (series, metrics) = metrics.take();
+                let now = clock::now();
+                let is_due = |at| COST_INTERVAL <= now.saturating_duration_since(at);
+                let cost = match sent_at.is_none_or(is_due) {
+                    true => {
+                        sent_at = Some(now);
+                        cost.parameters()
+                    }
+                    false => Vec::new(),
+                };
                 agent.send(&GroupEvents {
                     events: outbox.take(),
                     load: messages::load_message(load),
+                    cost,
                     series,
                     metrics,
                 });
@@ -405,10 +422,13 @@ impl Engine {
             is_cancelled,
         }));
         if let Err(e) = self.handle.post(messages::request(message, now, sink)) {
-            // The agent counts what waits and asks for no more than fits; a stopping engine ends
-            // what it took, and this was not.
-            info!(request = id, error = %e, "not taken");
-            let what = dsd_proto::wire::group::GroupEventKind::Stopped;
+            // The agent counts what waits, but not what left since the engine's last step. A stopping
+            // engine ends what it took, and this was not.
+            info!(request = id, error = %e, "request not taken by the engine");
+            let what = match e {
+                PostError::QueueFull { .. } => GroupEventKind::NoRoom,
+                PostError::Stopping | PostError::Dead => GroupEventKind::Stopped,
+            };
             self.outbox.push(GroupEvent { id, what });
         }
     }

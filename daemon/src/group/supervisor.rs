@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     collective::Segment,
+    cost::CostModel,
     engine::EngineLimits,
     flow::{FinishReason, StreamItem},
     runtime::clock,
@@ -363,6 +364,10 @@ impl Supervisor {
             let events = frame.decode::<GroupEvents>()?;
             self.life.handle_sign(epoch, now);
             self.metrics.apply(events.series, &events.metrics);
+            if let Some(cost) = CostModel::from_parameters(&events.cost) {
+                self.cfg.cost = Some(cost.clone());
+                self.shared.lock().cost = cost;
+            }
             self.apply(events.events, events.load, now);
         } else if frame.is::<RankReady>() {
             let ready = frame.decode::<RankReady>()?;
@@ -433,8 +438,9 @@ impl Supervisor {
         // In the order of arrival, those that ran before included.
         state.new = state.in_flight.keys().copied().collect();
         let n_resumed = state.new.len();
-        drop(state);
         let took = clock::now().saturating_duration_since(self.formed_at);
+        state.forming_time = took;
+        drop(state);
         let took_ms = took.as_millis() as u64;
         let epoch = self.life.epoch();
         info!(model = %self.cfg.model, epoch, took_ms, n_resumed, "group ready");
@@ -445,12 +451,16 @@ impl Supervisor {
         let mut state = self.shared.lock();
         state.load = load;
         state.load_at = now;
-        let (mut n_departed, mut oldest) = (0, now);
         for GroupEvent { id, what } in events {
             let Some(in_flight) = state.in_flight.get_mut(&id) else {
                 continue;
             };
-            match messages::item_of(what) {
+            let Some(item) = messages::item_of(what) else {
+                // Asked again: after a step the engine has dropped what was cancelled before it.
+                state.new.push(id);
+                continue;
+            };
+            match item {
                 StreamItem::Started { n_cached } => {
                     if in_flight.has_started {
                         // Started before, in a lost group: its reader knows.
@@ -458,9 +468,10 @@ impl Supervisor {
                     }
                     in_flight.has_started = true;
                     in_flight.sink.send(StreamItem::Started { n_cached });
-                    oldest = oldest.min(in_flight.submitted_at);
-                    n_departed += 1;
                     state.n_waiting -= 1;
+                }
+                item @ StreamItem::Prefilled { .. } => {
+                    in_flight.sink.send(item);
                 }
                 StreamItem::Token(event) => {
                     if event.index == in_flight.output.len() {
@@ -470,15 +481,6 @@ impl Supervisor {
                 }
                 StreamItem::Finished(reason) => state.end(id, reason),
             }
-        }
-        if n_departed > 0 {
-            let since = state
-                .last_departure_at
-                .map_or(oldest, |last| last.max(oldest));
-            state.last_departure_at = Some(now);
-            drop(state);
-            let elapsed = now.saturating_duration_since(since);
-            self.shared.departures.note(n_departed, elapsed);
         }
     }
 }

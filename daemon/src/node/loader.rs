@@ -14,9 +14,9 @@ use crate::{
         Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, LogConfig,
         NodeConfig,
     },
-    group::{self, GroupConfig},
+    group::{self, GroupConfig, STEP_TARGET_CPU},
     model::{self, DecoderSpec, ModelError},
-    replica::Replica,
+    replica::{AdmissionConfig, Replica},
     runner::{
         self, Budget, KV_BLOCK_LEN, MemoryPlan, RankPlan, available_bytes, kv_bytes_per_token,
         plan_cpu,
@@ -29,6 +29,10 @@ use crate::{
 /// Without `engine.kv_tokens` and `engine.kv_bytes` the KV cache takes one full context, but at most
 /// this fraction of the memory that is free.
 const KV_SHARE_OF_AVAILABLE: u64 = 4;
+/// By when first tokens have to be predicted.
+const TTFT_TARGET: Duration = Duration::from_secs(2);
+/// Batch requests that wait at most.
+const BATCH_WAITING_MAX: usize = 1024;
 /// What that fraction is taken of where the system does not tell.
 const AVAILABLE_BYTES_UNKNOWN: u64 = 4 << 30;
 
@@ -141,7 +145,7 @@ fn load(
         kv_bytes: sum(|plan| plan.kv_bytes),
         workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
-    let replica = Replica::start_group(GroupConfig {
+    let group = GroupConfig {
         program: group::this_program(),
         log: log.clone(),
         model: name.to_owned(),
@@ -150,12 +154,23 @@ fn load(
         cpu,
         budget,
         step_timeout: Duration::from_secs(keys.step_timeout_s),
+        step_target: STEP_TARGET_CPU,
+        cost: None,
         waiting_max: keys.waiting_max,
         prefix_cache: keys.prefix_cache,
         sampleable_len: text.vocab_len().min(spec.vocab_len),
         drain_limit,
-    })
-    .map_err(|e| LoadError::Engine {
+    };
+    let admission = AdmissionConfig {
+        ttft_target: Some(TTFT_TARGET),
+        waiting_max: keys.waiting_max,
+        batch_waiting_max: BATCH_WAITING_MAX,
+        running_max: budget.step_spans_max,
+        step_target: STEP_TARGET_CPU,
+        n_blocks: 1,
+        block_len: KV_BLOCK_LEN,
+    };
+    let replica = Replica::start_group(group, admission).map_err(|e| LoadError::Engine {
         name: name.to_owned(),
         source: e.into(),
     })?;

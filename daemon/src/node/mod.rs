@@ -438,6 +438,7 @@ mod tests {
                 deadline: None,
                 cache_owner: flow::CacheOwner::default(),
                 account: flow::Account::default(),
+                siblings: flow::Siblings::default(),
                 sink,
             };
             catalog

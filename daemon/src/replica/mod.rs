@@ -14,24 +14,21 @@ mod tests;
 use std::{sync::Arc, time::Duration};
 
 use crate::{
+    admission::{Admission, EngineState},
     engine::{self, EngineConfig, EngineHandle, EngineLimits, PostError, StartError, StepExecutor},
     flow::{FinishReason, Request, StreamItem},
     group::{self, GroupConfig, GroupError, GroupHandle},
 };
 
+/// What a caller brings, and what it is told, so that it needs no arrow of its own.
+pub use crate::admission::{AdmissionConfig, Refusal};
+
 /// Why a request was not taken. Nothing was spent on it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
-    /// The waiting line is full.
-    #[error("{waiting} requests wait already, the limit is {max}")]
-    QueueFull {
-        /// Requests waiting.
-        waiting: usize,
-        /// The limit.
-        max: usize,
-        /// When a place is expected to be free, from the measured drain rate.
-        retry_after: Duration,
-    },
+    /// Not now.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// Prompt plus at least one new token does not fit the context or the KV pool.
     #[error("the prompt has {n_prompt} tokens, at most {max} fit")]
     PromptTooLong {
@@ -94,6 +91,7 @@ pub struct LoadReport {
 #[derive(Debug, Clone)]
 pub struct Replica {
     engine: Engine,
+    admission: Arc<Admission>,
 }
 
 #[derive(Debug, Clone)]
@@ -105,22 +103,53 @@ enum Engine {
 }
 
 impl Replica {
-    /// Starts an engine on `executor` and returns after its first token.
+    /// Starts an engine on `executor` and returns after its first token. Requests are taken up to
+    /// `cfg.waiting_max` whatever the prediction.
     ///
     /// # Errors
     /// [`StartError`] when configuration and executor do not fit or the executor does not work.
-    pub fn start(executor: Box<dyn StepExecutor>, cfg: EngineConfig) -> Result<Self, StartError> {
+    pub fn start(
+        executor: Box<dyn StepExecutor>,
+        mut cfg: EngineConfig,
+    ) -> Result<Self, StartError> {
+        let limits = cfg.limits(&executor.limits())?;
+        let admission = AdmissionConfig {
+            ttft_target: None,
+            waiting_max: cfg.waiting_max,
+            batch_waiting_max: cfg.waiting_max,
+            running_max: cfg.running_max,
+            step_target: cfg.step_target,
+            n_blocks: limits.n_blocks,
+            block_len: limits.block_len,
+        };
+        cfg.waiting_max = admission.engine_capacity();
+        let model = cfg.model.clone();
         let engine = Engine::Thread(Arc::new(engine::start(executor, cfg)?));
-        Ok(Self { engine })
+        let admission = Arc::new(Admission::new(model, admission));
+        Ok(Self { engine, admission })
     }
 
     /// Starts a group of rank processes and returns after its first token.
     ///
     /// # Errors
     /// [`GroupError`]; no process is left behind.
-    pub fn start_group(cfg: GroupConfig) -> Result<Self, GroupError> {
-        let engine = Engine::Group(Arc::new(GroupHandle::start(cfg)?));
-        Ok(Self { engine })
+    pub fn start_group(cfg: GroupConfig, admission: AdmissionConfig) -> Result<Self, GroupError> {
+        let model = cfg.model.clone();
+        let group = GroupHandle::start(GroupConfig {
+            waiting_max: admission.engine_capacity(),
+            ..cfg
+        })?;
+        let limits = group.limits();
+        let admission = AdmissionConfig {
+            running_max: limits.running_max,
+            n_blocks: limits.n_blocks,
+            block_len: limits.block_len,
+            ..admission
+        };
+        Ok(Self {
+            engine: Engine::Group(Arc::new(group)),
+            admission: Arc::new(Admission::new(model, admission)),
+        })
     }
 
     /// Hands a request to the engine without blocking. A `max_tokens` beyond the context is cut to
@@ -129,41 +158,47 @@ impl Replica {
     /// # Errors
     /// [`SubmitError`]; the request's stream then ends without an event.
     pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
-        self.check_prompt(&request.prompt)?;
-        if request.max_tokens == 0 {
+        self.submit_all(vec![request])
+    }
+
+    /// Hands requests that belong together to the engine, all or none.
+    ///
+    /// # Errors
+    /// [`SubmitError`]; the requests' streams then end without an event.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Result<(), SubmitError> {
+        for request in &requests {
+            self.check_prompt(&request.prompt)?;
+        }
+        let (some, none): (Vec<_>, Vec<_>) = requests.into_iter().partition(|r| r.max_tokens > 0);
+        for request in none {
             // Nothing to compute: the end is all there is to say.
             request
                 .sink
                 .send(StreamItem::Finished(FinishReason::Length));
-            return Ok(());
         }
-        match &self.engine {
-            Engine::Thread(engine) => engine.post(request).map_err(|e| match e {
-                PostError::QueueFull {
-                    waiting,
-                    max,
-                    retry_after,
-                } => SubmitError::QueueFull {
-                    waiting,
-                    max,
-                    retry_after,
-                },
-                PostError::Stopping => SubmitError::Stopping,
-                PostError::Dead => SubmitError::Dead,
-            }),
-            Engine::Group(group) => group.post(request).map_err(|e| match e {
-                group::PostError::QueueFull {
-                    waiting,
-                    max,
-                    retry_after,
-                } => SubmitError::QueueFull {
-                    waiting,
-                    max,
-                    retry_after,
-                },
-                group::PostError::Stopping => SubmitError::Stopping,
-            }),
+        let n_blocks_used = self.load().n_blocks_used;
+        let (cost, forming) = match &self.engine {
+            Engine::Thread(engine) => (engine.cost(), Duration::ZERO),
+            Engine::Group(group) => group.cost(),
+        };
+        let state = EngineState {
+            cost,
+            n_blocks_used,
+            forming,
+        };
+        for request in self.admission.admit(some, &state)? {
+            match &self.engine {
+                Engine::Thread(engine) => engine.post(request).map_err(|e| match e {
+                    // As much as admission takes at most has room.
+                    PostError::QueueFull { .. } | PostError::Stopping => SubmitError::Stopping,
+                    PostError::Dead => SubmitError::Dead,
+                })?,
+                Engine::Group(group) => group.post(request).map_err(|e| match e {
+                    group::PostError::Stopping => SubmitError::Stopping,
+                })?,
+            }
         }
+        Ok(())
     }
 
     /// Stops taking requests, waits for those taken for at most `drain`, ends the rest with

@@ -9,11 +9,12 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use proptest::prelude::*;
 
 use crate::{
+    cost::CostModel,
     engine::{
         ExecutorLimits, StepError, StepPlan,
         fake::{FakeControl, FakeExecutor, PATIENCE, mix, reference},
     },
-    flow::{Account, CacheOwner, RequestId, SamplingParams, TokenStream, token_stream},
+    flow::{Account, CacheOwner, RequestId, SamplingParams, Siblings, TokenStream, token_stream},
     runtime::{clock, thread},
 };
 
@@ -37,6 +38,8 @@ fn replica(
     let (fake, control) = FakeExecutor::new(limits);
     let mut cfg = EngineConfig::for_executor("fake", &limits);
     cfg.canary_interval = Duration::from_secs(3600);
+    // Nothing is measured before the first request.
+    cfg.cost = Some(CostModel::default());
     change(&mut cfg);
     (Replica::start(fake, cfg).unwrap(), control)
 }
@@ -56,6 +59,7 @@ fn request(id: u64, n_prompt: usize, max_tokens: usize) -> (Request, TokenStream
         deadline: None,
         cache_owner: CacheOwner::default(),
         account: Account::default(),
+        siblings: Siblings::default(),
         sink,
     };
     (request, stream)
@@ -106,6 +110,7 @@ fn read_all(mut stream: TokenStream) -> (Vec<u32>, FinishReason) {
                 assert_eq!(stream.blocking_next(), None, "nothing follows the end");
                 return (tokens, reason);
             }
+            Some(StreamItem::Prefilled { .. }) => panic!("not for readers"),
             None => panic!("the stream ended without an end after {tokens:?}"),
         }
     }
@@ -290,7 +295,7 @@ fn a_thousand_requests_with_random_departures_leave_nothing_behind() {
         while let Some((request, retry)) = pending.take() {
             match replica.submit(request) {
                 Ok(()) => stream = retry.unwrap_or(stream),
-                Err(SubmitError::QueueFull { retry_after, .. }) => {
+                Err(SubmitError::Refused(Refusal::QueueFull { retry_after, .. })) => {
                     assert!(Duration::from_secs(1) <= retry_after);
                     if let Some((oldest, expected)) = kept.pop() {
                         assert_eq!(read_all(oldest), expected);
@@ -377,11 +382,11 @@ fn exactly_waiting_max_requests_wait_and_the_next_is_refused() {
     assert_eq!(replica.load().n_waiting, 3);
     for id in 5..8 {
         let refused = submit(id).map(drop);
-        let Err(SubmitError::QueueFull {
+        let Err(SubmitError::Refused(Refusal::QueueFull {
             waiting: 3,
             max: 3,
             retry_after,
-        }) = refused
+        })) = refused
         else {
             panic!("{refused:?}");
         };
@@ -675,7 +680,8 @@ impl StepExecutor for Breaks {
 #[test]
 fn nobody_waits_for_an_engine_that_panicked() {
     let (fake, _) = FakeExecutor::new(ROOMY);
-    let cfg = EngineConfig::for_executor("fake", &ROOMY);
+    let mut cfg = EngineConfig::for_executor("fake", &ROOMY);
+    cfg.cost = Some(CostModel::default());
     let replica = Replica::start(Box::new(Breaks(fake, 0)), cfg).unwrap();
     let (first, mut stream) = request(1, 4, 5);
     replica.submit(first).unwrap();

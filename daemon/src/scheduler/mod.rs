@@ -1,42 +1,62 @@
-//! Decides what runs in the next step: admission, token budget, chunked prefill, preemption.
+//! Decides what runs in the next step: order, admission to the running set, how much of prompts
+//! rides along, preemption.
 //!
-//! Pure: the same calls with the same `now` give the same plans. Knows no logits, sinks, threads or
-//! clock.
+//! Pure: the same calls with the same `now` and cost model give the same plans. Knows no logits,
+//! sinks, threads or clock.
 //!
-//! A step is planned like this. Sequences whose deadline passed end. Every running sequence that
-//! needs one position gets it (decodes first), the rest of the token budget goes to prefills in
-//! order of arrival, cut into chunks. Blocks are handed out in order of arrival as well; a sequence
-//! that gets none takes the place of the youngest running one, which drops its blocks, keeps its
-//! tokens, and goes to the front of the waiting line to be computed again. A sequence with nobody
-//! younger to displace sits the step out. If all got what they wanted, waiting sequences are
-//! admitted in order.
+//! A step is planned like this. Sequences whose deadline passed end. Places and blocks are taken from
+//! accounts that hold more than their part where one that holds less waits for them. Every running
+//! sequence that needs one position gets it (decodes first); blocks for them are handed out in order
+//! of arrival, and a sequence that gets none takes the place of the youngest running one, which drops
+//! its blocks, keeps its tokens, and waits to be computed again. What is left of the step's time goes
+//! to prompts, running or waiting, cut into chunks: first to the account whose turn it is
+//! ([`fair`]), inside an account to the highest response ratio, `(waited + work) / work`, so that
+//! short prompts pass long ones and long ones do not starve.
 //!
-//! Invariant: every running sequence arrived before every waiting one, so service is first come,
-//! first served even across preemptions, and the oldest makes progress in every step: it may
-//! displace all others, and alone it fits the pool, because a longer one is refused on arrival.
-//! Full blocks stay behind when their sequence ends or is displaced; one that begins alike takes
-//! them over when it is admitted and computes only what is missing, at least its last position.
-//!
-//! Invariant: a step never has more tokens than the budget, and every position of a sequence is
-//! computed once between two preemptions.
+//! Invariant: a step never has more tokens than the budget, it never takes longer than its target by
+//! prediction unless decodes alone do, and at least [`PREFILL_ROWS_MIN`] positions of prompts go on
+//! in every step that has any.
+//! Invariant: somebody progresses in every step: the oldest running sequence may displace all others,
+//! and alone it fits the pool, because a longer one is refused on arrival.
+//! Invariant: every position of a sequence is computed once between two preemptions. Full blocks stay
+//! behind when their sequence ends or is displaced; one that begins alike takes them over when it is
+//! admitted and computes only what is missing, at least its last position.
 //!
 //! Called by the engine, in this order: [`Scheduler::enqueue`] and [`Scheduler::remove`] at will,
 //! then [`Scheduler::plan`], then exactly one of [`Scheduler::apply`] and [`Scheduler::fail_step`].
 
+mod fair;
 mod planning;
 mod sequence;
 #[cfg(test)]
 mod tests;
 
-use std::{collections::VecDeque, ops::Range, time::Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use crate::{
+    cost::{CostModel, StepShape},
     kv_cache::{BlockPool, BlockTable},
     runner::StepPlan,
 };
 
+use fair::{Shares, Turn};
+use planning::Prompts;
 use sequence::Sequence;
 pub use sequence::SequenceSpec;
+
+/// Positions of prompts that go on in a step however long its decodes take.
+const PREFILL_ROWS_MIN: usize = 16;
+/// Chunks of prompts are multiples of this where they are longer: kernels work on tiles of rows.
+const CHUNK_MULTIPLE: usize = 16;
+/// Rows at which a prompt's work is estimated for the response ratio.
+const WORK_CHUNK_ROWS: usize = 128;
+/// Sequences that lose their place to others' parts in a step, at most.
+const DISPLACED_MAX: usize = 4;
+/// Seconds of work that a whole pool of KV blocks is worth when it is held for a second.
+const KV_SECONDS: f64 = 0.5;
 
 /// What the scheduler may use; fixed at construction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +69,8 @@ pub struct SchedulerConfig {
     pub context_len_max: usize,
     /// Tokens of a step at most; not below `running_max`, so that every decode fits.
     pub step_tokens_max: usize,
+    /// How long a step may take by prediction.
+    pub step_target: Duration,
     /// Sequences in the running set at most.
     pub running_max: usize,
     /// Sequences that wait for their first step at most.
@@ -125,7 +147,7 @@ pub enum EndReason {
 }
 
 /// A sequence in the planned step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scheduled {
     /// Which.
     pub slot: Slot,
@@ -135,8 +157,23 @@ pub struct Scheduled {
     pub n_prompt_tokens: usize,
     /// Of these, positions that were lost to a preemption.
     pub n_recomputed: usize,
+    /// Positions computed when the step is done, those before it included.
+    pub n_computed: usize,
+    /// What it adds to the step's time.
+    pub shape: StepShape,
     /// True when the step yields a logits row for it.
     pub is_sampled: bool,
+}
+
+/// A sequence with more than one position to compute.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    slot: usize,
+    is_waiting: bool,
+    turn: Turn,
+    /// The response ratio.
+    urgency: f64,
+    serial: u64,
 }
 
 /// Waiting line, running set and KV blocks of one engine.
@@ -144,14 +181,17 @@ pub struct Scheduled {
 pub struct Scheduler {
     cfg: SchedulerConfig,
     pool: BlockPool,
+    shares: Shares,
     slots: Vec<Option<Sequence>>,
     free_slots: Vec<usize>,
-    /// In order of arrival.
-    waiting: VecDeque<usize>,
+    /// In no order.
+    waiting: Vec<usize>,
     /// Of `waiting`, those that never ran.
     n_waiting_new: usize,
     /// In order of arrival.
     running: Vec<usize>,
+    /// Who may get what is left of the step's time, first come first.
+    candidates: Vec<Candidate>,
     scheduled: Vec<Scheduled>,
     admitted: Vec<Slot>,
     serial_next: u64,
@@ -173,14 +213,16 @@ impl Scheduler {
             "every decode fits the budget"
         );
         assert!(0 < cfg.sequence_len_max(), "room for a position");
-        // Sequences that ever ran and still live are at most running_max: new ones are admitted
-        // only after all preempted ones, which stand before them.
-        let n_slots = cfg.waiting_max.saturating_add(cfg.running_max);
+        // Those that ran and were displaced wait again beside as many new ones as may wait; they are
+        // no more than ran before, since a place that is taken away is taken by somebody.
+        let n_slots = cfg.waiting_max.saturating_add(2 * cfg.running_max);
         Self {
             pool: BlockPool::new(cfg.blocks.clone(), cfg.block_len),
             slots: (0..n_slots).map(|_| None).collect(),
             free_slots: (0..n_slots).rev().collect(),
-            waiting: VecDeque::with_capacity(n_slots),
+            shares: Shares::default(),
+            waiting: Vec::with_capacity(n_slots),
+            candidates: Vec::with_capacity(n_slots),
             n_waiting_new: 0,
             running: Vec::with_capacity(cfg.running_max),
             scheduled: Vec::with_capacity(cfg.running_max),
@@ -215,9 +257,10 @@ impl Scheduler {
                 max: self.cfg.waiting_max,
             });
         }
-        let slot = self.free_slots.pop();
-        let Some(slot) = slot else {
-            unreachable!("waiting_max + running_max slots hold every live sequence");
+        let Some(slot) = self.free_slots.pop() else {
+            return Err(EnqueueError::QueueFull {
+                max: self.slots.len(),
+            });
         };
         assert!(self.slots[slot].is_none(), "a free slot is empty");
         self.slots[slot] = Some(Sequence {
@@ -227,6 +270,9 @@ impl Scheduler {
             tokens,
             stop_tokens: spec.stop_tokens,
             deadline: spec.deadline,
+            arrived_at: spec.arrived_at,
+            account: spec.account,
+            siblings: spec.siblings,
             n_computed: 0,
             n_computed_ever: 0,
             table: BlockTable::new(spec.root),
@@ -235,8 +281,9 @@ impl Scheduler {
             was_running: false,
         });
         self.serial_next += 1;
-        self.waiting.push_back(slot);
+        self.waiting.push(slot);
         self.n_waiting_new += 1;
+        self.shares.join(spec.account);
         Ok(Slot(slot))
     }
 
@@ -252,49 +299,45 @@ impl Scheduler {
 
     /// Fills `plan` with the next step and names the sequences whose deadline passed. The plan is
     /// empty exactly when no sequence is left.
-    pub fn plan(&mut self, now: Instant, plan: &mut StepPlan, ended: &mut Vec<Ended>) {
+    pub fn plan(
+        &mut self,
+        now: Instant,
+        cost: &CostModel,
+        plan: &mut StepPlan,
+        ended: &mut Vec<Ended>,
+    ) {
         assert!(self.scheduled.is_empty(), "the last step was applied");
         plan.clear();
         self.admitted.clear();
         self.end_expired(now, ended);
-
-        let n_preemptions_before = self.n_preemptions;
-        let n_decodes = self
-            .running
-            .iter()
-            .filter(|&&s| self.sequence(s).is_decode())
-            .count();
-        let mut prefill_budget = self.cfg.step_tokens_max - n_decodes;
-        let mut is_short = false;
-        let mut idx = 0;
-        // The running set shrinks from its end while this goes through it.
-        while idx < self.running.len() {
-            let seq = self.sequence(self.running[idx]);
-            let is_decode = seq.is_decode();
-            let n_wanted = if is_decode {
-                1
-            } else {
-                seq.n_pending().min(prefill_budget)
-            };
-            let n_got = self.schedule(idx, n_wanted);
-            is_short |= n_got < n_wanted;
-            prefill_budget -= if is_decode { 0 } else { n_got };
-            idx += 1;
-        }
+        self.order_candidates(now, cost);
+        let running = self.running.iter().map(|slot| self.sequence(*slot));
+        let mut step = Prompts::beside(running);
+        self.make_room(cost, &mut step);
         // A sequence admitted now would take the blocks that others just went without.
-        if !is_short && self.n_preemptions == n_preemptions_before {
-            self.admit(prefill_budget);
+        let may_admit = self.schedule_decodes();
+        self.schedule_prompts(cost, &mut step, may_admit);
+        if !self.running.is_empty() && self.is_nothing_scheduled() {
+            // Prompts only, and none of them finds a block.
+            self.force_oldest();
         }
         self.write_plan(plan);
         self.check(plan);
     }
 
     /// Advances every sequence of the planned step. `sampled` holds one token per logits row in
-    /// plan order; `None` ends the sequence.
+    /// plan order; `None` ends the sequence. `took` is charged to the accounts of its sequences.
     ///
     /// # Panics
     /// When `sampled` has another number of rows than the plan.
-    pub fn apply(&mut self, sampled: &[Option<u32>], ended: &mut Vec<Ended>) {
+    pub fn apply(
+        &mut self,
+        sampled: &[Option<u32>],
+        took: Duration,
+        cost: &CostModel,
+        ended: &mut Vec<Ended>,
+    ) {
+        self.charge(took, cost);
         let mut rows = sampled.iter();
         for i in 0..self.scheduled.len() {
             let Scheduled {
@@ -356,6 +399,17 @@ impl Scheduler {
     /// order.
     pub fn scheduled(&self) -> &[Scheduled] {
         &self.scheduled
+    }
+
+    fn is_nothing_scheduled(&self) -> bool {
+        let mut running = self.running.iter().map(|slot| self.sequence(*slot));
+        running.all(|seq| seq.n_scheduled == 0)
+    }
+
+    /// What the planned step's time depends on.
+    pub fn step_shape(&self) -> StepShape {
+        let shapes = self.scheduled.iter().map(|s| s.shape);
+        shapes.fold(StepShape::default(), StepShape::and)
     }
 
     /// Sequences that the last plan ran for the first time.

@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Instant};
 
-use crate::kv_cache::{BlockKey, BlockTable};
+use crate::{
+    cost::StepShape,
+    flow::{Account, Siblings},
+    kv_cache::{BlockKey, BlockTable},
+};
 
 /// What the scheduler has to know of a request.
 #[derive(Debug)]
@@ -19,6 +23,12 @@ pub struct SequenceSpec {
     pub deadline: Option<Instant>,
     /// With whom its blocks may be shared.
     pub root: BlockKey,
+    /// Who its work is charged to.
+    pub account: Account,
+    /// The choices that it is one of.
+    pub siblings: Siblings,
+    /// When its request was submitted.
+    pub arrived_at: Instant,
 }
 
 /// A sequence, waiting or running.
@@ -35,6 +45,9 @@ pub(super) struct Sequence {
     pub(super) len_max: usize,
     pub(super) stop_tokens: Arc<[u32]>,
     pub(super) deadline: Option<Instant>,
+    pub(super) arrived_at: Instant,
+    pub(super) account: Account,
+    pub(super) siblings: Siblings,
     /// Positions whose keys and values are in `table`'s blocks.
     pub(super) n_computed: usize,
     /// The most `n_computed` ever was: below it a position is computed again after a preemption.
@@ -57,6 +70,15 @@ impl Sequence {
     /// Needs a single position: a decode, or the tail of a prefill, which costs the same.
     pub(super) fn is_decode(&self) -> bool {
         self.n_pending() == 1
+    }
+
+    /// What the step being planned computes of it, with a row of logits where that is all there is.
+    pub(super) fn shape(&self) -> StepShape {
+        let is_sampled = 0 < self.n_scheduled && self.n_scheduled == self.n_pending();
+        match self.n_scheduled {
+            0 => StepShape::default(),
+            n => StepShape::span(self.n_computed, n, usize::from(is_sampled)),
+        }
     }
 
     pub(super) fn is_expired(&self, now: Instant) -> bool {

@@ -31,6 +31,9 @@ const TOKENS_BUCKETS: [f64; 14] = [
     1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0,
 ];
 
+/// Upper edges of histograms of what was seen over what was predicted.
+const RATIO_BUCKETS: [f64; 11] = [0.25, 0.5, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0];
+
 /// Why logs or metrics cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
@@ -62,6 +65,8 @@ pub enum MetricKind {
     Seconds,
     /// Distribution of token counts.
     Tokens,
+    /// Distribution of ratios around 1.
+    Ratio,
 }
 
 /// Every metric of the node: name, kind, meaning.
@@ -183,6 +188,21 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
         "Time of a step.",
     ),
     (
+        "dsd_engine_step_seen_over_predicted_ratio",
+        MetricKind::Ratio,
+        "Time of a step over the cost model's prediction.",
+    ),
+    (
+        "dsd_ttft_seen_over_predicted_ratio",
+        MetricKind::Ratio,
+        "Time to the first token of interactive requests over what admission predicted.",
+    ),
+    (
+        "dsd_refusals_total",
+        MetricKind::Counter,
+        "Requests refused by admission, by reason.",
+    ),
+    (
         "dsd_engine_step_tokens",
         MetricKind::Tokens,
         "Tokens of a step.",
@@ -243,6 +263,9 @@ pub fn install_metrics() -> Result<Metrics, TelemetryError> {
         .and_then(|builder| {
             builder.set_buckets_for_metric(Matcher::Suffix("_tokens".to_owned()), &TOKENS_BUCKETS)
         })
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_ratio".to_owned()), &RATIO_BUCKETS)
+        })
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(TelemetryError::Metrics)?;
     for &(name, kind, help) in METRICS {
@@ -252,7 +275,7 @@ pub fn install_metrics() -> Result<Metrics, TelemetryError> {
             MetricKind::Seconds => {
                 metrics::describe_histogram!(name, metrics::Unit::Seconds, help);
             }
-            MetricKind::Tokens => metrics::describe_histogram!(name, help),
+            MetricKind::Tokens | MetricKind::Ratio => metrics::describe_histogram!(name, help),
         }
     }
     Ok(Metrics(handle))

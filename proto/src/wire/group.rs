@@ -8,14 +8,14 @@
 use crate::wire::schema::{wire_enum, wire_messages, wire_struct};
 
 wire_messages! {
-    RankStart = 0x0301, 1, Control;
+    RankStart = 0x0301, 2, Control;
     RankReady = 0x0302, 1, Control;
     RankFailed = 0x0303, 1, Control;
     RankFault = 0x0304, 1, Control;
-    GroupSubmit = 0x0311, 1, Request;
+    GroupSubmit = 0x0311, 2, Request;
     GroupCancel = 0x0312, 1, Control;
     GroupStop = 0x0313, 1, Control;
-    GroupEvents = 0x0314, 1, Request;
+    GroupEvents = 0x0314, 2, Request;
 }
 
 wire_struct! {
@@ -47,6 +47,10 @@ wire_struct! {
         pub step_tokens_max: u32,
         /// Sequences of a step at most.
         pub step_spans_max: u32,
+        /// How long a step may take by prediction.
+        pub step_target_us: u64,
+        /// Parameters of the cost model of step times; empty where nothing is known of them.
+        pub cost: Vec<f64>,
         /// Requests that wait at most.
         pub waiting_max: u32,
         /// Keep blocks for prompts that begin alike.
@@ -133,6 +137,18 @@ wire_struct! {
         pub deadline_ms: Option<u64>,
         /// With whom beginnings of prompts are shared: 32 bytes.
         pub cache_owner: Vec<u8>,
+        /// Digest of the tenant that its work is charged to.
+        pub tenant: u64,
+        /// Digest of the tenant's user.
+        pub user: u64,
+        /// The tenant's share against other tenants'.
+        pub weight: u32,
+        /// Nobody waits for its first token.
+        pub is_batch: bool,
+        /// Names the request that it is a choice of; 0 where there is one choice.
+        pub siblings_request: u64,
+        /// Choices of that request.
+        pub n_siblings: u32,
     }
 }
 
@@ -193,6 +209,9 @@ wire_struct! {
         pub events: Vec<GroupEvent>,
         /// The engine's counters after it.
         pub load: GroupLoad,
+        /// Parameters of the cost model of step times; empty where they changed little since they
+        /// were sent.
+        pub cost: Vec<f64>,
         /// Metrics that were not named before.
         pub series: Vec<MetricSeries>,
         /// What was counted since the last frame.
@@ -215,6 +234,8 @@ wire_enum! {
     pub enum GroupEventKind {
         /// It left the waiting line, with this many prompt positions found in the cache.
         Started(u64),
+        /// This many positions of its prompt are computed.
+        Prefilled(u64),
         /// The next token.
         Token(GroupToken),
         /// It is over: a stop token came out.
@@ -225,6 +246,8 @@ wire_enum! {
         DeadlinePassed,
         /// It is over: the engine is stopping.
         Stopped,
+        /// The engine had no room and did not take it.
+        NoRoom,
         /// It is over: a step failed.
         Failed(String),
     }

@@ -211,6 +211,8 @@ pub(crate) fn rank_start() -> RankStart {
         kv_bytes_max: 1 << 28,
         step_tokens_max: 512,
         step_spans_max: 32,
+        step_target_us: 50_000,
+        cost: vec![1.0, 0.5, 3e-4],
         waiting_max: 128,
         prefix_cache: true,
         sampleable_len: 1000,
@@ -273,6 +275,12 @@ pub(crate) fn group_submit() -> GroupSubmit {
         top_logprobs: Some(2),
         deadline_ms: Some(60_000),
         cache_owner: vec![7; 32],
+        tenant: 0x0123_4567_89ab_cdef,
+        user: 9,
+        weight: 3,
+        is_batch: true,
+        siblings_request: 17,
+        n_siblings: 2,
     }
 }
 
@@ -289,6 +297,7 @@ pub(crate) fn group_events() -> GroupEvents {
     GroupEvents {
         events: vec![
             event(GroupEventKind::Started(32)),
+            event(GroupEventKind::Prefilled(96)),
             event(GroupEventKind::Token(GroupToken {
                 index: 1,
                 token: 77,
@@ -302,6 +311,7 @@ pub(crate) fn group_events() -> GroupEvents {
             event(GroupEventKind::Length),
             event(GroupEventKind::DeadlinePassed),
             event(GroupEventKind::Stopped),
+            event(GroupEventKind::NoRoom),
             event(GroupEventKind::Failed("logits row 0 is not finite".into())),
         ],
         load: GroupLoad {
@@ -316,6 +326,7 @@ pub(crate) fn group_events() -> GroupEvents {
             last_token_age_us: Some(8),
             canary_wrong: false,
         },
+        cost: vec![0.25],
         series: vec![MetricSeries {
             id: 0,
             kind: MetricKind::Histogram,

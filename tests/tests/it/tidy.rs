@@ -208,7 +208,7 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 /// Modules that all may name, and that name only each other.
-const BASE: [&str; 4] = ["flow", "config", "telemetry", "runtime"];
+const BASE: [&str; 5] = ["flow", "cost", "config", "telemetry", "runtime"];
 
 #[test]
 fn modules_name_only_what_the_table_allows() {

@@ -19,6 +19,7 @@ use super::super::{ApiKeys, Gateway, GatewayConfig};
 use crate::{
     catalog::{Catalog, LoadError, MemoryFigures, ServedModel},
     config::HttpConfig,
+    cost::CostModel,
     engine::EngineConfig,
     replica::Replica,
     runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan},
@@ -67,6 +68,7 @@ pub(crate) fn model(name: &str, pace: &Pace) -> ServedModel {
     let engine = EngineConfig {
         waiting_max: pace.waiting_max,
         running_max: pace.running_max,
+        cost: Some(CostModel::default()),
         ..EngineConfig::for_executor(name, &executor.limits())
     };
     ServedModel {

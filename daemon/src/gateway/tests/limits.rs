@@ -339,15 +339,22 @@ async fn choices_that_do_not_all_fit_are_refused_together() {
         ..QUICK
     };
     let node = Node::start(config(), vec![model("tiny", &pace)]).await;
-    let reply = node
-        .post(
-            "/v1/completions",
-            r#"{"prompt": "a", "max_tokens": 100, "n": 50}"#,
-        )
-        .await;
+    // An idle node takes as many choices as a request may have.
+    let many = r#"{"prompt": "a", "max_tokens": 20, "n": 50}"#;
+    assert_eq!(node.post("/v1/completions", many).await.status, 200);
+    let pace = Pace {
+        running_max: 1,
+        waiting_max: 2,
+        ..SLOW
+    };
+    let node = Node::start(config(), vec![model("tiny", &pace)]).await;
+    let body = r#"{"prompt": "a", "max_tokens": 200, "ignore_eos": true}"#;
+    let others = [send(&node, body).await, send(&node, body).await];
+    node.wait_for_sequences(2).await;
+    let reply = node.post("/v1/completions", many).await;
     assert_eq!(reply.error(), (429, "queue_full".into(), None));
+    drop(others);
     node.wait_for_sequences(0).await;
-    node.must_serve().await;
 }
 
 /// An engine's thread that panicked used to leave a node that took requests and said little: 503 and
