@@ -116,6 +116,7 @@ impl Model {
             step_timeout: STEP_TIMEOUT,
             step_target: group::STEP_TARGET_CPU,
             cost: None,
+            cost_file: None,
             waiting_max: 1,
             prefix_cache: false,
             sampleable_len: plan.spec.vocab_len,

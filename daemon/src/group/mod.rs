@@ -14,6 +14,7 @@
 //!
 //! Called by replica and, for its followers, by eval.
 
+mod cost_file;
 mod frames;
 mod life;
 mod messages;
@@ -24,6 +25,7 @@ pub mod rank;
 
 /// How long a step may take, for those who configure a group.
 pub use crate::engine::STEP_TARGET_CPU;
+pub use cost_file::CostFile;
 pub use frames::SocketError;
 pub use handle::{GroupHandle, PostError};
 
@@ -69,6 +71,8 @@ pub struct GroupConfig {
     pub step_target: Duration,
     /// What is known of step times.
     pub cost: Option<CostModel>,
+    /// Where that is kept.
+    pub cost_file: Option<CostFile>,
     /// Requests that the engine has room for beside those that run.
     pub waiting_max: usize,
     /// Keep blocks for prompts that begin alike.

@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
 
 use super::{
-    GroupConfig, GroupError,
+    CostFile, GroupConfig, GroupError,
     frames::{self, Frame, SocketError},
     handle::{InFlight, Shared},
     life::{Blame, Command, Life},
@@ -82,6 +82,17 @@ impl Supervisor {
 
     /// Runs until the group is stopped, or cannot be formed a first time.
     pub(super) fn run(&mut self) {
+        self.cfg.cost = self.cfg.cost_file.as_ref().and_then(CostFile::load);
+        if let Some(cost) = &self.cfg.cost {
+            self.shared.lock().cost = cost.clone();
+        }
+        self.keep_running();
+        if let (Some(file), Some(cost)) = (&self.cfg.cost_file, &self.cfg.cost) {
+            file.save(cost);
+        }
+    }
+
+    fn keep_running(&mut self) {
         loop {
             while let Some(command) = self.life.poll(clock::now()) {
                 match command {
@@ -365,6 +376,9 @@ impl Supervisor {
             self.life.handle_sign(epoch, now);
             self.metrics.apply(events.series, &events.metrics);
             if let Some(cost) = CostModel::from_parameters(&events.cost) {
+                if let Some(file) = &mut self.cfg.cost_file {
+                    file.save_now_and_then(&cost, now);
+                }
                 self.cfg.cost = Some(cost.clone());
                 self.shared.lock().cost = cost;
             }

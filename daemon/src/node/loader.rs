@@ -14,7 +14,7 @@ use crate::{
         Activations as ActivationsKey, EngineConfig as EngineKeys, KvType as KvTypeKey, LogConfig,
         NodeConfig,
     },
-    group::{self, GroupConfig, STEP_TARGET_CPU},
+    group::{self, CostFile, GroupConfig, STEP_TARGET_CPU},
     model::{self, DecoderSpec, ModelError},
     replica::{AdmissionConfig, Replica},
     runner::{
@@ -40,7 +40,10 @@ const AVAILABLE_BYTES_UNKNOWN: u64 = 4 << 30;
 pub(super) fn new(keys: &EngineKeys, node: &NodeConfig, log: &LogConfig) -> Box<Loader> {
     let (keys, log) = (keys.clone(), log.clone());
     let drain_limit = Duration::from_secs(node.drain_timeout_s);
-    Box::new(move |name, path, on_progress| load(&keys, &log, drain_limit, name, path, on_progress))
+    let costs = node.state_dir.join("cost");
+    Box::new(move |name, path, on_progress| {
+        load(&keys, &log, drain_limit, &costs, name, path, on_progress)
+    })
 }
 
 /// The compute settings of the configuration.
@@ -73,6 +76,7 @@ fn load(
     keys: &EngineKeys,
     log: &LogConfig,
     drain_limit: Duration,
+    cost_folder: &Path,
     name: &str,
     path: &Path,
     on_progress: &mut dyn FnMut(Progress),
@@ -145,6 +149,16 @@ fn load(
         kv_bytes: sum(|plan| plan.kv_bytes),
         workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
+    let learnt_on = format!(
+        "dsd {} {} ranks={} threads={} isa={} activations={:?} kv={}",
+        env!("CARGO_PKG_VERSION"),
+        path.display(),
+        keys.tp,
+        cpu.n_threads,
+        cpu.isa.name(),
+        cpu.activations,
+        cpu.kv_type.name(),
+    );
     let group = GroupConfig {
         program: group::this_program(),
         log: log.clone(),
@@ -156,6 +170,7 @@ fn load(
         step_timeout: Duration::from_secs(keys.step_timeout_s),
         step_target: STEP_TARGET_CPU,
         cost: None,
+        cost_file: Some(CostFile::new(cost_folder, name, learnt_on)),
         waiting_max: keys.waiting_max,
         prefix_cache: keys.prefix_cache,
         sampleable_len: text.vocab_len().min(spec.vocab_len),
