@@ -341,7 +341,7 @@ pub fn models_dir(config: &Config) -> PathBuf {
 async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(), NodeError> {
     let mut failed = None;
     let mut n_loaded = 0;
-    for ModelConfig { name, path } in models {
+    for ModelConfig { name, path, .. } in models {
         let (catalog, name, path) = (Arc::clone(catalog), name.clone(), path.clone());
         let model = name.clone();
         let load = move || catalog.load(&name, &path, &mut |_| {}).map(|_| ());
