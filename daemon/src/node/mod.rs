@@ -7,6 +7,7 @@
 //! Called by `dsd dev` and `dsd serve`.
 
 mod loader;
+mod ledger;
 mod watchdog;
 
 use std::{
@@ -187,11 +188,7 @@ impl Node {
             .build()
             .map_err(NodeError::Runtime)?;
         let metrics = telemetry::install_metrics()?;
-        let catalog = Arc::new(Catalog::new(loader::new(
-            &config.engine,
-            &config.node,
-            &config.log,
-        )));
+        let catalog = Arc::new(Catalog::new(loader::new(&config)));
         Ok(Self {
             config,
             runtime,
@@ -405,7 +402,7 @@ mod tests {
             http: http.local_addr().unwrap(),
             quic: quic.local_addr().unwrap(),
         };
-        let catalog = Catalog::new(loader::new(&config.engine, &config.node, &config.log));
+        let catalog = Catalog::new(loader::new(&config));
         catalog.insert(kit::model("tiny", &QUICK));
         Node {
             config,
