@@ -2,7 +2,11 @@
 //! an error or a model, and nothing near [`ALLOCATION_MAX`] is allocated on the way.
 //!
 //! A test of its own process: the counter sees every thread of it.
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking"
+)]
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},

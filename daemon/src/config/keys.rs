@@ -164,8 +164,7 @@ macro_rules! sections {
                                         origin,
                                         key: format!("{prefix}{key}"),
                                         found: value.get_ref().shown(),
-                                        min: min.to_string(),
-                                        max: max.to_string(),
+                                        range: format!("{min} to {max}"),
                                     });
                                 }
                             )?

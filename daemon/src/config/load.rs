@@ -91,7 +91,7 @@ pub enum ConfigError {
         suggestion: Option<String>,
     },
     /// A number out of range.
-    #[error("{origin}: `{key}` is {found}, expected {min} to {max}")]
+    #[error("{origin}: `{key}` is {found}, expected {range}")]
     OutOfRange {
         /// Where.
         origin: Origin,
@@ -99,10 +99,8 @@ pub enum ConfigError {
         key: String,
         /// The value.
         found: String,
-        /// Smallest allowed.
-        min: String,
-        /// Largest allowed.
-        max: String,
+        /// Smallest and largest allowed.
+        range: String,
     },
     /// The file does not say which format it has.
     #[error("{origin}: `version = {VERSION}` is missing")]
@@ -163,19 +161,24 @@ pub enum ConfigError {
         found: usize,
     },
     /// Two keys of which only one can be followed.
-    #[error("{first}: `{first_key}` contradicts `{second_key}` ({second}): {rule}")]
-    Contradiction {
-        /// Where the first stands.
-        first: Origin,
-        /// The first key.
-        first_key: String,
-        /// Where the second stands.
-        second: Origin,
-        /// The second key.
-        second_key: String,
-        /// What they break.
-        rule: String,
-    },
+    #[error(transparent)]
+    Contradiction(Box<Contradiction>),
+}
+
+/// Two keys that exclude each other.
+#[derive(Debug, thiserror::Error)]
+#[error("{first}: `{first_key}` contradicts `{second_key}` ({second}): {rule}")]
+pub struct Contradiction {
+    /// Where the first stands.
+    pub first: Origin,
+    /// The first key.
+    pub first_key: String,
+    /// Where the second stands.
+    pub second: Origin,
+    /// The second key.
+    pub second_key: String,
+    /// What they break.
+    pub rule: String,
 }
 
 fn at(origin: Option<&Origin>) -> String {
@@ -432,13 +435,13 @@ impl Config {
         let refuse = |first: &str, second: &str, rule: String| match (origin(first), origin(second))
         {
             (Some((first, first_key)), Some((second, second_key))) => {
-                Err(ConfigError::Contradiction {
+                Err(ConfigError::Contradiction(Box::new(Contradiction {
                     first,
                     first_key,
                     second,
                     second_key,
                     rule,
-                })
+                })))
             }
             _ => Ok(()),
         };

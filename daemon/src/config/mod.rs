@@ -13,7 +13,7 @@ pub use keys::{
     LogFormat, ModelConfig, ModelOverrides, ModelSettings, NodeConfig, Origins, QuicConfig,
     ServiceConfig,
 };
-pub use load::{ConfigError, Origin};
+pub use load::{ConfigError, Contradiction, Origin};
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

@@ -87,7 +87,7 @@ struct Bounds<'a> {
 impl Bounds<'_> {
     fn wrong(&self, keys: Keys, value: String, found: String) -> ConfigError {
         let is_there = |key: &&&str| self.config.get(key).is_some();
-        let key = keys.iter().find(is_there).or(keys.first());
+        let key = keys.iter().find(is_there).or_else(|| keys.first());
         ConfigError::NotOfTensors {
             key: key.copied().unwrap_or_default(),
             value,

@@ -6,9 +6,12 @@
 //!
 //! Called by `dsd dev` and `dsd serve`.
 
+mod explain;
 mod loader;
 mod ledger;
 mod watchdog;
+
+pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
 
 use std::{
     fs, io,
@@ -372,7 +375,7 @@ async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(
             Ok(Ok(())) => n_loaded += 1,
             Ok(Err(e)) => {
                 error!(%model, error = %telemetry::chain(&e), "model not loaded");
-                failed = failed.or(required.then_some(e));
+                failed = failed.or_else(|| required.then_some(e));
             }
             Err(e) => error!(%model, error = %e, "the loader of a model died"),
         }

@@ -157,7 +157,7 @@ fn group(root: &Path, version: Version, folder: &Path, name: &str) -> Option<Ava
     let file = folder.join(name);
     let file = file
         .strip_prefix(root)
-        .map_or(file.clone(), |below| Path::new("/").join(below));
+        .map_or_else(|_| file.clone(), |below| Path::new("/").join(below));
     Some(Available {
         bytes: limit.saturating_sub(used),
         bound: MemoryBound::Group { file, limit, used },
