@@ -23,8 +23,8 @@ enum Command {
     Dev(commands::dev::Dev),
     /// Run the node that the configuration file describes (the systemd unit calls this).
     Serve(commands::serve::Serve),
-    /// Check the configuration file and print nothing if it is good.
-    CheckConfig(commands::serve::CheckConfig),
+    /// Check the configuration file; print nothing if it is good, or what it means.
+    CheckConfig(commands::check_config::CheckConfig),
     /// Lay a checkpoint out for the ranks of a group, in files that are used as they are.
     Pack(commands::pack::Pack),
     /// Run as one rank of a group; an agent starts it.
@@ -39,7 +39,10 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Dev(dev) => dev.run(),
         Command::Serve(serve) => serve.run(),
-        Command::CheckConfig(check) => check.run(),
+        Command::CheckConfig(check) => match check.run() {
+            Ok(code) => return code,
+            Err(e) => Err(e),
+        },
         Command::Pack(pack) => pack.run(),
         Command::Rank(rank) => match rank.run() {
             Ok(code) => return code,

@@ -285,10 +285,17 @@ impl AdminService for Admin {
         progress: &mut ReplySender<'_, Progress>,
     ) -> Result<ModelLoadReply, ErrorReply> {
         let started = clock::now();
-        let path = self.checkpoint(&request.path_or_name)?;
-        let name = store::name_of(&path).ok_or_else(|| {
-            ErrorReply::new(Code::InvalidRequest, "the path gives the model no name")
-        })?;
+        // A model of the configuration is loaded as the configuration says, whatever the store has.
+        let (name, path) = match self.catalog.configured_as(&request.path_or_name) {
+            Some(model) => (model.name.clone(), model.path.clone()),
+            None => {
+                let path = self.checkpoint(&request.path_or_name)?;
+                let name = store::name_of(&path).ok_or_else(|| {
+                    ErrorReply::new(Code::InvalidRequest, "the path gives the model no name")
+                })?;
+                (name, path)
+            }
+        };
         let catalog = Arc::clone(&self.catalog);
         let loaded = Self::with_progress(progress, move |on_progress| {
             let loaded = catalog.load(&name, &path, on_progress);
@@ -426,7 +433,7 @@ fn error_reply(error: &ApiError) -> ErrorReply {
 
 fn load_error(error: &LoadError) -> ErrorReply {
     let code = match error {
-        LoadError::Exists { .. } => Code::ModelExists,
+        LoadError::Exists { .. } | LoadError::IsAlias { .. } => Code::ModelExists,
         LoadError::Checkpoint { .. } => Code::WeightsInvalid,
         LoadError::Unsupported { .. } => Code::ModelUnsupported,
         LoadError::Memory { .. } => Code::InsufficientMemory,

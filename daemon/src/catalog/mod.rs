@@ -3,7 +3,7 @@
 //! Knows which models there are and in which state; how one is built from a checkpoint is a function
 //! that `main` passes in. Readers (every request) take no lock.
 //!
-//! Invariant: a name leads to at most one model, also while it is loaded or unloaded.
+//! Invariant: a name or alias leads to at most one model, also while it is loaded or unloaded.
 
 pub mod store;
 
@@ -87,6 +87,19 @@ pub struct Progress {
     pub n_total: u64,
 }
 
+/// A model that the configuration names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfiguredModel {
+    /// Its name.
+    pub name: String,
+    /// Checkpoint folder or file.
+    pub path: PathBuf,
+    /// Other names in requests, each of this model only.
+    pub aliases: Vec<String>,
+    /// The node is not ready without it.
+    pub required: bool,
+}
+
 /// Builds a served model from a checkpoint. Blocks; reports how far it is.
 pub type Loader =
     dyn Fn(&str, &Path, &mut dyn FnMut(Progress)) -> Result<ServedModel, LoadError> + Send + Sync;
@@ -103,6 +116,14 @@ pub enum LoadError {
         name: String,
         /// `served`, `loading` or `unloading`.
         state: &'static str,
+    },
+    /// The name is an alias of a model of the configuration.
+    #[error("`{name}` is an alias of the model `{model}`")]
+    IsAlias {
+        /// The name.
+        name: String,
+        /// Whose alias it is.
+        model: String,
     },
     /// The checkpoint is damaged, incomplete or absent.
     #[error("cannot use the checkpoint `{}`", path.display())]
@@ -227,6 +248,8 @@ pub struct Catalog {
     /// Held while the entries are replaced, so that no change is lost.
     change: Mutex<()>,
     loader: Box<Loader>,
+    /// What the configuration names, in its order.
+    configured: Vec<ConfiguredModel>,
 }
 
 impl fmt::Debug for Catalog {
@@ -244,7 +267,40 @@ impl Catalog {
             entries: ArcSwap::default(),
             change: Mutex::new(()),
             loader,
+            configured: Vec::new(),
         }
+    }
+
+    /// A catalog without models, which are loaded by and by; `configured` says what for.
+    pub fn of_configuration(loader: Box<Loader>, configured: Vec<ConfiguredModel>) -> Self {
+        Self {
+            configured,
+            ..Self::new(loader)
+        }
+    }
+
+    /// The models that the configuration names.
+    pub fn configured(&self) -> &[ConfiguredModel] {
+        &self.configured
+    }
+
+    /// The model of the configuration that has this name or alias.
+    pub fn configured_as(&self, name: &str) -> Option<&ConfiguredModel> {
+        let is_it = |model: &&ConfiguredModel| {
+            model.name == name || model.aliases.iter().any(|alias| alias == name)
+        };
+        self.configured.iter().find(is_it)
+    }
+
+    /// The name of a model whose name or alias this is.
+    fn real_name<'a>(&'a self, name: &'a str) -> &'a str {
+        self.configured_as(name).map_or(name, |model| &model.name)
+    }
+
+    /// Other names that lead to the model of this name.
+    pub fn aliases(&self, name: &str) -> &[String] {
+        let model = self.configured.iter().find(|model| model.name == name);
+        model.map_or(&[], |model| &model.aliases)
     }
 
     /// Loads a model and serves it. Blocks until then: not for async threads.
@@ -257,6 +313,12 @@ impl Catalog {
         path: &Path,
         on_progress: &mut dyn FnMut(Progress),
     ) -> Result<Arc<ServedModel>, LoadError> {
+        if let Some(model) = self.configured_as(name).filter(|model| model.name != name) {
+            return Err(LoadError::IsAlias {
+                name: name.to_owned(),
+                model: model.name.clone(),
+            });
+        }
         let progress = Progress {
             stage: "opening",
             n_done: 0,
@@ -330,6 +392,7 @@ impl Catalog {
     /// # Errors
     /// When there is no such model, or it is on its way in or out.
     pub fn unload(&self, name: &str, drain: Duration) -> Result<usize, LookupError> {
+        let name = self.real_name(name);
         let model = self.change(|entries| match entries.get(name).cloned() {
             Some(Entry::Served(model)) => {
                 entries.insert(name.to_owned(), Entry::Unloading(Arc::clone(&model)));
@@ -344,7 +407,7 @@ impl Catalog {
             }),
             None => Err(LookupError::Unknown {
                 name: name.to_owned(),
-                served: served(entries),
+                served: self.names(entries),
             }),
         })?;
         let n_ended = model.map_or(0, |model| stop(&model.replica, drain));
@@ -352,7 +415,7 @@ impl Catalog {
         Ok(n_ended)
     }
 
-    /// The model to answer with. Without a name: the only one there is.
+    /// The model to answer with, by name or alias. Without a name: the only one there is.
     ///
     /// # Errors
     /// [`LookupError`] with the names that would have worked.
@@ -366,12 +429,12 @@ impl Catalog {
             return match (models.next(), models.next()) {
                 (Some(model), None) => Ok(Arc::clone(model)),
                 (Some(_), Some(_)) => Err(LookupError::NameNeeded {
-                    served: served(&entries),
+                    served: self.names(&entries),
                 }),
                 (None, _) => Err(LookupError::NothingServed),
             };
         };
-        match entries.get(name) {
+        match entries.get(self.real_name(name)) {
             Some(Entry::Served(model)) => Ok(Arc::clone(model)),
             Some(Entry::Loading { .. }) => Err(LookupError::Loading {
                 name: name.to_owned(),
@@ -383,10 +446,21 @@ impl Catalog {
                 let name = name.chars().take(200).collect();
                 Err(LookupError::Unknown {
                     name,
-                    served: served(&entries),
+                    served: self.names(&entries),
                 })
             }
         }
+    }
+
+    /// Names and aliases that lead to a model that answers.
+    fn names(&self, entries: &Entries) -> Vec<String> {
+        let served = entries
+            .iter()
+            .filter(|(_, entry)| matches!(entry, Entry::Served(_)));
+        served
+            .flat_map(|(name, _)| std::iter::once(name).chain(self.aliases(name)))
+            .cloned()
+            .collect()
     }
 
     /// All models by name, in whatever state.
@@ -453,11 +527,4 @@ fn stop(replica: &Replica, drain: Duration) -> usize {
         }
         n_ended
     })
-}
-
-fn served(entries: &Entries) -> Vec<String> {
-    let names = entries
-        .iter()
-        .filter(|(_, entry)| matches!(entry, Entry::Served(_)));
-    names.map(|(name, _)| name.clone()).collect()
 }

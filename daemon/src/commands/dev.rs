@@ -41,6 +41,9 @@ pub(crate) struct Dev {
     /// How keys and values are stored.
     #[arg(long, value_enum, default_value = "f32")]
     kv_type: KvTypeArg,
+    /// Seconds within which the first token of a request is to come [default: 2].
+    #[arg(long, value_name = "SECONDS")]
+    ttft_target: Option<f64>,
 }
 
 impl Dev {
@@ -62,6 +65,10 @@ impl Dev {
             KvTypeArg::Int8 => KvType::Int8,
         };
         config.engine.tp = self.tp;
+        if let Some(seconds) = self.ttft_target {
+            let seconds = seconds.to_string();
+            config.set_from_flag("--ttft-target", "service", "ttft_target_s", &seconds)?;
+        }
         config.apply_env(env::vars())?;
         telemetry::install_logs(&config.log)?;
         let path = match self.model {
@@ -73,10 +80,7 @@ impl Dev {
             .with_context(|| format!("cannot open model `{}`", path.display()))?;
         let name = store::name_of(&path)
             .with_context(|| format!("`{}` has no name to serve it under", path.display()))?;
-        config.models.push(ModelConfig {
-            name: name.clone(),
-            path,
-        });
+        config.models.push(ModelConfig::new(name.clone(), path));
         let state = config.node.state_dir.clone();
         let node = Node::bind(config)?;
         let addresses = node.addresses();

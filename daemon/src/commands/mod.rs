@@ -1,5 +1,6 @@
 //! The subcommands of `dsd`, one file each.
 
+pub(crate) mod check_config;
 pub(crate) mod dev;
 pub(crate) mod eval;
 pub(crate) mod pack;

@@ -1,4 +1,4 @@
-//! `dsd serve` and `dsd check-config`: the node that the configuration file describes.
+//! `dsd serve`: the node that the configuration file describes.
 
 use std::{env, path::PathBuf};
 
@@ -17,20 +17,14 @@ pub(crate) struct Serve {
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct CheckConfig {
-    #[command(flatten)]
-    file: ConfigArgs,
-}
-
-#[derive(Debug, Args)]
-struct ConfigArgs {
+pub(crate) struct ConfigArgs {
     /// Configuration file; drop-ins lie in `dsd.toml.d` beside it.
     #[arg(long, default_value = config::PATH_DEFAULT, value_name = "FILE")]
     config: PathBuf,
 }
 
 impl ConfigArgs {
-    fn read(&self) -> Result<Config> {
+    pub(super) fn read(&self) -> Result<Config> {
         Ok(Config::load(&self.config, env::vars())?)
     }
 }
@@ -41,11 +35,5 @@ impl Serve {
         telemetry::install_logs(&config.log)?;
         Node::bind(config)?.run(|_| {})?;
         Ok(())
-    }
-}
-
-impl CheckConfig {
-    pub(crate) fn run(&self) -> Result<()> {
-        self.file.read().map(|_| ())
     }
 }

@@ -1,7 +1,7 @@
 //! Reads file, drop-ins and environment into one `Config`, or says which line to change.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
     ops::Range,
     path::{Path, PathBuf},
@@ -10,7 +10,7 @@ use std::{
 use dsd_proto::ids::NodeName;
 
 use super::{
-    keys::{Config, KEYS, ModelConfig, RawConfig, SECTIONS},
+    keys::{Alias, Config, KEYS, ModelConfig, ModelSettings, RawConfig, SECTIONS},
     suggest,
 };
 
@@ -18,6 +18,8 @@ use super::{
 const VERSION: u64 = 1;
 /// Longest file read; a configuration is a few hundred lines.
 const FILE_LEN_MAX: u64 = 1 << 20;
+/// Other names a model may have.
+const ALIASES_MAX: usize = 16;
 /// Longest model name; it appears in URLs, metrics and logs.
 const MODEL_NAME_LEN_MAX: usize = 128;
 
@@ -35,6 +37,8 @@ pub enum Origin {
     File(PathBuf),
     /// An environment variable.
     Env(String),
+    /// An option of the command line.
+    Flag(String),
 }
 
 impl fmt::Display for Origin {
@@ -43,6 +47,7 @@ impl fmt::Display for Origin {
             Self::Line { file, line } => write!(f, "{}:{line}", file.display()),
             Self::File(file) => write!(f, "{}", file.display()),
             Self::Env(name) => write!(f, "environment variable {name}"),
+            Self::Flag(name) => write!(f, "option {name}"),
         }
     }
 }
@@ -86,18 +91,16 @@ pub enum ConfigError {
         suggestion: Option<String>,
     },
     /// A number out of range.
-    #[error("{origin}: `{key}` is {found}, expected {min} to {max}")]
+    #[error("{origin}: `{key}` is {found}, expected {range}")]
     OutOfRange {
         /// Where.
         origin: Origin,
         /// Section and key.
-        key: &'static str,
+        key: String,
         /// The value.
         found: String,
-        /// Smallest allowed.
-        min: u64,
-        /// Largest allowed.
-        max: u64,
+        /// Smallest and largest allowed.
+        range: String,
     },
     /// The file does not say which format it has.
     #[error("{origin}: `version = {VERSION}` is missing")]
@@ -115,9 +118,12 @@ pub enum ConfigError {
     },
     /// A model name that cannot be used.
     #[error(
-        "model name {name:?} must have 1 to {MODEL_NAME_LEN_MAX} printable characters without spaces"
+        "{}model name {name:?} must have 1 to {MODEL_NAME_LEN_MAX} printable characters without spaces",
+        at(origin.as_ref())
     )]
     ModelName {
+        /// Where.
+        origin: Option<Origin>,
         /// As written.
         name: String,
     },
@@ -125,20 +131,58 @@ pub enum ConfigError {
     #[error("`node.name` cannot be used")]
     NodeName(#[source] dsd_proto::ids::NameError),
     /// Two models of one name.
-    #[error("two models are called `{name}`")]
+    #[error("{}two models are called `{name}`", at(origin.as_ref()))]
     ModelTwice {
+        /// Where the second stands.
+        origin: Option<Origin>,
         /// The name.
         name: String,
     },
-    /// Two ways to say how large the KV cache is.
-    #[error("`engine.kv_tokens` and `engine.kv_bytes` are both set; keep one")]
-    KvTwice,
-    /// A KV cache without room.
-    #[error("`engine.{key}` is 0")]
-    KvEmpty {
-        /// The key.
-        key: &'static str,
+    /// An alias that leads somewhere else already.
+    #[error("{origin}: the alias `{alias}` of the model `{model}` is {taken} already")]
+    AliasTaken {
+        /// Where.
+        origin: Origin,
+        /// The alias.
+        alias: String,
+        /// Whose alias it should be.
+        model: String,
+        /// What it is.
+        taken: String,
     },
+    /// More aliases than anybody needs.
+    #[error("{origin}: the model `{model}` has {found} aliases, at most {ALIASES_MAX} are allowed")]
+    Aliases {
+        /// Where.
+        origin: Origin,
+        /// The model.
+        model: String,
+        /// How many.
+        found: usize,
+    },
+    /// Two keys of which only one can be followed.
+    #[error(transparent)]
+    Contradiction(Box<Contradiction>),
+}
+
+/// Two keys that exclude each other.
+#[derive(Debug, thiserror::Error)]
+#[error("{first}: `{first_key}` contradicts `{second_key}` ({second}): {rule}")]
+pub struct Contradiction {
+    /// Where the first stands.
+    pub first: Origin,
+    /// The first key.
+    pub first_key: String,
+    /// Where the second stands.
+    pub second: Origin,
+    /// The second key.
+    pub second_key: String,
+    /// What they break.
+    pub rule: String,
+}
+
+fn at(origin: Option<&Origin>) -> String {
+    origin.map_or_else(String::new, |origin| format!("{origin}: "))
 }
 
 /// A text and where it came from, to turn spans into lines.
@@ -151,12 +195,14 @@ pub(super) struct SourceText<'a> {
 enum Source<'a> {
     File(&'a Path),
     Env(&'a str),
+    Flag(&'a str),
 }
 
 impl SourceText<'_> {
     pub(super) fn origin(&self, span: Option<Range<usize>>) -> Origin {
         match (self.source, span) {
             (Source::Env(name), _) => Origin::Env(name.to_owned()),
+            (Source::Flag(name), _) => Origin::Flag(name.to_owned()),
             (Source::File(file), None) => Origin::File(file.to_owned()),
             (Source::File(file), Some(span)) => {
                 let before = self.text.as_bytes().iter().take(span.start);
@@ -179,6 +225,16 @@ impl SourceText<'_> {
         }
     }
 
+    /// The table that a place of the text is in.
+    fn table(&self, span: Option<Range<usize>>) -> Option<&str> {
+        let before = self.text.get(..span?.start)?;
+        let heading = before.lines().rev().find(|line| line.starts_with('['))?;
+        heading
+            .split(['[', ']'])
+            .map(str::trim)
+            .find(|part| !part.is_empty())
+    }
+
     fn error(&self, error: &toml::de::Error) -> ConfigError {
         let origin = self.origin(error.span());
         let message = error.message();
@@ -189,7 +245,7 @@ impl SourceText<'_> {
             Some((key, _)) => ConfigError::UnknownKey {
                 origin,
                 key: key.to_owned(),
-                suggestion: known_near(key),
+                suggestion: known_near(key, self.table(error.span())),
             },
             None => ConfigError::Syntax {
                 origin,
@@ -199,18 +255,23 @@ impl SourceText<'_> {
     }
 }
 
-/// The nearest key with its section, or the nearest section.
-fn known_near(word: &str) -> Option<String> {
+/// The nearest key with its section, or the nearest section. Of keys that several sections have, the
+/// one of `table`.
+fn known_near(word: &str, table: Option<&str>) -> Option<String> {
     let words = KEYS
         .iter()
         .map(|key| key.name)
         .chain(SECTIONS.iter().copied())
         .chain(["version"]);
     let nearest = suggest::nearest(word, words)?;
-    let section = KEYS
-        .iter()
-        .find(|key| key.name == nearest)
-        .map(|key| key.section);
+    let sections = || {
+        KEYS.iter()
+            .filter(|key| key.name == nearest)
+            .flat_map(|key| [Some(key.section), key.per_model.then_some("models")])
+            .flatten()
+    };
+    let here = sections().find(|section| Some(*section) == table);
+    let section = here.or_else(|| sections().next());
     Some(section.map_or_else(
         || nearest.to_owned(),
         |section| format!("{section}.{nearest}"),
@@ -271,7 +332,7 @@ impl Config {
                 .iter()
                 .any(|known| known.section == section && known.name == key && section != "models")
             {
-                let suggestion = known_near(&key)
+                let suggestion = known_near(&key, Some(&section))
                     .filter(|s| !s.starts_with("models"))
                     .and_then(|s| {
                         s.split_once('.')
@@ -283,53 +344,171 @@ impl Config {
                     suggestion,
                 });
             }
-            // A number is a number; whatever is no TOML value of the key's type is taken as text.
-            let plain = format!("[{section}]\n{key} = {value}\n");
-            let quoted = format!(
-                "[{section}]\n{key} = {}\n",
-                toml::Value::from(value.as_str())
-            );
-            let plain = SourceText {
-                text: &plain,
-                source: Source::Env(name),
-            };
-            let quoted = SourceText {
-                text: &quoted,
-                source: Source::Env(name),
-            };
-            let one_line = !value.contains(['\n', '\r']);
-            match one_line.then(|| plain.parse()).and_then(Result::ok) {
-                Some(raw) => raw.apply(self, &plain)?,
-                None => quoted.parse()?.apply(self, &quoted)?,
-            }
+            self.set(Source::Env(name), &section, &key, value)?;
         }
         self.check()
     }
 
+    /// Sets one key from an option of the command line, which counts as far as the check of its range.
+    ///
+    /// # Errors
+    /// When the value is wrong.
+    pub fn set_from_flag(
+        &mut self,
+        flag: &str,
+        section: &str,
+        key: &str,
+        value: &str,
+    ) -> Result<(), ConfigError> {
+        self.set(Source::Flag(flag), section, key, value)
+    }
+
+    fn set(
+        &mut self,
+        source: Source<'_>,
+        section: &str,
+        key: &str,
+        value: &str,
+    ) -> Result<(), ConfigError> {
+        // A number is a number; whatever is no TOML value of the key's type is taken as text.
+        let plain = format!("[{section}]\n{key} = {value}\n");
+        let quoted = format!("[{section}]\n{key} = {}\n", toml::Value::from(value));
+        let text = |text| SourceText { text, source };
+        let (plain, quoted) = (text(&plain), text(&quoted));
+        let one_line = !value.contains(['\n', '\r']);
+        match one_line.then(|| plain.parse()).and_then(Result::ok) {
+            Some(raw) => raw.apply(self, &plain),
+            None => quoted.parse()?.apply(self, &quoted),
+        }
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
-        check_models(&self.models)?;
         let name: Result<NodeName, _> = self.node.name.parse();
         name.map_err(ConfigError::NodeName)?;
-        match (self.engine.kv_tokens, self.engine.kv_bytes) {
-            (Some(_), Some(_)) => Err(ConfigError::KvTwice),
-            (Some(0), _) => Err(ConfigError::KvEmpty { key: "kv_tokens" }),
-            (_, Some(0)) => Err(ConfigError::KvEmpty { key: "kv_bytes" }),
-            _ => Ok(()),
+        check_models(&self.models)?;
+        self.contradiction(None)?;
+        self.models
+            .iter()
+            .try_for_each(|model| self.contradiction(Some(model)))
+    }
+
+    /// What `model` runs with: the sections, and what its entry says otherwise.
+    pub fn settings(&self, model: &ModelConfig) -> ModelSettings {
+        let mut settings = self.settings_default();
+        // Each says how large the cache is: the one of the entry replaces either.
+        if model.overrides.kv_tokens.is_some() || model.overrides.kv_bytes.is_some() {
+            settings.engine.kv_tokens = None;
+            settings.engine.kv_bytes = None;
         }
+        model.overrides.lay_over(&mut settings);
+        settings
+    }
+
+    /// What a model runs with that has no entry.
+    pub fn settings_default(&self) -> ModelSettings {
+        ModelSettings {
+            engine: self.engine.clone(),
+            service: self.service.clone(),
+        }
+    }
+
+    /// Where a model's value of `section.key` comes from; `None` for a default.
+    pub fn origin<'a>(
+        &'a self,
+        model: Option<&'a ModelConfig>,
+        section: &str,
+        key: &str,
+    ) -> Option<&'a Origin> {
+        model
+            .and_then(|model| model.origins.of(key))
+            .or_else(|| self.origins.of(&format!("{section}.{key}")))
+    }
+
+    /// Refuses two keys that exclude each other, in the sections or for a model. Defaults give way.
+    fn contradiction(&self, model: Option<&ModelConfig>) -> Result<(), ConfigError> {
+        let table = |origin_of_model: bool| if origin_of_model { "models" } else { "engine" };
+        let origin = |key: &str| {
+            let of_model = model.is_some_and(|model| model.origins.of(key).is_some());
+            self.origin(model, "engine", key)
+                .map(|origin| (origin.clone(), format!("{}.{key}", table(of_model))))
+        };
+        let refuse = |first: &str, second: &str, rule: String| match (origin(first), origin(second))
+        {
+            (Some((first, first_key)), Some((second, second_key))) => {
+                Err(ConfigError::Contradiction(Box::new(Contradiction {
+                    first,
+                    first_key,
+                    second,
+                    second_key,
+                    rule,
+                })))
+            }
+            _ => Ok(()),
+        };
+        let settings = model.map_or_else(|| self.settings_default(), |model| self.settings(model));
+        let engine = &settings.engine;
+        if engine.kv_tokens.is_some() && engine.kv_bytes.is_some() {
+            let rule = "both say how large the KV cache is; keep one".to_owned();
+            refuse("kv_bytes", "kv_tokens", rule)?;
+        }
+        if engine.step_tokens < engine.running_max {
+            let rule = format!(
+                "a step of {} tokens has no room for {} sequences",
+                engine.step_tokens, engine.running_max
+            );
+            refuse("running_max", "step_tokens", rule)?;
+        }
+        Ok(())
     }
 }
 
-/// Names must be usable and different.
+/// Names must be usable, and every name lead to one model.
 pub(super) fn check_models(models: &[ModelConfig]) -> Result<(), ConfigError> {
+    let usable = |name: &str| {
+        (1..=MODEL_NAME_LEN_MAX).contains(&name.len())
+            && !name.chars().any(|c| c.is_control() || c.is_whitespace())
+    };
     let mut names = BTreeSet::new();
     for model in models {
-        let name = &model.name;
-        let usable = !name.is_empty() && name.len() <= MODEL_NAME_LEN_MAX;
-        if !usable || name.chars().any(|c| c.is_control() || c.is_whitespace()) {
-            return Err(ConfigError::ModelName { name: name.clone() });
+        let (name, origin) = (&model.name, model.origins.of("name").cloned());
+        if !usable(name) {
+            let name = name.clone();
+            return Err(ConfigError::ModelName { origin, name });
         }
         if !names.insert(name) {
-            return Err(ConfigError::ModelTwice { name: name.clone() });
+            let name = name.clone();
+            return Err(ConfigError::ModelTwice { origin, name });
+        }
+    }
+    let mut aliases: BTreeMap<&str, &str> = BTreeMap::new();
+    for model in models {
+        if ALIASES_MAX < model.aliases.len() {
+            return Err(ConfigError::Aliases {
+                origin: model.aliases[ALIASES_MAX].origin.clone(),
+                model: model.name.clone(),
+                found: model.aliases.len(),
+            });
+        }
+        for Alias { name, origin } in &model.aliases {
+            if !usable(name) {
+                return Err(ConfigError::ModelName {
+                    origin: Some(origin.clone()),
+                    name: name.clone(),
+                });
+            }
+            let taken = if names.contains(name) {
+                "the name of a model".to_owned()
+            } else if let Some(other) = aliases.insert(name, &model.name) {
+                format!("an alias of the model `{other}`")
+            } else {
+                continue;
+            };
+            return Err(ConfigError::AliasTaken {
+                origin: origin.clone(),
+                alias: name.clone(),
+                model: model.name.clone(),
+                taken,
+            });
         }
     }
     Ok(())
@@ -378,7 +557,7 @@ fn read(path: &Path) -> Result<String, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Activations;
+    use crate::config::{Activations, Class};
 
     fn load(
         main: &str,
@@ -404,15 +583,217 @@ mod tests {
         let text = load(main, drop_ins, env)
             .expect_err("the configuration is wrong")
             .to_string();
-        match text.find("/dsd.toml") {
-            Some(at) if text.starts_with('/') => text[at + 1..].to_owned(),
-            _ => text,
+        let folder = text.find('/').zip(text.find("/dsd.toml"));
+        match folder {
+            Some((start, end)) => text.replace(&text[start..=end], ""),
+            None => text,
         }
     }
 
     #[test]
     fn a_bare_file_gives_the_defaults() {
         assert_eq!(load("version = 1\n", &[], &[]).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn a_model_has_what_its_entry_says_and_the_rest_from_the_sections() {
+        let config = load(
+            "version = 1\n[engine]\ntp = 2\nkv_tokens = 4096\nrunning_max = 8\n\
+             [[models]]\nname = \"a\"\npath = \"/a\"\naliases = [\"deepseek-chat\", \"x\"]\n\
+             kv_bytes = 1048576\nstep_tokens = 64\nttft_target_s = 5\nclass = \"batch\"\n\
+             [[models]]\nname = \"b\"\npath = \"/b\"\nrequired = false\nstep_target_ms = 50\n",
+            &[("a.toml", "[service]\nttft_target_s = 0.5\n")],
+            &[("DSD_ENGINE__THREADS", "3")],
+        )
+        .unwrap();
+        let [a, b] = &config.models[..] else {
+            panic!("{:?}", config.models)
+        };
+        let aliases = |model: &ModelConfig| model.aliases.iter().map(|a| a.name.clone()).collect();
+        let names: [Vec<String>; 2] = [aliases(a), aliases(b)];
+        assert_eq!(
+            names,
+            [vec!["deepseek-chat".to_owned(), "x".to_owned()], vec![]]
+        );
+        assert!(a.required && !b.required);
+        let (of_a, of_b) = (config.settings(a), config.settings(b));
+        assert_eq!(
+            (of_a.engine.tp, of_a.engine.threads, of_a.engine.running_max),
+            (2, 3, 8)
+        );
+        assert_eq!(
+            (
+                of_a.engine.kv_tokens,
+                of_a.engine.kv_bytes,
+                of_a.engine.step_tokens
+            ),
+            (None, Some(1_048_576), 64)
+        );
+        assert_eq!(
+            (of_a.service.ttft_target_s, of_a.service.class),
+            (5.0, Class::Batch)
+        );
+        assert_eq!(of_b.engine.step_target_ms, Some(50));
+        assert_eq!(
+            (of_b.engine.kv_tokens, of_b.engine.step_tokens),
+            (Some(4096), 512)
+        );
+        assert_eq!(
+            (of_b.service.ttft_target_s, of_b.service.class),
+            (0.5, Class::Interactive)
+        );
+        let origin = |model, section, key| {
+            config.origin(Some(model), section, key).map(|origin| {
+                let text = origin.to_string();
+                text.rsplit('/').next().unwrap().to_owned()
+            })
+        };
+        for (model, section, key, expected) in [
+            (a, "engine", "tp", Some("dsd.toml:3")),
+            (a, "engine", "kv_bytes", Some("dsd.toml:10")),
+            (a, "service", "ttft_target_s", Some("dsd.toml:12")),
+            (b, "service", "ttft_target_s", Some("a.toml:2")),
+            (
+                b,
+                "engine",
+                "threads",
+                Some("environment variable DSD_ENGINE__THREADS"),
+            ),
+            (b, "engine", "step_tokens", None),
+        ] {
+            assert_eq!(origin(model, section, key).as_deref(), expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn every_key_for_models_is_taken_from_an_entry_and_no_other() {
+        let config = |key: &str, value: &str| {
+            let text =
+                format!("version = 1\n[[models]]\nname = \"a\"\npath = \"/a\"\n{key} = {value}\n");
+            load(&text, &[], &[])
+        };
+        let default = Config::default();
+        let shown = [
+            ("engine", default.engine.shown()),
+            ("service", default.service.shown()),
+        ];
+        let mut n_per_model = 0;
+        for (section, values) in shown {
+            for (name, value) in values {
+                let doc = KEYS
+                    .iter()
+                    .find(|key| (key.section, key.name) == (section, name));
+                let per_model = doc.unwrap().per_model;
+                let value = match value.as_str() {
+                    "" => "7".to_owned(),
+                    plain if plain.parse::<f64>().is_ok() || plain == "true" => plain.to_owned(),
+                    text => format!("{text:?}"),
+                };
+                match config(name, &value) {
+                    Ok(config) => {
+                        assert!(per_model, "{name}");
+                        assert!(config.models[0].origins.of(name).is_some(), "{name}");
+                        n_per_model += 1;
+                    }
+                    Err(ConfigError::UnknownKey { .. }) => assert!(!per_model, "{name}"),
+                    Err(e) => panic!("{name}: {e}"),
+                }
+            }
+        }
+        assert_eq!(n_per_model, KEYS.iter().filter(|key| key.per_model).count());
+    }
+
+    #[test]
+    fn what_a_model_cannot_have_is_refused_by_name_with_the_line() {
+        const A: &str = "version = 1\n[[models]]\nname = \"a\"\npath = \"/a\"\n";
+        const B: &str = "[[models]]\nname = \"b\"\npath = \"/b\"\n";
+        let check = |lines: &str, expected: &str| {
+            assert_eq!(error(&format!("{A}{lines}"), &[], &[]), expected, "{lines}");
+        };
+        check(
+            "kv_token = 5\n",
+            "dsd.toml:5: unknown key `kv_token`; did you mean `models.kv_tokens`?",
+        );
+        check("tp = 0\n", "dsd.toml:5: `models.tp` is 0, expected 1 to 64");
+        check(
+            "tp = 65\n",
+            "dsd.toml:5: `models.tp` is 65, expected 1 to 64",
+        );
+        check(
+            "ttft_target_s = 0.01\n",
+            "dsd.toml:5: `models.ttft_target_s` is 0.01, expected 0.05 to 3600",
+        );
+        check(
+            "ttft_target_s = nan\n",
+            "dsd.toml:5: `models.ttft_target_s` is NaN, expected 0.05 to 3600",
+        );
+        check(
+            "class = \"idle\"\n",
+            "dsd.toml:5: unknown variant `idle`, expected `interactive` or `batch`",
+        );
+        check(
+            "required = 1\n",
+            "dsd.toml:5: invalid type: integer `1`, expected a boolean",
+        );
+        check(
+            "kv_tokens = 64\nkv_bytes = 64\n",
+            "dsd.toml:6: `models.kv_bytes` contradicts `models.kv_tokens` (dsd.toml:5): both say how large \
+             the KV cache is; keep one",
+        );
+        check(
+            "running_max = 33\nstep_tokens = 32\n",
+            "dsd.toml:5: `models.running_max` contradicts `models.step_tokens` (dsd.toml:6): a step of 32 \
+             tokens has no room for 33 sequences",
+        );
+        check(
+            "step_tokens = 32\n[engine]\nrunning_max = 40\n",
+            "dsd.toml:7: `engine.running_max` contradicts `models.step_tokens` (dsd.toml:5): a step of 32 \
+             tokens has no room for 40 sequences",
+        );
+        check(
+            &format!("aliases = [\"b\"]\n{B}"),
+            "dsd.toml:5: the alias `b` of the model `a` is the name of a model already",
+        );
+        check(
+            "aliases = [\"a\"]\n",
+            "dsd.toml:5: the alias `a` of the model `a` is the name of a model already",
+        );
+        check(
+            &format!("aliases = [\"x\"]\n{B}aliases = [\n  \"y\",\n  \"x\",\n]\n"),
+            "dsd.toml:11: the alias `x` of the model `b` is an alias of the model `a` already",
+        );
+        check(
+            "aliases = [\"x y\"]\n",
+            "dsd.toml:5: model name \"x y\" must have 1 to 128 printable characters without spaces",
+        );
+        let many = (0..17)
+            .map(|i| format!("\"x{i}\""))
+            .collect::<Vec<_>>()
+            .join(",");
+        check(
+            &format!("aliases = [{many}]\n"),
+            "dsd.toml:5: the model `a` has 17 aliases, at most 16 are allowed",
+        );
+        // A default gives way to what is said.
+        assert!(load(&format!("{A}step_tokens = 16\n"), &[], &[]).is_ok());
+    }
+
+    #[test]
+    fn an_option_of_the_command_line_is_checked_like_a_key() {
+        let mut config = Config::default();
+        let set = |config: &mut Config, value| {
+            let set = config.set_from_flag("--ttft-target", "service", "ttft_target_s", value);
+            set.map_err(|e| e.to_string())
+        };
+        assert_eq!(set(&mut config, "1.5"), Ok(()));
+        assert_eq!(config.service.ttft_target_s, 1.5);
+        assert_eq!(
+            set(&mut config, "0"),
+            Err(
+                "option --ttft-target: `service.ttft_target_s` is 0, expected 0.05 to 3600"
+                    .to_owned()
+            )
+        );
     }
 
     #[test]
@@ -495,19 +876,20 @@ mod tests {
             ),
             (
                 "version = 1\n[[models]]\nname = \"a b\"\npath = \"/a\"\n",
-                "model name \"a b\" must have 1 to 128 printable characters without spaces",
+                "dsd.toml:3: model name \"a b\" must have 1 to 128 printable characters without spaces",
             ),
             (
                 "version = 1\n[[models]]\nname = \"a\"\npath = \"/a\"\n[[models]]\nname = \"a\"\npath = \"/b\"\n",
-                "two models are called `a`",
+                "dsd.toml:6: two models are called `a`",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",
-                "`engine.kv_tokens` and `engine.kv_bytes` are both set; keep one",
+                "dsd.toml:4: `engine.kv_bytes` contradicts `engine.kv_tokens` (dsd.toml:3): both say how \
+                 large the KV cache is; keep one",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 0\n",
-                "`engine.kv_tokens` is 0",
+                "dsd.toml:3: `engine.kv_tokens` is 0, expected 1 to 1073741824",
             ),
             (
                 "version = 1\n[node]\nname = \"Node 1\"\n",

@@ -9,10 +9,11 @@ mod load;
 mod suggest;
 
 pub use keys::{
-    Activations, Config, EngineConfig, HttpConfig, KEYS, KeyDoc, KvType, LogConfig, LogFormat,
-    ModelConfig, NodeConfig, QuicConfig,
+    Activations, Alias, Class, Config, EngineConfig, HttpConfig, KEYS, KeyDoc, KvType, LogConfig,
+    LogFormat, ModelConfig, ModelOverrides, ModelSettings, NodeConfig, Origins, QuicConfig,
+    ServiceConfig,
 };
-pub use load::{ConfigError, Origin};
+pub use load::{ConfigError, Contradiction, Origin};
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -67,6 +68,17 @@ pub fn markdown() -> String {
             key.name, key.default, key.range, key.doc
         ));
     }
+    for key in KEYS.iter().filter(|key| key.per_model) {
+        text.push_str(&format!(
+            "| `{}` | `{}.{0}` | {} | {} |\n",
+            key.name, key.section, key.range, "In place of that key, for this model."
+        ));
+    }
+    text.push_str(
+        "\nA model that is loaded by hand (`dsctl model load`) has the settings of the entry of its name, else those of the\n\
+         sections. `kv_tokens` or `kv_bytes` of an entry replace both of `[engine]`. `dsd check-config --explain` prints what each\n\
+         model runs with and where each value comes from.\n",
+    );
     text
 }
 
@@ -96,7 +108,7 @@ mod tests {
         for key in KEYS.iter().filter(|key| key.section != "models") {
             let plain = key.default.trim_matches('`');
             let value = match key.default {
-                number if number.parse::<u64>().is_ok() => number.to_owned(),
+                number if number.parse::<f64>().is_ok() => number.to_owned(),
                 quoted if quoted.len() == plain.len() + 2 => format!("{plain:?}"),
                 _ => continue,
             };
@@ -105,7 +117,8 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("dsd.toml"), text).unwrap();
-        let config = Config::load(&dir.path().join("dsd.toml"), []).unwrap();
+        let mut config = Config::load(&dir.path().join("dsd.toml"), []).unwrap();
+        config.origins = Origins::default();
         assert_eq!(config, Config::default());
         assert!(15 <= n_spelled_out, "{n_spelled_out}");
     }

@@ -14,8 +14,8 @@ use std::{fs, io, ops::Range, path::Path, time::Duration};
 use crate::{
     config::LogConfig,
     group::{self, Followers, GroupConfig, GroupError},
+    runner::{Available, StepExecutor, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes},
     runner::{Budget, KV_BLOCK_LEN, LoadError, LogitRows, StepError, StepPlan},
-    runner::{StepExecutor, available_bytes, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes},
     sampler,
     weights::{Checkpoint, WeightsError},
 };
@@ -104,7 +104,7 @@ impl Model {
     /// A model within `budget`.
     fn open(checkpoint: &Checkpoint, ranks: Ranks, budget: Budget) -> Result<Self, EvalError> {
         let Ranks { cpu, n_ranks } = ranks;
-        let plan = plan_cpu(checkpoint, cpu, n_ranks, budget, available_bytes())?;
+        let plan = plan_cpu(checkpoint, cpu, n_ranks, budget, Available::now())?;
         let group = GroupConfig {
             program: group::this_program(),
             log: LogConfig::default(),

@@ -423,3 +423,52 @@ fn deepseek2_gguf_files_that_are_not_understood_are_refused_by_name() {
         "deepseek2.attention.kv_lora_rank is missing, expected an integer",
     );
 }
+
+/// Sizes of a file are followed by loops and buffers; experts are stacked, so no tensor has the name
+/// of the last one.
+#[test]
+fn sizes_of_deepseek2_gguf_files_are_held_against_their_tensors() {
+    let model = Latent {
+        v3: true,
+        compressed_query: true,
+        nope: 12,
+        v: 20,
+    };
+    let open = |writer: &GgufWriter| {
+        let dir = tempdir().unwrap();
+        let file = dir.path().join("m.gguf");
+        fs::write(&file, writer.bytes()).unwrap();
+        let checkpoint = Checkpoint::open(&file).map_err(|e| e.to_string())?;
+        let spec = crate::model::spec_of(&checkpoint).map_err(|e| e.to_string());
+        spec.map(drop)
+    };
+    for split in [false, true] {
+        let writer = model.gguf(split);
+        assert_eq!(open(&writer), Ok(()));
+        for suffix in [
+            "block_count",
+            "embedding_length",
+            "feed_forward_length",
+            "attention.kv_lora_rank",
+            "attention.q_lora_rank",
+            "attention.head_count",
+            "rope.dimension_count",
+            "expert_feed_forward_length",
+            "expert_count",
+            "expert_used_count",
+            "expert_shared_count",
+            "expert_group_count",
+        ] {
+            let key = format!("deepseek2.{suffix}");
+            for value in [3_u64, 4096, 16_384, 40_000_000, 1 << 40, u64::MAX] {
+                /// The type of an unsigned integer of eight bytes.
+                const U64: u32 = 10;
+                let changed = writer.clone().without(&key);
+                let changed = changed.raw(&key, U64, &value.to_le_bytes());
+                let is_right = value == 3 && matches!(suffix, "attention.head_count");
+                let outcome = open(&changed);
+                assert_eq!(outcome.is_ok(), is_right, "{key} = {value}: {outcome:?}");
+            }
+        }
+    }
+}

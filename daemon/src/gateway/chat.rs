@@ -36,7 +36,7 @@ pub(super) async fn create(
             return e.with_prompt_param("messages").into_response();
         }
     };
-    let head = Head::new(prepared.model, wants_logprobs);
+    let head = Head::new(prepared.model, prepared.model_name, wants_logprobs);
     if prepared.stream {
         let started = vec![false; generation.n_choices()];
         let encoder = Encoder {
@@ -57,15 +57,17 @@ struct Head {
     id: String,
     created: u64,
     model: Arc<ServedModel>,
+    model_name: String,
     wants_logprobs: bool,
 }
 
 impl Head {
-    fn new(model: Arc<ServedModel>, wants_logprobs: bool) -> Self {
+    fn new(model: Arc<ServedModel>, model_name: String, wants_logprobs: bool) -> Self {
         Self {
             id: routes::answer_id("chatcmpl"),
             created: clock::unix_seconds(),
             model,
+            model_name,
             wants_logprobs,
         }
     }
@@ -136,7 +138,7 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
         id: head.id.clone(),
         object: "chat.completion".to_owned(),
         created: head.created,
-        model: head.model.name.clone(),
+        model: head.model_name.clone(),
         choices: choices.collect(),
         usage: usage(generation.counts()),
     })
@@ -164,7 +166,7 @@ impl Encoder {
             id: self.head.id.clone(),
             object: "chat.completion.chunk".to_owned(),
             created: self.head.created,
-            model: self.head.model.name.clone(),
+            model: self.head.model_name.clone(),
             choices,
             usage: self.include_usage.then_some(usage),
         }

@@ -35,6 +35,7 @@ pub(super) async fn create(
         id: routes::answer_id("cmpl"),
         created: clock::unix_seconds(),
         model: prepared.model,
+        model_name: prepared.model_name,
         wants_logprobs,
         include_usage: prepared.include_usage,
         offsets: vec![0; generation.n_choices()],
@@ -102,6 +103,7 @@ struct Encoder {
     id: String,
     created: u64,
     model: Arc<ServedModel>,
+    model_name: String,
     wants_logprobs: bool,
     include_usage: bool,
     /// Characters of tokens sent so far, by choice.
@@ -114,7 +116,7 @@ impl Encoder {
             id: self.id.clone(),
             object: "text_completion".to_owned(),
             created: self.created,
-            model: self.model.name.clone(),
+            model: self.model_name.clone(),
             choices,
             usage: self.include_usage.then_some(usage),
         }

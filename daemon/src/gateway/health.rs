@@ -20,6 +20,14 @@ pub enum NotReady {
         /// Its name.
         model: String,
     },
+    /// A required model of the configuration is not served.
+    #[error("the model `{model}`, which the configuration requires, is {state}")]
+    NotServed {
+        /// Its name.
+        model: String,
+        /// `not loaded`, `unloading` or `failed`.
+        state: &'static str,
+    },
     /// A model's engine panicked.
     #[error("the engine of the model `{model}` has broken down")]
     Dead {
@@ -66,27 +74,46 @@ pub enum NotReady {
     },
 }
 
-/// Ready when at least one model is loaded, none is on its way, and each produced a correct token
-/// within `token_age_max`.
+/// Ready when every required model of the configuration is served, at least one model is, and each
+/// produced a correct token within `token_age_max`. Models that are not required are left out, as if
+/// they were not there; those that were loaded by hand count while they are loaded or served.
 ///
 /// # Errors
 /// The first reason against it.
 pub fn readiness(catalog: &Catalog, token_age_max: Duration) -> Result<(), NotReady> {
     let entries = catalog.entries();
+    let required = catalog.configured().iter().filter(|model| model.required);
+    for model in required {
+        let state = match entries.get(&model.name) {
+            Some(Entry::Loading { .. } | Entry::Served(_)) => continue,
+            Some(entry @ (Entry::Unloading(_) | Entry::Failed { .. })) => entry.state(),
+            None => "not loaded",
+        };
+        return Err(NotReady::NotServed {
+            model: model.name.clone(),
+            state,
+        });
+    }
+    let is_optional = |name: &str| {
+        let model = catalog.configured().iter().find(|model| model.name == name);
+        model.is_some_and(|model| !model.required)
+    };
     let mut n_served = 0;
     for (name, entry) in entries.iter() {
         match entry {
-            Entry::Loading { .. } => {
+            Entry::Loading { .. } if !is_optional(name) => {
                 return Err(NotReady::Loading {
                     model: name.clone(),
                 });
             }
             Entry::Served(model) => {
                 n_served += 1;
-                model_readiness(model, token_age_max)?;
+                if !is_optional(name) {
+                    model_readiness(model, token_age_max)?;
+                }
             }
             // Neither is asked for any more.
-            Entry::Unloading(_) | Entry::Failed { .. } => {}
+            Entry::Loading { .. } | Entry::Unloading(_) | Entry::Failed { .. } => {}
         }
     }
     if n_served == 0 {

@@ -39,6 +39,8 @@ pub(super) struct Terms {
 /// A request that may be submitted.
 pub(super) struct Prepared {
     pub(super) model: Arc<ServedModel>,
+    /// The name or alias that the request used; answers repeat it, as DeepSeek's do.
+    pub(super) model_name: String,
     pub(super) prompts: Vec<PreparedPrompt>,
     pub(super) params: GenerationParams,
     pub(super) stream: bool,
@@ -192,7 +194,7 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         ids: prompt.ids,
         reasoning: prompt.reasoning,
     };
-    prepared(model, vec![prompt], request.options, terms)
+    prepared(model, request.model, vec![prompt], request.options, terms)
 }
 
 /// A plain completion: tokeniser only.
@@ -217,11 +219,12 @@ pub(super) fn completion(
             reasoning: ReasoningMode::Off,
         });
     }
-    prepared(model, prompts, request.options, terms)
+    prepared(model, request.model, prompts, request.options, terms)
 }
 
 fn prepared(
     model: Arc<ServedModel>,
+    model_name: Option<String>,
     prompts: Vec<PreparedPrompt>,
     options: GenerationOptions,
     terms: Terms,
@@ -259,6 +262,7 @@ fn prepared(
         deadline: Some(terms.deadline),
     };
     Ok(Prepared {
+        model_name: model_name.unwrap_or_else(|| model.name.clone()),
         model,
         prompts,
         params,

@@ -135,9 +135,10 @@ pub(super) fn json(value: &impl Serialize) -> Response<Body> {
     }
 }
 
-fn model(served: &ServedModel) -> Model {
+/// The model under a name or alias of it.
+fn model(id: &str, served: &ServedModel) -> Model {
     Model {
-        id: served.name.clone(),
+        id: id.to_owned(),
         object: "model".to_owned(),
         created: served.created,
         owned_by: "dsd".to_owned(),
@@ -146,12 +147,12 @@ fn model(served: &ServedModel) -> Model {
 }
 
 async fn list_models(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
-    let data = gateway
-        .catalog
-        .served()
-        .iter()
-        .map(|served| model(served))
-        .collect();
+    let catalog = &gateway.catalog;
+    let mut data = Vec::new();
+    for served in catalog.served() {
+        let names = std::iter::once(&served.name).chain(catalog.aliases(&served.name));
+        data.extend(names.map(|name| model(name, &served)));
+    }
     json(&ModelList {
         object: "list".to_owned(),
         data,
@@ -168,7 +169,7 @@ async fn show_model(
             .into_response();
     };
     match gateway.catalog.lookup(Some(&name)) {
-        Ok(served) => json(&model(&served)),
+        Ok(served) => json(&model(&name, &served)),
         Err(e) => ApiError::from(e).into_response(),
     }
 }

@@ -39,6 +39,26 @@ pub enum ConfigError {
         /// What would work.
         supported: &'static str,
     },
+    /// A size beyond what any model has.
+    #[error("config key `{key}` is {found}, at most {max} is supported")]
+    TooLarge {
+        /// The key.
+        key: &'static str,
+        /// What is there.
+        found: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// A size that the tensors do not have.
+    #[error("config key `{key}` is {value}, but {found}")]
+    NotOfTensors {
+        /// The key.
+        key: &'static str,
+        /// What is there.
+        value: String,
+        /// What the tensors say.
+        found: String,
+    },
     /// Two values exclude each other.
     #[error("config is contradictory: {what}")]
     Contradiction {
@@ -47,8 +67,46 @@ pub enum ConfigError {
     },
 }
 
-/// Largest count any size in a configuration may have; a million layers is damage, not a model.
-const SIZE_MAX: u64 = 1 << 28;
+/// Layers; the deepest published models have about 130.
+const LAYERS_MAX: u64 = 1024;
+/// Positions; what they take is bounded by the KV cache.
+const CONTEXT_MAX: u64 = 1 << 26;
+/// Widths of the residual stream, of feed-forward layers and of low-rank projections.
+const WIDTH_MAX: u64 = 1 << 20;
+/// Rows of the embedding.
+const VOCAB_MAX: u64 = 1 << 24;
+/// Heads of a layer.
+const HEADS_MAX: u64 = 1 << 12;
+/// Elements of a head; half of them have a frequency of the rotation each.
+const HEAD_DIM_MAX: u64 = 1 << 14;
+/// Experts of a layer; published models have up to 512.
+const EXPERTS_MAX: u64 = 1 << 14;
+/// Any other count.
+const COUNT_MAX: u64 = 1 << 20;
+
+/// The largest value of a size.
+fn size_max(key: &str) -> u64 {
+    match key {
+        "num_hidden_layers" | "num_nextn_predict_layers" | "num_mtp_layers" => LAYERS_MAX,
+        "max_position_embeddings" => CONTEXT_MAX,
+        "hidden_size"
+        | "intermediate_size"
+        | "moe_intermediate_size"
+        | "q_lora_rank"
+        | "kv_lora_rank" => WIDTH_MAX,
+        "vocab_size" => VOCAB_MAX,
+        "num_attention_heads" | "num_key_value_heads" => HEADS_MAX,
+        "head_dim" | "qk_nope_head_dim" | "qk_rope_head_dim" | "v_head_dim" => HEAD_DIM_MAX,
+        "num_experts"
+        | "n_routed_experts"
+        | "num_local_experts"
+        | "num_experts_per_tok"
+        | "n_shared_experts"
+        | "n_group"
+        | "topk_group" => EXPERTS_MAX,
+        _ => COUNT_MAX,
+    }
+}
 
 /// A configuration object.
 #[derive(Debug, Clone, Copy)]
@@ -95,9 +153,11 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
+        let max = size_max(key);
         match value.as_u64() {
-            Some(n) if n <= SIZE_MAX => Ok(usize::try_from(n).ok()),
-            _ => Err(wrong(key, value, "an integer from 0 to 2^28")),
+            Some(found) if max < found => Err(ConfigError::TooLarge { key, found, max }),
+            Some(n) => Ok(usize::try_from(n).ok()),
+            None => Err(wrong(key, value, "an integer that is not negative")),
         }
     }
 

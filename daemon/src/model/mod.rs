@@ -7,6 +7,7 @@
 //! model is built, never guessed.
 
 mod fields;
+mod bounds;
 mod rope;
 pub mod spec;
 /// One file per model line: configuration to [`DecoderSpec`].

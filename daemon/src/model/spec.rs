@@ -3,6 +3,7 @@
 use dsd_kernels::backend::{CacheRows, GateShape, KvType, RopeLayout};
 
 use super::{
+    bounds,
     fields::{ConfigError, Fields},
     lines,
     rope::RopeSpec,
@@ -136,11 +137,18 @@ impl DecoderSpec {
     }
 }
 
-/// Reads a checkpoint's configuration.
+/// Reads a checkpoint's configuration and holds its sizes against the tensors.
 ///
 /// # Errors
 /// [`ConfigError`] naming the key or the architecture.
 pub fn spec_of(checkpoint: &Checkpoint) -> Result<DecoderSpec, ConfigError> {
+    let spec = spec_as_configured(checkpoint)?;
+    bounds::check(&spec, Fields(checkpoint.config()), checkpoint)?;
+    Ok(spec)
+}
+
+/// What the configuration says by itself.
+pub(super) fn spec_as_configured(checkpoint: &Checkpoint) -> Result<DecoderSpec, ConfigError> {
     let config = Fields(checkpoint.config());
     match checkpoint.architecture() {
         "llama" => lines::llama::spec(config, checkpoint),

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 use tempfile::tempdir;
 
-use super::{DecoderSpec, spec_of};
+use super::{DecoderSpec, spec::spec_as_configured};
 use crate::weights::{
     Checkpoint,
     tests::writer::{f32s, safetensors, write_folder},
@@ -13,7 +13,7 @@ fn spec(config: &Value) -> Result<DecoderSpec, String> {
     let dir = tempdir().unwrap();
     let tensors = safetensors(&[("any", "F32", &[1], f32s(&[1.0]))]);
     write_folder(dir.path(), config, &[("model.safetensors", tensors)]);
-    spec_of(&Checkpoint::open(dir.path()).unwrap()).map_err(|e| e.to_string())
+    spec_as_configured(&Checkpoint::open(dir.path()).unwrap()).map_err(|e| e.to_string())
 }
 
 /// A configuration as published before transformers 5.

@@ -6,8 +6,12 @@
 //!
 //! Called by `dsd dev` and `dsd serve`.
 
+mod explain;
 mod loader;
+mod ledger;
 mod watchdog;
+
+pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
 
 use std::{
     fs, io,
@@ -32,7 +36,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     admin::{Admin, AdminConfig},
-    catalog::{Catalog, LoadError},
+    catalog::{Catalog, ConfiguredModel, LoadError},
     config::{Config, ModelConfig},
     gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
     runtime::clock,
@@ -109,7 +113,8 @@ pub enum NodeError {
         /// Its model.
         model: String,
     },
-    /// No model of the configuration could be loaded; the log has one line for each.
+    /// No model of the configuration could be loaded, and one of them is required; the log has one
+    /// line for each.
     #[error("no model could be loaded")]
     NoModel(#[source] LoadError),
 }
@@ -187,11 +192,10 @@ impl Node {
             .build()
             .map_err(NodeError::Runtime)?;
         let metrics = telemetry::install_metrics()?;
-        let catalog = Arc::new(Catalog::new(loader::new(
-            &config.engine,
-            &config.node,
-            &config.log,
-        )));
+        let catalog = Arc::new(Catalog::of_configuration(
+            loader::new(&config),
+            configured(&config.models),
+        ));
         Ok(Self {
             config,
             runtime,
@@ -331,17 +335,39 @@ fn admin_config(config: &Config, addresses: NodeAddresses) -> AdminConfig {
     }
 }
 
+/// What the catalog knows of the configuration's models.
+fn configured(models: &[ModelConfig]) -> Vec<ConfiguredModel> {
+    let configured = |model: &ModelConfig| ConfiguredModel {
+        name: model.name.clone(),
+        path: model.path.clone(),
+        aliases: model
+            .aliases
+            .iter()
+            .map(|alias| alias.name.clone())
+            .collect(),
+        required: model.required,
+    };
+    models.iter().map(configured).collect()
+}
+
 /// Where models are looked for by name.
 pub fn models_dir(config: &Config) -> PathBuf {
     let default = || config.node.state_dir.join("models");
     config.node.models_dir.clone().unwrap_or_else(default)
 }
 
-/// Loads one model after the other; those that fail are logged and left out.
+/// Loads one model after the other; those that fail are logged and left out. A node with none of its
+/// models is of no use unless it may be without them all: then they can still be loaded by hand.
 async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(), NodeError> {
     let mut failed = None;
     let mut n_loaded = 0;
-    for ModelConfig { name, path } in models {
+    for ModelConfig {
+        name,
+        path,
+        required,
+        ..
+    } in models
+    {
         let (catalog, name, path) = (Arc::clone(catalog), name.clone(), path.clone());
         let model = name.clone();
         let load = move || catalog.load(&name, &path, &mut |_| {}).map(|_| ());
@@ -349,7 +375,7 @@ async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(
             Ok(Ok(())) => n_loaded += 1,
             Ok(Err(e)) => {
                 error!(%model, error = %telemetry::chain(&e), "model not loaded");
-                failed = Some(e);
+                failed = failed.or_else(|| required.then_some(e));
             }
             Err(e) => error!(%model, error = %e, "the loader of a model died"),
         }
@@ -405,7 +431,7 @@ mod tests {
             http: http.local_addr().unwrap(),
             quic: quic.local_addr().unwrap(),
         };
-        let catalog = Catalog::new(loader::new(&config.engine, &config.node, &config.log));
+        let catalog = Catalog::new(loader::new(&config));
         catalog.insert(kit::model("tiny", &QUICK));
         Node {
             config,

@@ -3,7 +3,7 @@
 
 use dsd_kernels::cpu::{CpuBackend, CpuConfig, CpuError};
 
-use super::{Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes};
+use super::{Available, Budget, MemoryPlan, ModelExecutor, PlanError, WeightBytes};
 use crate::{
     model::{self, DecoderSpec, ModelError, RankOf, Split},
     weights::{Checkpoint, RankTensors},
@@ -108,7 +108,7 @@ pub fn plan_cpu(
     cpu: CpuConfig,
     n_ranks: usize,
     budget: Budget,
-    available: Option<u64>,
+    available: Option<Available>,
 ) -> Result<ReplicaPlan, LoadError> {
     let spec = model::spec_of(checkpoint).map_err(ModelError::from)?;
     let parts = splits(checkpoint, &spec, n_ranks)?

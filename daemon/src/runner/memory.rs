@@ -8,6 +8,7 @@ use dsd_kernels::{
     panel,
 };
 
+use super::available::Available;
 use crate::{
     model::{DecoderSpec, Split, TensorRequest, Workspace},
     weights::{Cut, Role},
@@ -105,7 +106,7 @@ pub enum PlanError {
     /// Not even one block fits the KV budget.
     #[error(
         "the KV budget of {budget} bytes does not hold one block of {block_len} tokens \
-         ({block_bytes} bytes); raise engine.kv_bytes"
+         ({block_bytes} bytes); raise kv_bytes"
     )]
     KvBudgetTooSmall {
         /// Bytes allowed.
@@ -118,16 +119,15 @@ pub enum PlanError {
     /// The plan exceeds the memory that is free now.
     #[error(
         "the plan takes {needed} bytes beside the mapped weights ({panels} of them for weights in \
-         panels), but only {available} are available; lower engine.kv_bytes or \
-         engine.step_tokens"
+         panels), but only {available}; lower kv_bytes or step_tokens"
     )]
     TooLarge {
         /// Panels, KV cache and workspace.
         needed: u64,
         /// Weights in panels.
         panels: u64,
-        /// What the system reports.
-        available: u64,
+        /// What may be taken.
+        available: Available,
     },
 }
 
@@ -141,7 +141,7 @@ impl MemoryPlan {
         backend: &B,
         ranks: &[(Split, WeightBytes)],
         budget: Budget,
-        available: Option<u64>,
+        available: Option<Available>,
     ) -> Result<Vec<Self>, PlanError> {
         let bytes_per_token =
             |split: &Split| split.local.cache_bytes_per_token(backend.kv_type()) as u64;
@@ -186,18 +186,20 @@ impl MemoryPlan {
         };
         let plans = ranks.iter().map(plan).collect::<Vec<_>>();
         let panels = plans.iter().map(|p| p.panels_bytes).sum();
-        let needed = plans
-            .iter()
-            .map(|p| p.panels_bytes + p.kv_bytes + p.workspace_bytes)
-            .sum();
+        let needed = plans.iter().map(Self::bytes_of_its_own).sum();
         match available {
-            Some(available) if available < needed => Err(PlanError::TooLarge {
+            Some(available) if available.bytes < needed => Err(PlanError::TooLarge {
                 needed,
                 panels,
                 available,
             }),
             _ => Ok(plans),
         }
+    }
+
+    /// What the rank takes beside the mapped weights: panels, KV cache and workspace.
+    pub fn bytes_of_its_own(&self) -> u64 {
+        self.panels_bytes + self.kv_bytes + self.workspace_bytes
     }
 
     /// The cache of one layer of a rank's part.
@@ -242,14 +244,4 @@ impl fmt::Display for MemoryPlan {
             self.step_logits_max
         )
     }
-}
-
-/// Memory the system could still give out: `MemAvailable` of `/proc/meminfo`.
-pub fn available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?;
-    kib.checked_mul(1024)
 }

@@ -11,15 +11,17 @@ use dsd_kernels::backend::{CallerOnly, Workers};
 use crate::collective::Missing;
 
 pub mod plan;
+mod available;
 mod memory;
 mod executor;
 mod load;
 
+pub use available::{Available, MemoryBound};
 pub use executor::ModelExecutor;
 pub use load::{
     LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes,
 };
-pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes, available_bytes};
+pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes};
 pub use plan::{LogitRows, Span, StepPlan};
 
 /// What one executor can take in a step; fixed at construction.

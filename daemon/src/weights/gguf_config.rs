@@ -117,7 +117,7 @@ fn latent_attention(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<
     let latent_len = keys.required("attention.kv_lora_rank")?;
     let (key_len, value_len) = match keys.uint("attention.key_length_mla")? {
         Some(key_len) => {
-            keys.equals_if_there("attention.key_length", latent_len + rope_dim)?;
+            keys.equals_if_there("attention.key_length", latent_len.saturating_add(rope_dim))?;
             keys.equals_if_there("attention.value_length", latent_len)?;
             (key_len, keys.required("attention.value_length_mla")?)
         }

@@ -227,8 +227,14 @@ fn models_come_and_go_while_others_answer() {
     assert_eq!(tool::dsctl(&node, &["status"]).code, Some(2));
     ask("deepseek_v3").must_be_error(404, "model_not_found", Some("model"));
     tool::dsctl_json(&node, &["model", "load", qwen3.to_str().unwrap()]);
-    wait::until_true("/ready", || node.get("/ready").status == 200);
     assert_eq!(ask("qwen3").status, 200);
+    // The model that the node was started for is still missing. It needs no path.
+    let reply = node.get("/ready");
+    reply.must_be_error(503, "not_ready", None);
+    assert!(reply.body.contains("deepseek_v3"), "{}", reply.body);
+    tool::dsctl_json(&node, &["model", "load", "deepseek_v3"]);
+    wait::until_true("/ready", || node.get("/ready").status == 200);
+    assert_eq!(ask("deepseek_v3").status, 200);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::{
 };
 
 use dsd_tests::{data, process, tool};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Starts `dsd dev` for a checkpoint, which must be refused with a line that holds all of `expected`.
@@ -207,7 +208,7 @@ fn configurations_that_do_not_fit_are_refused_with_the_key() {
     edit(
         "\"num_hidden_layers\": ",
         "\"num_hidden_layers\": 99",
-        &["model.layers."],
+        &["`num_hidden_layers` is 992", "2 layers"],
     );
     edit("{", "", &["config.json", "line 2"]);
 
@@ -370,4 +371,84 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         tool::command("dsd").args(["check-config", "--config", path_text]),
         &["10-x.toml:3: "],
     );
+}
+
+#[test]
+fn what_a_model_runs_with_is_explained_with_where_it_comes_from_and_its_memory() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("dsd.toml");
+    let path_text = path.to_str().unwrap();
+    let models = format!(
+        "version = 1\n[engine]\nrunning_max = 8\n\
+         [[models]]\nname = \"r1\"\npath = {:?}\naliases = [\"deepseek-chat\"]\nkv_tokens = 256\n\
+         [[models]]\nname = \"gone\"\npath = \"/nonexistent\"\nrequired = false\ntp = 2\n",
+        data::reference("llama")
+    );
+    fs::write(&path, &models).unwrap();
+    fs::create_dir(folder.path().join("dsd.toml.d")).unwrap();
+    let drop_in = "[service]\nttft_target_s = 1.5\n";
+    fs::write(folder.path().join("dsd.toml.d/a.toml"), drop_in).unwrap();
+    let explain = |more: &[&str]| {
+        let mut command = tool::command("dsd");
+        command
+            .args(["check-config", "--config", path_text, "--explain"])
+            .args(more)
+            .env("DSD_ENGINE__THREADS", "1");
+        process::run(&mut command, "")
+    };
+    let outcome = explain(&["--json"]);
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let explained: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let setting = |model: usize, key: &str| {
+        let settings = explained["models"][model]["settings"].as_array().unwrap();
+        let found = settings
+            .iter()
+            .find(|setting| setting["key"] == key)
+            .unwrap();
+        let from = found["from"].as_str().unwrap();
+        let from = from.rsplit('/').next().unwrap().to_owned();
+        (found["value"].as_str().unwrap().to_owned(), from)
+    };
+    for (model, key, value, from) in [
+        (0, "aliases", "deepseek-chat", "dsd.toml:7"),
+        (0, "kv_tokens", "256", "dsd.toml:8"),
+        (0, "running_max", "8", "dsd.toml:3"),
+        (0, "tp", "1", "default"),
+        (
+            0,
+            "threads",
+            "1",
+            "environment variable DSD_ENGINE__THREADS",
+        ),
+        (1, "ttft_target_s", "1.5", "a.toml:2"),
+        (1, "tp", "2", "dsd.toml:13"),
+        (1, "required", "false", "dsd.toml:12"),
+    ] {
+        assert_eq!(
+            setting(model, key),
+            (value.to_owned(), from.to_owned()),
+            "{key}"
+        );
+    }
+    let plan = &explained["models"][0]["plan"];
+    assert_eq!(
+        (&plan["architecture"], &plan["kv_tokens"]),
+        (&json!("llama"), &json!(256))
+    );
+    let own = plan["ranks"][0]["kv_bytes"].as_u64().unwrap();
+    assert!(own < plan["own_bytes"].as_u64().unwrap(), "{plan}");
+    let error = explained["models"][1]["error"].as_str().unwrap();
+    assert!(error.contains("cannot be read"), "{error}");
+
+    let outcome = explain(&[]);
+    for expected in ["r1 (", "deepseek-chat", "kv cache", "environment variable"] {
+        assert!(outcome.stdout.contains(expected), "{}", outcome.stdout);
+    }
+
+    // A model that would not be loaded is a failure.
+    fs::write(&path, models.replace("kv_tokens = 256", "tp = 64")).unwrap();
+    let outcome = explain(&[]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let expected = "would not be loaded: ";
+    assert!(outcome.stdout.contains(expected), "{}", outcome.stdout);
 }

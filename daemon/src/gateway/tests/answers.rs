@@ -1,11 +1,11 @@
 //! What good requests get.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 
 use super::kit::{Node, Pace, QUICK, Reply, config, model};
-use crate::gateway::GatewayConfig;
+use crate::{catalog::ConfiguredModel, gateway::GatewayConfig};
 
 const MESSAGES: &str = r#""messages": [{"role": "user", "content": "hi"}]"#;
 
@@ -310,6 +310,140 @@ async fn models_are_listed_and_shown() {
         reply.error(),
         (400, "invalid_request".into(), Some("model".into()))
     );
+}
+
+fn configured(name: &str, aliases: &[&str], required: bool) -> ConfiguredModel {
+    ConfiguredModel {
+        name: name.to_owned(),
+        path: format!("/models/{name}").into(),
+        aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
+        required,
+    }
+}
+
+#[tokio::test]
+async fn an_alias_leads_to_its_model_and_is_what_answers_say() {
+    let models = vec![model("r1", &QUICK), model("other", &QUICK)];
+    let of_configuration = vec![configured("r1", &["deepseek-chat", "org/chat"], true)];
+    let node = Node::start_configured(models, of_configuration).await;
+    let list = node.get("/v1/models").await.json();
+    let ids: Vec<&Value> = list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| &m["id"])
+        .collect();
+    assert_eq!(ids, ["other", "r1", "deepseek-chat", "org/chat"]);
+    assert_eq!(
+        node.get("/v1/models/org/chat").await.json(),
+        list["data"][3]
+    );
+    for name in ["deepseek-chat", "r1"] {
+        let body = format!(r#"{{"model": "{name}", "prompt": "a", "max_tokens": 2}}"#);
+        let reply = node.post("/v1/completions", &body).await;
+        assert_eq!(
+            (reply.status, &reply.json()["model"]),
+            (200, &json!(name)),
+            "{}",
+            reply.body
+        );
+        let messages = r#"[{"role": "user", "content": "a"}]"#;
+        let body = format!(r#"{{"model": "{name}", "messages": {messages}, "max_tokens": 2}}"#);
+        let reply = node.post("/v1/chat/completions", &body).await;
+        assert_eq!(reply.json()["model"], name);
+        let body = format!(
+            r#"{{"model": "{name}", "messages": {messages}, "max_tokens": 2, "stream": true}}"#
+        );
+        let reply = node.post("/v1/chat/completions", &body).await;
+        assert!(
+            reply.body.contains(&format!(r#""model":"{name}""#)),
+            "{}",
+            reply.body
+        );
+    }
+    let reply = node
+        .post("/v1/completions", r#"{"model": "deepseek", "prompt": "a"}"#)
+        .await;
+    assert!(
+        reply
+            .body
+            .contains("served are: other, r1, deepseek-chat, org/chat"),
+        "{}",
+        reply.body
+    );
+    // Metrics know the model by its own name only.
+    let metrics = node.get("/metrics").await.body;
+    assert!(metrics.contains(r#"model="r1""#) && !metrics.contains("deepseek-chat"));
+    // The name is taken, and what is unloaded by it is the model.
+    let load = node
+        .catalog
+        .load("deepseek-chat", "/x".as_ref(), &mut |_| {});
+    assert_eq!(
+        load.unwrap_err().to_string(),
+        "`deepseek-chat` is an alias of the model `r1`"
+    );
+    let catalog = Arc::clone(&node.catalog);
+    let unload = move || catalog.unload("deepseek-chat", Duration::ZERO);
+    tokio::task::spawn_blocking(unload).await.unwrap().unwrap();
+    assert!(!node.catalog.entries().contains_key("r1"));
+}
+
+/// A node was ready without the model that its configuration is for.
+#[tokio::test]
+async fn the_node_is_not_ready_without_a_model_that_the_configuration_requires() {
+    let check = async |node: &Node, status: u16, what: &str| {
+        let reply = node.get("/ready").await;
+        assert_eq!(reply.status, status, "{}", reply.body);
+        assert!(reply.body.contains(what), "{}", reply.body);
+    };
+    let serve = async |node: &Node| {
+        let body = r#"{"model": "tiny", "prompt": "a", "max_tokens": 1}"#;
+        assert_eq!(node.post("/v1/completions", body).await.status, 200);
+    };
+    let configuration = || {
+        vec![
+            configured("tiny", &[], true),
+            configured("big", &[], true),
+            configured("spare", &[], false),
+        ]
+    };
+    let node = Node::start_configured(vec![model("tiny", &QUICK)], configuration()).await;
+    serve(&node).await;
+    check(
+        &node,
+        503,
+        "`big`, which the configuration requires, is not loaded",
+    )
+    .await;
+    node.catalog
+        .load("big", "/x".as_ref(), &mut |_| {})
+        .unwrap_err();
+    check(
+        &node,
+        503,
+        "`big`, which the configuration requires, is failed",
+    )
+    .await;
+    // One that need not be there is left out in whatever state: this one never produced a token.
+    node.catalog
+        .load("spare", "/x".as_ref(), &mut |_| {})
+        .unwrap_err();
+    let mut configuration = configuration();
+    configuration[1].required = false;
+    let models = vec![model("tiny", &QUICK), model("spare", &QUICK)];
+    let node = Node::start_configured(models, configuration).await;
+    serve(&node).await;
+    check(&node, 200, "ready").await;
+    // Unloaded by hand.
+    let catalog = Arc::clone(&node.catalog);
+    let unload = move || catalog.unload("tiny", Duration::ZERO);
+    tokio::task::spawn_blocking(unload).await.unwrap().unwrap();
+    check(
+        &node,
+        503,
+        "`tiny`, which the configuration requires, is not loaded",
+    )
+    .await;
 }
 
 #[tokio::test]

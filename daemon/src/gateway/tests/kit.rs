@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -17,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::{ApiKeys, Gateway, GatewayConfig};
 use crate::{
-    catalog::{Catalog, LoadError, MemoryFigures, ServedModel},
+    catalog::{Catalog, ConfiguredModel, LoadError, MemoryFigures, Progress, ServedModel},
     config::HttpConfig,
     cost::CostModel,
     engine::EngineConfig,
@@ -211,12 +212,30 @@ impl Node {
         keys: ApiKeys,
         models: Vec<ServedModel>,
     ) -> Self {
-        let catalog = Arc::new(Catalog::new(Box::new(|_, path, _| {
+        Self::start_with_keys_and_configured(config, keys, models, Vec::new()).await
+    }
+
+    /// A node whose configuration names these models.
+    pub(super) async fn start_configured(
+        models: Vec<ServedModel>,
+        configured: Vec<ConfiguredModel>,
+    ) -> Self {
+        Self::start_with_keys_and_configured(config(), ApiKeys::default(), models, configured).await
+    }
+
+    async fn start_with_keys_and_configured(
+        config: GatewayConfig,
+        keys: ApiKeys,
+        models: Vec<ServedModel>,
+        configured: Vec<ConfiguredModel>,
+    ) -> Self {
+        let loader = Box::new(|_: &str, path: &Path, _: &mut dyn FnMut(Progress)| {
             Err(LoadError::Checkpoint {
                 path: path.to_owned(),
                 source: "no loader in this test".into(),
             })
-        })));
+        });
+        let catalog = Arc::new(Catalog::of_configuration(loader, configured));
         for model in models {
             catalog.insert(model);
         }

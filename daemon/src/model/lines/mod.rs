@@ -16,9 +16,6 @@ use super::{
     spec::{AttentionSpec, DecoderSpec, FfnSpec, GqaSpec, MlaSpec},
 };
 
-/// Layers a model may have; more is damage.
-const LAYERS_MAX: usize = 1024;
-
 /// The part that Llama and the Qwen lines share: grouped-query attention and SwiGLU layers.
 fn dense(
     architecture: &str,
@@ -121,11 +118,7 @@ fn common(
 }
 
 fn n_layers(config: Fields<'_>) -> Result<usize, ConfigError> {
-    let n = config.size("num_hidden_layers")?;
-    if n > LAYERS_MAX {
-        return Err(unsupported("num_hidden_layers", n, "at most 1024 are"));
-    }
-    Ok(n)
+    config.size("num_hidden_layers")
 }
 
 /// `top_k` experts must exist.
