@@ -184,6 +184,9 @@ pub enum FinishReason {
     DeadlinePassed,
     /// The node is going down or the model is being unloaded.
     Stopped,
+    /// What computed it was lost again and again, or came back as something else; tokens sent so far
+    /// are valid.
+    InsufficientResources,
     /// A step failed; the text is the cause for the log and the client.
     Failed(String),
 }

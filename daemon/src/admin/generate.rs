@@ -79,7 +79,10 @@ pub(super) async fn run(
                 finish_reason = match end {
                     ChoiceEnd::Stop => Finish::Stop,
                     ChoiceEnd::Length => Finish::Length,
-                    ChoiceEnd::DeadlinePassed | ChoiceEnd::Stopped | ChoiceEnd::Failed(_) => {
+                    ChoiceEnd::DeadlinePassed
+                    | ChoiceEnd::Stopped
+                    | ChoiceEnd::Lost
+                    | ChoiceEnd::Failed(_) => {
                         return Err(error_reply(&ApiError::of_end(&end)));
                     }
                 };

@@ -176,7 +176,8 @@ impl Segment {
         }
     }
 
-    /// Joins as a rank. `deadline` is how long others may be late.
+    /// Joins as a rank. `deadline` is how long others may be late, at most and until
+    /// [`ShmMember::set_deadline`].
     ///
     /// # Panics
     /// When there is no such rank.
@@ -186,6 +187,7 @@ impl Segment {
             segment: self,
             rank,
             deadline,
+            deadline_max: deadline,
             n_exchanges: 0,
         }
     }
@@ -240,6 +242,8 @@ pub struct ShmMember {
     segment: Segment,
     rank: usize,
     deadline: Duration,
+    /// The longest deadline.
+    deadline_max: Duration,
     /// Exchanges so far; wraps.
     n_exchanges: u32,
 }
@@ -254,6 +258,11 @@ pub enum Told {
 }
 
 impl ShmMember {
+    /// From now on others may be late by `deadline`, and never more than was said when joining.
+    pub fn set_deadline(&mut self, deadline: Duration) {
+        self.deadline = deadline.min(self.deadline_max);
+    }
+
     /// This rank.
     pub fn rank(&self) -> usize {
         self.rank

@@ -18,6 +18,9 @@ pub(crate) struct Rank {
     /// `text` or `json`.
     #[arg(long, default_value = "text")]
     log_format: String,
+    /// The process that starts it, and with which it ends.
+    #[arg(long)]
+    agent_pid: Option<u32>,
 }
 
 impl Rank {
@@ -29,7 +32,7 @@ impl Rank {
                 _ => LogFormat::Text,
             },
         })?;
-        match group::rank::run() {
+        match group::rank::run(self.agent_pid) {
             Ok(()) => Ok(ExitCode::SUCCESS),
             Err(e @ (RankError::Form { .. } | RankError::Lost(_))) => {
                 // The agent was told and says so.

@@ -396,8 +396,10 @@ sections! {
         tp: usize = 1, "1", 1..=64; per_model;
         /// Compute threads of each rank; 0 deals the cores to the ranks.
         threads: usize = 0, "0", 0..=4096; per_model;
-        /// Seconds that a rank may be late in a step before its group is lost and formed again.
+        /// Seconds that a rank may be late in a step before its group is lost and formed again, at most: ten times what the step was expected to take and a second more are enough, but never less than 3.
         step_timeout_s: u64 = 30, "30", 1..=3600; per_model;
+        /// Seconds that the agent may be silent before its ranks end: a frozen agent holds no streams.
+        agent_timeout_s: u64 = 30, "30", 2..=3600; per_model;
         /// Positions in the KV cache of each model.
         kv_tokens: Option<usize> = None, "two full contexts, at most a quarter of the available memory, but one context where it fits", 1..=1_073_741_824; per_model;
         /// Bytes of the KV cache of each model, in place of `kv_tokens`.

@@ -6,6 +6,8 @@ use crate::{cost::CostModel, runner::ExecutorLimits, scheduler::SchedulerConfig}
 
 /// Share of the pool kept free at admission: one block in 64.
 const WATERMARK_DIVISOR: usize = 64;
+/// Tokens of the canary's prompt at most.
+const CANARY_LEN_MAX: usize = 16;
 /// Requests that may wait for each one that may run, when nobody says otherwise.
 const WAITING_PER_RUNNING: usize = 4;
 /// How long a step may take on processor cores, when nobody says otherwise: short enough that nobody
@@ -98,7 +100,10 @@ impl EngineConfig {
             .step_spans_max
             .min(executor.step_logits_max)
             .min(executor.step_tokens_max);
-        let n_canary = 4
+        // One block: enough tokens to meet many rows and experts, few enough to cost little.
+        let n_canary = executor
+            .block_len
+            .min(CANARY_LEN_MAX)
             .min(executor.step_tokens_max)
             .min(executor.context_len_max);
         Self {
@@ -112,7 +117,7 @@ impl EngineConfig {
             prefix_cache: true,
             sampleable_len: executor.vocab_len,
             canary_prompt: (1..=n_canary)
-                .map(|i| (i % executor.vocab_len.max(1)) as u32)
+                .map(|i| (i * executor.vocab_len / (n_canary + 1)) as u32)
                 .collect(),
             canary_interval: Duration::from_secs(3),
             drain_limit: Duration::from_secs(30),

@@ -67,7 +67,7 @@ impl From<&FinishReason> for End {
             FinishReason::Stop => Self::Stop,
             FinishReason::Length => Self::Length,
             FinishReason::DeadlinePassed => Self::DeadlinePassed,
-            FinishReason::Stopped => Self::Stopped,
+            FinishReason::Stopped | FinishReason::InsufficientResources => Self::Stopped,
             FinishReason::Failed(_) => Self::Failed,
         }
     }

@@ -44,6 +44,7 @@ pub use config::{ConfigError, EngineConfig, EngineLimits, STEP_TARGET_CPU};
 pub use shared::EngineLoad;
 use shared::Shared;
 use step_loop::StepLoop;
+pub use step_loop::step_deadline;
 
 /// Why an engine did not start.
 #[derive(Debug, thiserror::Error)]
@@ -225,6 +226,12 @@ impl EngineHandle {
     /// Counters as of the last step.
     pub fn load(&self) -> EngineLoad {
         self.shared.load(clock::now())
+    }
+
+    /// How long the step under way has been, `None` when there is none, and how long it was expected
+    /// to take.
+    pub fn step_age(&self) -> (Option<Duration>, Duration) {
+        self.shared.step_age(clock::now())
     }
 
     /// What is known of step times.

@@ -62,6 +62,10 @@ pub(super) struct Shared {
     last_token_at: AtomicU64,
     /// Nanoseconds since `started_at`, or [`NEVER`].
     drain_until: AtomicU64,
+    /// When the step under way began: nanoseconds since `started_at`, or [`NEVER`].
+    step_began_at: AtomicU64,
+    /// How long it was expected to take.
+    step_expected: AtomicU64,
     /// Copied in by the engine thread after a step.
     cost: Mutex<CostModel>,
 }
@@ -83,6 +87,8 @@ impl Shared {
             is_dead: AtomicBool::new(false),
             last_token_at: AtomicU64::new(NEVER),
             drain_until: AtomicU64::new(NEVER),
+            step_began_at: AtomicU64::new(NEVER),
+            step_expected: AtomicU64::new(0),
             cost: Mutex::default(),
         }
     }
@@ -98,6 +104,26 @@ impl Shared {
     pub(super) fn release_place(&self) {
         let n_before = self.n_queued.fetch_sub(1, Ordering::AcqRel);
         assert!(0 < n_before, "a place is released once");
+    }
+
+    /// A step begins that is expected to take so long.
+    pub(super) fn begin_step(&self, now: Instant, expected: Duration) {
+        self.step_expected.store(nanos(expected), Ordering::Release);
+        self.step_began_at
+            .store(self.since_start(now), Ordering::Release);
+    }
+
+    pub(super) fn end_step(&self) {
+        self.step_began_at.store(NEVER, Ordering::Release);
+    }
+
+    /// How long the step under way has been, and how long it was expected to take.
+    pub(super) fn step_age(&self, now: Instant) -> (Option<Duration>, Duration) {
+        let began_at = self.step_began_at.load(Ordering::Acquire);
+        let age = self.since_start(now).saturating_sub(began_at);
+        let expected = Duration::from_nanos(self.step_expected.load(Ordering::Acquire));
+        let age = (began_at != NEVER).then(|| Duration::from_nanos(age));
+        (age, expected)
     }
 
     pub(super) fn set_cost(&self, cost: &CostModel) {

@@ -31,6 +31,20 @@ use super::{
 /// How long an idle engine without a canary to run sleeps at most.
 const IDLE_SLEEP_MAX: Duration = Duration::from_secs(3600);
 
+/// A step that takes this many times what was expected, and [`DEADLINE_MORE`], is not merely slow.
+const DEADLINE_FACTOR: u32 = 10;
+const DEADLINE_MORE: Duration = Duration::from_secs(1);
+/// No step has a shorter deadline: a process may well wait that long for a core or a page.
+const DEADLINE_MIN: Duration = Duration::from_secs(3);
+/// Longer ones are for the collectives' own limit to cut.
+const DEADLINE_MAX: Duration = Duration::from_secs(86_400);
+
+/// How long ranks may be late in a step that is expected to take so long.
+pub fn step_deadline(expected: Duration) -> Duration {
+    let deadline = expected.saturating_mul(DEADLINE_FACTOR) + DEADLINE_MORE;
+    deadline.clamp(DEADLINE_MIN, DEADLINE_MAX)
+}
+
 /// Everything the engine thread owns. What a step needs is taken here and reused.
 pub(super) struct StepLoop {
     executor: Box<dyn StepExecutor>,
@@ -121,6 +135,7 @@ impl StepLoop {
                 spans: Vec::with_capacity(limits.running_max),
                 tokens: Vec::with_capacity(cfg.step_tokens_max),
                 blocks: Vec::with_capacity(limits.n_blocks),
+                deadline_ms: 0,
             },
             sampled: Vec::with_capacity(limits.running_max),
             ended: Vec::with_capacity(scheduler.n_slots()),
@@ -168,7 +183,9 @@ impl StepLoop {
                 return Err(fatal);
             }
             let is_due = |due| due <= clock::now();
-            if !self.is_stopping && self.canary.due_at(self.last_token_at).is_some_and(is_due) {
+            let is_silent = self.canary.due_at(self.last_token_at).is_some_and(is_due);
+            let is_busy_due = self.canary.due_when_busy_at().is_some_and(is_due);
+            if !self.is_stopping && (is_silent || is_busy_due) {
                 // The failure is logged and counted; the next silence brings the next try.
                 if let Err(e @ StepError::Missing(_)) = self.run_canary() {
                     return Err(e);
@@ -201,11 +218,21 @@ impl StepLoop {
 
     /// Runs the canary and notes what it showed.
     pub(super) fn run_canary(&mut self) -> Result<(), StepError> {
+        let now = clock::now();
+        let expected = self.cost.seconds(self.canary.shape());
+        let expected = Duration::try_from_secs_f64(expected).unwrap_or(Duration::MAX);
+        // The first one of all may read weights from a disk.
+        let deadline = self.canary.expected().map(|_| step_deadline(expected));
+        self.shared
+            .begin_step(now, deadline.map_or(DEADLINE_MAX, |_| expected));
         let verdict = self.canary.run(
-            clock::now(),
+            now,
+            deadline,
             &mut *self.executor,
             &mut lock(&self.draws.scratches[0]),
         );
+        self.shared.end_step();
+        self.canary.note_end(clock::now());
         match &verdict {
             Ok(Verdict::Right) => self.meter.canaries_right.increment(1),
             Ok(Verdict::Wrong { expected, found }) => {
@@ -322,7 +349,12 @@ impl StepLoop {
         if self.plan.spans.is_empty() {
             return;
         }
+        let expected = self.cost.seconds(self.scheduler.step_shape());
+        let expected = Duration::try_from_secs_f64(expected).unwrap_or(Duration::MAX);
+        self.plan.deadline_ms = step_deadline(expected).as_millis() as u32;
+        self.shared.begin_step(now, expected);
         let result = self.executor.execute(&self.plan);
+        self.shared.end_step();
         let done_at = clock::now();
         match result {
             Ok(logits) => {

@@ -114,6 +114,8 @@ impl Model {
             cpu,
             budget,
             step_timeout: STEP_TIMEOUT,
+            // Nobody ticks here; the system ends followers with this process.
+            agent_timeout: Duration::from_secs(365 * 86_400),
             step_target: group::STEP_TARGET_CPU,
             cost: None,
             cost_file: None,

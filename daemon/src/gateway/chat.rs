@@ -15,7 +15,7 @@ use dsd_proto::openai::{
 use super::{
     Gateway,
     error::ApiError,
-    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    generation::{Generation, GenerationEvent, TokenCounts},
     logprobs, prepare, routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
@@ -111,13 +111,9 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
                     .extend(logprobs::chat(&head.model.text, &tokens).content);
             }
             GenerationEvent::Finished { choice, end } => {
-                partials[choice].finish_reason = match end {
-                    ChoiceEnd::Stop => FinishReason::Stop,
-                    ChoiceEnd::Length => FinishReason::Length,
-                    ChoiceEnd::DeadlinePassed | ChoiceEnd::Stopped | ChoiceEnd::Failed(_) => {
-                        return Err(ApiError::of_end(&end));
-                    }
-                };
+                let has_begun = end.is_whole() || 0 < generation.counts().n_output;
+                let reason = end.finish_reason().filter(|_| has_begun);
+                partials[choice].finish_reason = reason.ok_or_else(|| ApiError::of_end(&end))?;
             }
         }
     }

@@ -12,7 +12,7 @@ use dsd_proto::openai::{Completion, CompletionChoice, CompletionLogprobs, Finish
 use super::{
     Gateway,
     error::ApiError,
-    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    generation::{Generation, GenerationEvent, TokenCounts},
     logprobs, prepare, routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
@@ -80,13 +80,10 @@ async fn whole(mut generation: Generation, mut encoder: Encoder) -> Result<Compl
                 }
             }
             GenerationEvent::Finished { choice, end } => {
-                choices[choice].finish_reason = match end {
-                    ChoiceEnd::Stop => Some(FinishReason::Stop),
-                    ChoiceEnd::Length => Some(FinishReason::Length),
-                    ChoiceEnd::DeadlinePassed | ChoiceEnd::Stopped | ChoiceEnd::Failed(_) => {
-                        return Err(ApiError::of_end(&end));
-                    }
-                };
+                let has_begun = end.is_whole() || 0 < generation.counts().n_output;
+                let reason = end.finish_reason().filter(|_| has_begun);
+                let reason = reason.ok_or_else(|| ApiError::of_end(&end))?;
+                choices[choice].finish_reason = Some(reason);
             }
         }
     }

@@ -73,9 +73,13 @@ impl ApiError {
                 Code::DeadlineExceeded,
                 "the answer was not complete within the time limit",
             ),
-            ChoiceEnd::Stopped => Self::new(
+            ChoiceEnd::Stopped => Self::retry_later(
                 Code::ModelStopping,
                 "the model was unloaded before the answer was complete",
+            ),
+            ChoiceEnd::Lost => Self::retry_later(
+                Code::NotReady,
+                "the model's ranks were lost while they computed the answer",
             ),
             ChoiceEnd::Failed(_) => {
                 Self::new(Code::Internal, "the model failed while it was answering")

@@ -114,17 +114,38 @@ pub enum ChoiceEnd {
     DeadlinePassed,
     /// The model is being unloaded or the node is going down.
     Stopped,
+    /// Its ranks were lost again and again while they computed it.
+    Lost,
     /// A step failed; the cause is for the log.
     Failed(String),
 }
 
 impl ChoiceEnd {
+    /// What a client is told of an answer that ended so after some of it came out; `None` where the
+    /// answer is not worth anything.
+    pub fn finish_reason(&self) -> Option<dsd_proto::openai::FinishReason> {
+        use dsd_proto::openai::FinishReason;
+        match self {
+            Self::Stop => Some(FinishReason::Stop),
+            Self::Length => Some(FinishReason::Length),
+            Self::DeadlinePassed => Some(FinishReason::DeadlineExceeded),
+            Self::Stopped | Self::Lost => Some(FinishReason::InsufficientSystemResource),
+            Self::Failed(_) => None,
+        }
+    }
+
+    /// True when nothing is missing.
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Self::Stop | Self::Length)
+    }
+
     fn label(&self) -> &'static str {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
             Self::DeadlinePassed => "deadline",
             Self::Stopped => "stopped",
+            Self::Lost => "lost",
             Self::Failed(_) => "failed",
         }
     }
@@ -345,6 +366,7 @@ impl Generation {
                     flow::FinishReason::Length => ChoiceEnd::Length,
                     flow::FinishReason::DeadlinePassed => ChoiceEnd::DeadlinePassed,
                     flow::FinishReason::Stopped => ChoiceEnd::Stopped,
+                    flow::FinishReason::InsufficientResources => ChoiceEnd::Lost,
                     flow::FinishReason::Failed(cause) => ChoiceEnd::Failed(cause),
                 };
                 self.finish(idx, end);

@@ -40,6 +40,12 @@ pub enum NotReady {
         /// Its name.
         model: String,
     },
+    /// A model's step takes much longer than it should, or its first rank is silent.
+    #[error("the model `{model}` is stalled: a step does not end, or its ranks are frozen")]
+    Stalled {
+        /// Its name.
+        model: String,
+    },
     /// A model has not produced its first token.
     #[error("the model `{model}` has produced no token yet")]
     NoToken {
@@ -128,9 +134,13 @@ pub fn readiness(catalog: &Catalog, token_age_max: Duration) -> Result<(), NotRe
 /// # Errors
 /// The reason against it.
 pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(), NotReady> {
-    if model.replica.load().is_forming {
-        let model = model.name.clone();
-        return Err(NotReady::Forming { model });
+    let load = model.replica.load();
+    let name = model.name.clone();
+    if load.is_forming {
+        return Err(NotReady::Forming { model: name });
+    }
+    if load.is_stalled {
+        return Err(NotReady::Stalled { model: name });
     }
     liveness(model, token_age_max)
 }

@@ -12,7 +12,7 @@ use tokio::time;
 
 use super::{
     error::ApiError,
-    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    generation::{Generation, GenerationEvent, TokenCounts},
 };
 
 /// Turns events of a generation into the chunks of one route.
@@ -113,7 +113,6 @@ impl<E: ChunkEncoder> EventStream<E> {
     }
 
     fn event(&mut self, event: Option<GenerationEvent>) {
-        use dsd_proto::openai::FinishReason;
         match event {
             Some(GenerationEvent::Delta {
                 choice,
@@ -130,28 +129,18 @@ impl<E: ChunkEncoder> EventStream<E> {
                     &mut self.chunks,
                 );
             }
-            Some(GenerationEvent::Finished { choice, end }) => match end {
-                ChoiceEnd::Stop => {
-                    self.encoder
-                        .finished(choice, FinishReason::Stop, &mut self.chunks)
+            Some(GenerationEvent::Finished { choice, end }) => {
+                // Without a token there is no answer that could have ended early.
+                let has_begun = end.is_whole() || 0 < self.generation.counts().n_output;
+                match end.finish_reason().filter(|_| has_begun) {
+                    Some(reason) => self.encoder.finished(choice, reason, &mut self.chunks),
+                    None => {
+                        // The stream ends without `[DONE]`: what was sent is not a whole answer.
+                        self.chunks.push_text(&ApiError::of_end(&end).json());
+                        self.over = true;
+                    }
                 }
-                ChoiceEnd::Length => {
-                    self.encoder
-                        .finished(choice, FinishReason::Length, &mut self.chunks)
-                }
-                ChoiceEnd::Stopped => {
-                    self.encoder.finished(
-                        choice,
-                        FinishReason::InsufficientSystemResource,
-                        &mut self.chunks,
-                    );
-                }
-                ChoiceEnd::DeadlinePassed | ChoiceEnd::Failed(_) => {
-                    // The stream ends without `[DONE]`: what was sent is not a whole answer.
-                    self.chunks.push_text(&ApiError::of_end(&end).json());
-                    self.over = true;
-                }
-            },
+            }
             None => {
                 self.encoder
                     .usage(self.generation.counts(), &mut self.chunks);

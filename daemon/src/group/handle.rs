@@ -28,6 +28,17 @@ pub enum PostError {
     Stopping,
 }
 
+/// What a group is doing as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupState {
+    /// Its ranks are started.
+    Forming,
+    /// Steps run.
+    Ready,
+    /// Its first rank is silent, or in a step that takes much too long.
+    Stalled,
+}
+
 /// The only way to a group. Dropping it lets what was taken finish within the drain limit.
 #[derive(Debug)]
 pub struct GroupHandle {
@@ -62,10 +73,47 @@ pub(super) struct State {
     pub(super) cost: CostModel,
     /// How long the last formation took.
     pub(super) forming_time: Duration,
+    /// The first rank's last sign.
+    pub(super) sign: Sign,
     /// When what was taken has to be over.
     pub(super) stop_at: Option<Instant>,
     /// Set when `stop_at` changed.
     pub(super) stop_is_news: bool,
+}
+
+/// What the first rank said of its engine.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sign {
+    pub(super) at: Instant,
+    /// How long the engine had been in its step.
+    pub(super) step_age: Option<Duration>,
+    /// How long the step was expected to take.
+    pub(super) expected: Duration,
+}
+
+/// Without a tick for so long, three of them, the first rank is frozen or starved.
+const TICK_LATE: Duration = Duration::from_millis(1_500);
+/// A step is not merely slow when it takes this many times what was expected, and at least
+/// [`TICK_LATE`].
+const STEP_LATE_FACTOR: u32 = 4;
+
+impl Sign {
+    /// How long the step under way has been, if there is one.
+    pub(super) fn step_age(&self, now: Instant) -> Option<Duration> {
+        Some(self.step_age? + now.saturating_duration_since(self.at))
+    }
+
+    /// True when nothing comes out now: the first rank says nothing, or is in a step that takes
+    /// much longer than it should.
+    pub(super) fn is_stalled(&self, now: Instant) -> bool {
+        let step_max = self
+            .expected
+            .saturating_mul(STEP_LATE_FACTOR)
+            .max(TICK_LATE);
+        let is_late = |age| step_max < age;
+        TICK_LATE < now.saturating_duration_since(self.at)
+            || self.step_age(now).is_some_and(is_late)
+    }
 }
 
 /// A request that was taken and has not ended.
@@ -77,7 +125,9 @@ pub(super) struct InFlight {
     pub(super) has_started: bool,
     /// Told to the group of this epoch.
     pub(super) epoch: u64,
-    pub(super) n_crashes: u32,
+    /// How much of it was there when a group that ran it was lost last, and how many groups were
+    /// lost since that was so.
+    pub(super) lost_at: Option<(usize, u32)>,
 }
 
 impl Shared {
@@ -165,7 +215,7 @@ impl GroupHandle {
             sink: request.sink,
             has_started: false,
             epoch: 0,
-            n_crashes: 0,
+            lost_at: None,
         };
         let former = state.in_flight.insert(id, in_flight);
         assert!(former.is_none(), "request numbers are unique");
@@ -197,12 +247,13 @@ impl GroupHandle {
         }
     }
 
-    /// Counters as of the last report, and whether the group is forming again.
-    pub fn load(&self) -> (EngineLoad, bool) {
+    /// Counters as of the last report, and what state the group is in.
+    pub fn load(&self) -> (EngineLoad, GroupState) {
+        let now = clock::now();
         let state = self.shared.lock();
         let load = &state.load;
         let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        let since = clock::now().saturating_duration_since(state.load_at);
+        let since = now.saturating_duration_since(state.load_at);
         let age = load
             .last_token_age_us
             .map(|us| Duration::from_micros(us) + since);
@@ -219,7 +270,12 @@ impl GroupHandle {
             canary_wrong: load.canary_wrong,
             is_dead: false,
         };
-        (report, !state.is_ready)
+        let group = match state.is_ready {
+            false => GroupState::Forming,
+            true if state.sign.is_stalled(now) => GroupState::Stalled,
+            true => GroupState::Ready,
+        };
+        (report, group)
     }
 
     /// What is known of step times, and how long it takes until steps run where none does now.
@@ -267,6 +323,11 @@ impl State {
             load_at: now,
             cost: CostModel::default(),
             forming_time: Duration::ZERO,
+            sign: Sign {
+                at: now,
+                step_age: None,
+                expected: Duration::ZERO,
+            },
             stop_at: None,
             stop_is_news: false,
         }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 /// How long ranks may take to load and produce a token together.
 const FORM_LIMIT: Duration = Duration::from_secs(3600);
-/// A group that was ready for so long is formed again at once when it is lost.
+/// A group that was ready for so long is formed again at once when it is lost, whatever came out.
 const PROVEN_AFTER: Duration = Duration::from_secs(10);
-/// The wait before the second attempt in a row; it doubles from there.
+/// The wait after the first vain attempt; it doubles from there.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 /// The longest wait between attempts.
 const RETRY_MAX: Duration = Duration::from_secs(30);
@@ -50,7 +50,12 @@ enum Phase {
     /// Ranks load.
     Forming { since: Instant, ready: Vec<bool> },
     /// Tokens come out; the last sign of it.
-    Ready { since: Instant, last_sign: Instant },
+    Ready {
+        since: Instant,
+        last_sign: Instant,
+        /// A request got a token.
+        has_served: bool,
+    },
 }
 
 /// See the module.
@@ -62,8 +67,11 @@ pub(super) struct Life {
     epoch: u64,
     phase: Phase,
     blame: Option<Blame>,
-    /// Losses in a row without a proven group between them.
-    n_losses: u32,
+    /// The last loss.
+    last_loss: Option<Blame>,
+    /// Losses in a row that say that forming again may not help: groups that could not be formed, or
+    /// that were lost by the same cause as the one before without having served anybody.
+    n_vain: u32,
 }
 
 impl Life {
@@ -75,7 +83,8 @@ impl Life {
             epoch: 0,
             phase: Phase::Waiting { until: now },
             blame: None,
-            n_losses: 0,
+            last_loss: None,
+            n_vain: 0,
         }
     }
 
@@ -92,12 +101,22 @@ impl Life {
                 self.phase = Phase::Ready {
                     since: now,
                     last_sign: now,
+                    has_served: false,
                 };
             }
         }
     }
 
-    /// The first rank of `epoch` reported a turn of its loop.
+    /// A request got a token from the group of `epoch`.
+    pub(super) fn handle_token(&mut self, epoch: u64) {
+        if epoch == self.epoch
+            && let Phase::Ready { has_served, .. } = &mut self.phase
+        {
+            *has_served = true;
+        }
+    }
+
+    /// The first rank of `epoch` said that it goes on.
     pub(super) fn handle_sign(&mut self, epoch: u64, now: Instant) {
         if epoch == self.epoch
             && let Phase::Ready { last_sign, .. } = &mut self.phase
@@ -134,27 +153,33 @@ impl Life {
                 };
                 let is_late = *since + FORM_LIMIT <= now;
                 let blame = self.blame.take().or_else(|| is_late.then(late))?;
-                Some(self.lose(blame, false, now))
+                Some(self.lose(blame, true, now))
             }
-            Phase::Ready { since, last_sign } => {
+            Phase::Ready {
+                since,
+                last_sign,
+                has_served,
+            } => {
                 let silent = || Blame {
                     rank: 0,
                     what: format!("rank 0 gave no sign for {:?}", self.silence_max),
                 };
                 let is_silent = *last_sign + self.silence_max <= now;
-                let is_proven = *since + PROVEN_AFTER <= now;
+                let is_proven = *has_served || *since + PROVEN_AFTER <= now;
                 let blame = self.blame.take().or_else(|| is_silent.then(silent))?;
-                Some(self.lose(blame, is_proven, now))
+                let is_vain = !is_proven && self.last_loss.as_ref() == Some(&blame);
+                Some(self.lose(blame, is_vain, now))
             }
         }
     }
 
-    fn lose(&mut self, blame: Blame, is_proven: bool, now: Instant) -> Command {
-        self.n_losses = if is_proven { 1 } else { self.n_losses + 1 };
-        let retry_in = match self.n_losses {
-            0 | 1 => Duration::ZERO,
-            n => (RETRY_FIRST * 2u32.saturating_pow(n - 2)).min(RETRY_MAX),
+    fn lose(&mut self, blame: Blame, is_vain: bool, now: Instant) -> Command {
+        self.n_vain = if is_vain { self.n_vain + 1 } else { 0 };
+        let retry_in = match self.n_vain {
+            0 => Duration::ZERO,
+            n => (RETRY_FIRST * 2u32.saturating_pow(n - 1)).min(RETRY_MAX),
         };
+        self.last_loss = Some(blame.clone());
         self.phase = Phase::Waiting {
             until: now + retry_in,
         };
@@ -277,8 +302,7 @@ mod tests {
             assert!(retry_in.is_zero() || life.poll(now).is_none());
             now += retry_in;
         }
-        assert_eq!(waits[0], Duration::ZERO);
-        assert_eq!(waits[1], RETRY_FIRST);
+        assert_eq!(waits[0], RETRY_FIRST);
         assert!(waits.is_sorted() && waits[11] == RETRY_MAX, "{waits:?}");
         let epoch = ready(&mut life, now);
         now += PROVEN_AFTER;
@@ -288,5 +312,40 @@ mod tests {
             panic!("lost: {life:?}")
         };
         assert_eq!(retry_in, Duration::ZERO);
+    }
+
+    /// How long it waits after each of `losses`: by this cause, and whether it had served.
+    fn waits(losses: &[(&str, bool)]) -> Vec<Duration> {
+        let mut now = clock::now();
+        let mut life = Life::new(1, SILENCE, now);
+        let wait = |(what, has_served): &(&str, bool)| {
+            let epoch = ready(&mut life, now);
+            if *has_served {
+                life.handle_token(epoch);
+            }
+            let what = (*what).to_owned();
+            life.handle_fault(epoch, Blame { rank: 0, what });
+            let Some(Command::Lose { retry_in, .. }) = life.poll(now) else {
+                panic!("lost: {life:?}")
+            };
+            now += retry_in;
+            retry_in
+        };
+        losses.iter().map(wait).collect()
+    }
+
+    /// A group that was killed again and again, though it served each time, used to wait up to 30 s.
+    #[test]
+    fn a_group_that_served_forms_again_at_once_however_often_it_is_lost() {
+        assert_eq!(waits(&[("killed", true); 10]), [Duration::ZERO; 10]);
+        let waits = waits(&[("killed", false), ("frozen", false), ("killed", false)]);
+        assert_eq!(waits, [Duration::ZERO; 3], "other causes each time");
+    }
+
+    #[test]
+    fn a_group_lost_by_the_same_cause_before_it_served_waits_longer_and_longer() {
+        let waits = waits(&[("broken", false); 4]);
+        assert_eq!(waits[..2], [Duration::ZERO, RETRY_FIRST]);
+        assert_eq!(waits[2..], [RETRY_FIRST * 2, RETRY_FIRST * 4]);
     }
 }

@@ -145,7 +145,9 @@ pub(super) fn event_of(item: StreamItem) -> GroupEventKind {
         StreamItem::Finished(FinishReason::Stop) => GroupEventKind::Stop,
         StreamItem::Finished(FinishReason::Length) => GroupEventKind::Length,
         StreamItem::Finished(FinishReason::DeadlinePassed) => GroupEventKind::DeadlinePassed,
-        StreamItem::Finished(FinishReason::Stopped) => GroupEventKind::Stopped,
+        StreamItem::Finished(FinishReason::Stopped | FinishReason::InsufficientResources) => {
+            GroupEventKind::Stopped
+        }
         StreamItem::Finished(FinishReason::Failed(cause)) => GroupEventKind::Failed(cause),
     }
 }

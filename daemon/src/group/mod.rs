@@ -9,7 +9,7 @@
 //! Invariant: a request that was taken gets exactly one end, whatever becomes of ranks: when a group
 //! is lost, the next one goes on with it behind the tokens that came out, and by batch invariance
 //! and counter-based sampling the rest is the same as it would have been. One that was running in
-//! two lost groups is given up, since it may be what ends them.
+//! two groups that were lost before another token came out is given up, since it may be what ends them.
 //! Invariant: no rank outlives its agent or its epoch.
 //!
 //! Called by replica and, for its followers, by eval.
@@ -20,6 +20,8 @@ mod life;
 mod messages;
 mod process;
 mod handle;
+mod identity;
+mod outbox;
 mod supervisor;
 pub mod rank;
 
@@ -27,7 +29,7 @@ pub mod rank;
 pub use crate::engine::STEP_TARGET_CPU;
 pub use cost_file::CostFile;
 pub use frames::SocketError;
-pub use handle::{GroupHandle, PostError};
+pub use handle::{GroupHandle, GroupState, PostError};
 
 use std::{
     io,
@@ -65,8 +67,10 @@ pub struct GroupConfig {
     pub cpu: CpuConfig,
     /// Memory of all ranks together.
     pub budget: Budget,
-    /// How long a rank may be late in a step before it is lost.
+    /// How long a rank may be late in a step before it is lost, at most.
     pub step_timeout: Duration,
+    /// How long the agent may be silent before its ranks end.
+    pub agent_timeout: Duration,
     /// How long a step may take by prediction.
     pub step_target: Duration,
     /// What is known of step times.
@@ -119,6 +123,7 @@ impl GroupConfig {
             path: self.path.display().to_string(),
             segment: segment.display().to_string(),
             step_timeout_ms: self.step_timeout.as_millis() as u64,
+            agent_timeout_ms: self.agent_timeout.as_millis() as u64,
             n_threads: self.cpu.n_threads as u32,
             isa: self.cpu.isa.name().to_owned(),
             int8_activations: self.cpu.activations == Activations::Int8,

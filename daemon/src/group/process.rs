@@ -1,6 +1,7 @@
 //! One rank's process as its supervisor holds it.
 //!
-//! Invariant: a process that was started is killed and reaped when its holder is dropped.
+//! Invariant: a process that was started is killed and reaped when its holder is dropped. It is killed by
+//! the system, too, when the thread that started it ends, which therefore lives as long as its holder.
 
 use std::{
     io::{self, Write},
@@ -49,6 +50,7 @@ impl RankProcess {
         let child = Command::new(program)
             .arg0("dsd")
             .args(["rank", "--log-filter", &log.filter, "--log-format", format])
+            .args(["--agent-pid", &std::process::id().to_string()])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             // Ctrl-C in a terminal is for the agent, which lets requests finish first.

@@ -1,16 +1,17 @@
 //! The life of a rank process: told what to be, it loads its part and then follows the first rank,
 //! or, being the first, runs the engine for its agent.
 //!
-//! Invariant: the process does not outlive its agent: the end of the socket is its end.
+//! Invariant: the process does not outlive its agent, from its first instant on: the system kills it
+//! when the agent ends, and it ends itself when the agent is silent for too long.
 
 use std::{
-    io::{self, Write},
-    net::Shutdown,
+    io,
     os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver, SyncSender},
     },
     time::{Duration, Instant},
 };
@@ -20,18 +21,20 @@ use dsd_kernels::{
     cpu::{CpuBackend, CpuConfig, Isa},
 };
 use dsd_proto::wire::group::{
-    GroupCancel, GroupEvent, GroupEventKind, GroupEvents, GroupStop, GroupSubmit, RankFailed,
-    RankFault, RankReady, RankStart,
+    AgentTick, GroupCancel, GroupEvent, GroupEventKind, GroupEvents, GroupStop, GroupSubmit,
+    GroupTick, RankFailed, RankFault, RankReady, RankStart,
 };
 use rustix::{
-    process::{Signal, getpid, kill_process},
+    process::{Signal, getpid, getppid, kill_process, set_parent_process_death_signal},
     thread::{CpuSet, sched_setaffinity},
 };
 use tracing::{info, warn};
 
 use super::{
     frames::{self, Frame, SocketError},
+    identity::Identity,
     messages,
+    outbox::Outbox,
 };
 use crate::{
     collective::{Collective, Op, Segment, SegmentError, Site},
@@ -47,6 +50,8 @@ use crate::{
 /// How long ranks wait for each other's loading.
 const LOAD_LIMIT: Duration = Duration::from_secs(3600);
 
+/// Messages of the agent that wait while the rank loads, at most; it says little before that.
+const FRAMES_AHEAD_MAX: usize = 1024;
 /// How often the agent is told of the cost model.
 const COST_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -79,6 +84,12 @@ pub enum FormError {
     /// Instruction set or type that this build does not know.
     #[error("this processor or build does not have `{0}`")]
     Unknown(String),
+    /// Somebody wrote the checkpoint meanwhile.
+    #[error("the checkpoint's files changed while they were loaded")]
+    Changed,
+    /// The checkpoint's files cannot be looked at.
+    #[error("cannot look at the checkpoint's files")]
+    Files(#[from] io::Error),
     /// The checkpoint cannot be opened.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -96,38 +107,13 @@ pub enum FormError {
     Engine(#[from] StartError),
 }
 
-/// The rank's end of its socket, shared by the threads that write.
-#[derive(Debug, Clone)]
-struct Agent {
-    socket: Arc<Mutex<UnixStream>>,
-    epoch: u64,
-}
-
-impl Agent {
-    fn send<M: dsd_proto::wire::Message>(&self, message: &M) {
-        match frames::encode(message, self.epoch) {
-            Ok(frame) => {
-                let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-                // An agent that is gone is noticed by the thread that reads.
-                let _ = socket.write_all(&frame);
-            }
-            Err(e) => warn!(error = %e, "a message to the agent is too long"),
-        }
-    }
-
-    /// Wakes the thread that reads: nothing follows.
-    fn close(&self) {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = socket.shutdown(Shutdown::Read);
-    }
-}
-
 /// Runs this process as the rank that the agent at standard input says.
 ///
 /// # Errors
 /// [`RankError`]; the agent was told.
-pub fn run() -> Result<(), RankError> {
+pub fn run(agent_pid: Option<u32>) -> Result<(), RankError> {
     let started = clock::now();
+    end_with(agent_pid)?;
     let stdin = io::stdin();
     let socket = stdin
         .as_fd()
@@ -142,45 +128,109 @@ pub fn run() -> Result<(), RankError> {
         return Ok(());
     };
     let start = frame.decode::<RankStart>().map_err(SocketError::from)?;
-    let agent = Agent {
-        socket: Arc::new(Mutex::new(socket)),
-        epoch: frame.header.epoch.0,
-    };
-    let rank = start.rank;
-    let failed = |source: FormError| {
-        agent.send(&RankFailed {
-            message: chain(&source),
-        });
-        RankError::Form { rank, source }
-    };
-    let is_first = rank == 0;
-    if !is_first {
-        // The first rank's main thread reads the socket itself.
-        let reader = reader.try_clone().map_err(SocketError::from)?;
-        let watch = move || watch_agent(reader);
-        thread::spawn("dsd-agent", watch).map_err(SocketError::from)?;
+    let agent = Outbox::start(socket, frame.header.epoch.0).map_err(SocketError::from)?;
+    let outcome = live(&start, reader, &agent, started);
+    if let Err(e) = &outcome {
+        match e {
+            RankError::Form { source, .. } => agent.send(&RankFailed {
+                message: chain(source),
+            }),
+            RankError::Lost(e) => agent.send(&fault(e)),
+            RankError::Socket(_) | RankError::NoAgent => {}
+        }
     }
-    let executor = form(&start).map_err(failed)?;
+    agent.finish();
+    outcome
+}
+
+/// Loads, and does the rank's work until its end.
+fn live(
+    start: &RankStart,
+    reader: UnixStream,
+    agent: &Outbox,
+    started: Instant,
+) -> Result<(), RankError> {
+    let rank = start.rank;
+    let failed = |source: FormError| RankError::Form { rank, source };
+    let silence = Duration::from_millis(start.agent_timeout_ms.max(1));
+    reader
+        .set_read_timeout(Some(silence))
+        .map_err(SocketError::from)?;
+    // From now on, so that the end of the agent is noticed while this one loads or waits for others.
+    let (heard_tx, heard) = mpsc::sync_channel(FRAMES_AHEAD_MAX);
+    let is_ending = Arc::new(AtomicBool::new(false));
+    let watched = Arc::clone(&is_ending);
+    thread::spawn("dsd-agent", move || {
+        watch_agent(reader, &heard_tx, &watched)
+    })
+    .map_err(SocketError::from)?;
+    let look = || Identity::of(Path::new(&start.path)).map_err(|e| failed(e.into()));
+    let before = look()?;
+    let executor = form(start).map_err(failed)?;
+    let identity = look()?;
+    if identity != before {
+        return Err(failed(FormError::Changed));
+    }
     let ready = |limits| RankReady {
         took_ms: started.elapsed().as_millis() as u64,
         disk_bytes_read: disk_bytes_read(),
         limits,
+        weights_digest: identity.weights.clone(),
+        text_digest: identity.text.clone(),
     };
-    if is_first {
-        let engine = Engine::start(&start, executor, &agent).map_err(failed)?;
+    if rank == 0 {
+        let engine = Engine::start(start, executor, agent, &is_ending).map_err(failed)?;
         let limits =
             messages::limits_message(&engine.handle.limits(), engine.handle.canary_token());
         agent.send(&ready(Some(limits)));
-        return engine.serve(&mut reader, &agent);
+        let handle = Arc::clone(&engine.handle);
+        agent
+            .start_ticking(move || tick(&handle))
+            .map_err(SocketError::from)?;
+        return engine.serve(&heard, agent);
     }
     agent.send(&ready(None));
-    follow(executor, &agent)
+    let outcome = follow(executor);
+    is_ending.store(true, Ordering::Release);
+    outcome
 }
 
-/// Ends the process with its agent.
-fn watch_agent(mut socket: UnixStream) {
-    while let Ok(Some(_)) = frames::read(&mut socket) {}
-    die();
+/// Makes the end of the agent this process' end, from its first instant on.
+fn end_with(agent_pid: Option<u32>) -> Result<(), RankError> {
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|e| SocketError::from(io::Error::from(e)))?;
+    // An agent that ended before that has left this process to somebody else already.
+    let parent = getppid().map(|pid| pid.as_raw_nonzero().get().cast_unsigned());
+    match agent_pid {
+        Some(agent) if parent != Some(agent) => Err(RankError::NoAgent),
+        _ => Ok(()),
+    }
+}
+
+fn tick(engine: &EngineHandle) -> GroupTick {
+    let (age, expected) = engine.step_age();
+    GroupTick {
+        step_age_us: age.map(|age| age.as_micros() as u64),
+        expected_us: expected.as_micros() as u64,
+    }
+}
+
+/// Passes on what the agent says, and ends the process with it, or when it was silent for too long:
+/// an agent that is frozen holds no streams, and its service manager will start another one.
+fn watch_agent(mut socket: UnixStream, heard: &SyncSender<Frame>, is_ending: &AtomicBool) {
+    loop {
+        match frames::read(&mut socket) {
+            Ok(Some(frame)) if frame.is::<AgentTick>() => {}
+            // Nobody takes it once the engine has ended; then the process is about to.
+            Ok(Some(frame)) => drop(heard.send(frame)),
+            Ok(None) if is_ending.load(Ordering::Acquire) => return,
+            Ok(None) => die(),
+            Err(e) => {
+                warn!(error = %e, "the agent is silent or says what cannot be read; the rank ends");
+                die();
+            }
+        }
+    }
 }
 
 /// There is nobody to answer to and nothing to save.
@@ -244,11 +294,8 @@ fn pin(cpus: &[u32]) {
     }
 }
 
-fn follow(mut executor: ModelExecutor<CpuBackend>, agent: &Agent) -> Result<(), RankError> {
-    executor.follow().map_err(|e| {
-        agent.send(&fault(&e));
-        RankError::Lost(e)
-    })
+fn follow(mut executor: ModelExecutor<CpuBackend>) -> Result<(), RankError> {
+    executor.follow().map_err(RankError::Lost)
 }
 
 fn fault(error: &StepError) -> RankFault {
@@ -265,9 +312,9 @@ fn fault(error: &StepError) -> RankFault {
 
 /// Events that the next report carries.
 #[derive(Debug, Clone, Default)]
-struct Outbox(Arc<Mutex<Vec<GroupEvent>>>);
+struct Events(Arc<Mutex<Vec<GroupEvent>>>);
 
-impl Outbox {
+impl Events {
     fn push(&self, event: GroupEvent) {
         self.lock().push(event);
     }
@@ -284,14 +331,14 @@ impl Outbox {
 /// A request's events on their way to the agent.
 struct RemoteSink {
     id: u64,
-    outbox: Outbox,
+    events: Events,
     is_cancelled: Arc<AtomicBool>,
 }
 
 impl EventSink for RemoteSink {
     fn send(&self, item: StreamItem) -> bool {
         let what = messages::event_of(item);
-        self.outbox.push(GroupEvent { id: self.id, what });
+        self.events.push(GroupEvent { id: self.id, what });
         !self.is_cancelled()
     }
 
@@ -303,16 +350,19 @@ impl EventSink for RemoteSink {
 /// The first rank's engine.
 struct Engine {
     handle: Arc<EngineHandle>,
-    outbox: Outbox,
+    events: Events,
     /// Set when the engine has told its agent why it ends.
     lost: Arc<Mutex<Option<StepError>>>,
+    /// Set when the end of the socket is no end of the agent.
+    is_ending: Arc<AtomicBool>,
 }
 
 impl Engine {
     fn start(
         start: &RankStart,
         executor: ModelExecutor<CpuBackend>,
-        agent: &Agent,
+        agent: &Outbox,
+        is_ending: &Arc<AtomicBool>,
     ) -> Result<Self, FormError> {
         let metrics = Collector::default();
         if let Err(e) = metrics.install() {
@@ -325,10 +375,10 @@ impl Engine {
         cfg.step_target = Duration::from_micros(start.step_target_us);
         cfg.cost = CostModel::from_parameters(&start.cost);
         cfg.drain_limit = Duration::from_millis(start.drain_limit_ms);
-        let outbox = Outbox::default();
+        let events = Events::default();
         let lost = Arc::<Mutex<Option<StepError>>>::default();
         let outlet = {
-            let (agent, outbox) = (agent.clone(), outbox.clone());
+            let (agent, events) = (agent.clone(), events.clone());
             let mut sent_at: Option<Instant> = None;
             Box::new(move |load: &engine::EngineLoad, cost: &CostModel| {
                 let (series, metrics) = metrics.take();
@@ -342,7 +392,7 @@ impl Engine {
                     false => Vec::new(),
                 };
                 agent.send(&GroupEvents {
-                    events: outbox.take(),
+                    events: events.take(),
                     load: messages::load_message(load),
                     cost,
                     series,
@@ -352,8 +402,9 @@ impl Engine {
         };
         let on_fatal = {
             let (agent, lost) = (agent.clone(), Arc::clone(&lost));
+            let is_ending = Arc::clone(is_ending);
             move |e: StepError| {
-                agent.send(&fault(&e));
+                is_ending.store(true, Ordering::Release);
                 *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
                 agent.close();
             }
@@ -361,27 +412,23 @@ impl Engine {
         let handle = engine::start_reporting(Box::new(executor), cfg, outlet, on_fatal)?;
         Ok(Self {
             handle: Arc::new(handle),
-            outbox,
+            events,
             lost,
+            is_ending: Arc::clone(is_ending),
         })
     }
 
     /// Does what the agent says until it says stop, or until the group is lost.
-    fn serve(self, reader: &mut UnixStream, agent: &Agent) -> Result<(), RankError> {
+    fn serve(self, heard: &Receiver<Frame>, agent: &Outbox) -> Result<(), RankError> {
         let mut running = Running::default();
-        let is_stopped = Arc::new(AtomicBool::new(false));
-        while let Some(frame) = frames::read(reader)? {
-            self.obey(&frame, &mut running, agent, &is_stopped)?;
+        // Ends when the outbox is closed and wakes the thread that reads.
+        while let Ok(frame) = heard.recv() {
+            self.obey(&frame, &mut running, agent)?;
         }
         let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
         match lost.clone() {
             Some(e) => Err(RankError::Lost(e)),
-            None => {
-                if !is_stopped.load(Ordering::Acquire) {
-                    die();
-                }
-                Ok(())
-            }
+            None => Ok(()),
         }
     }
 
@@ -389,8 +436,7 @@ impl Engine {
         &self,
         frame: &Frame,
         running: &mut Running,
-        agent: &Agent,
-        is_stopped: &Arc<AtomicBool>,
+        agent: &Outbox,
     ) -> Result<(), SocketError> {
         if frame.is::<GroupSubmit>() {
             let message = frame.decode::<GroupSubmit>()?;
@@ -400,15 +446,18 @@ impl Engine {
         } else if frame.is::<GroupStop>() {
             let drain = Duration::from_millis(frame.decode::<GroupStop>()?.drain_ms);
             let (handle, agent) = (Arc::clone(&self.handle), agent.clone());
-            let is_stopped = Arc::clone(is_stopped);
+            let is_ending = Arc::clone(&self.is_ending);
             // A second stop can shorten the first, so this thread goes on reading.
             thread::spawn("dsd-stop", move || {
                 handle.stop(drain);
-                is_stopped.store(true, Ordering::Release);
+                is_ending.store(true, Ordering::Release);
                 agent.close();
             })?;
         } else {
-            warn!(kind = frame.header.type_id, "a message no rank takes");
+            warn!(
+                kind = frame.header.type_id,
+                "unexpected message from the agent"
+            );
         }
         Ok(())
     }
@@ -418,7 +467,7 @@ impl Engine {
         let is_cancelled = running.add(id);
         let sink = TokenSink::to(Arc::new(RemoteSink {
             id,
-            outbox: self.outbox.clone(),
+            events: self.events.clone(),
             is_cancelled,
         }));
         if let Err(e) = self.handle.post(messages::request(message, now, sink)) {
@@ -429,7 +478,7 @@ impl Engine {
                 PostError::QueueFull { .. } => GroupEventKind::NoRoom,
                 PostError::Stopping | PostError::Dead => GroupEventKind::Stopped,
             };
-            self.outbox.push(GroupEvent { id, what });
+            self.events.push(GroupEvent { id, what });
         }
     }
 }

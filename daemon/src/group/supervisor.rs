@@ -11,7 +11,8 @@ use std::{
 };
 
 use dsd_proto::wire::group::{
-    GroupCancel, GroupEvent, GroupEvents, GroupLoad, GroupStop, RankFailed, RankFault, RankReady,
+    AgentTick, GroupCancel, GroupEvent, GroupEvents, GroupLoad, GroupStop, GroupTick, RankFailed,
+    RankFault, RankReady,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{error, info, warn};
@@ -19,7 +20,7 @@ use tracing::{error, info, warn};
 use super::{
     CostFile, GroupConfig, GroupError,
     frames::{self, Frame, SocketError},
-    handle::{InFlight, Shared},
+    handle::{InFlight, Shared, Sign},
     life::{Blame, Command, Life},
     messages,
     process::RankProcess,
@@ -27,19 +28,24 @@ use super::{
 use crate::{
     collective::Segment,
     cost::CostModel,
-    engine::EngineLimits,
+    engine::{self, EngineLimits},
     flow::{FinishReason, StreamItem},
     runtime::clock,
     telemetry::{chain, forward::Delivery},
 };
 
-/// An idle engine reports after its canary, every 3 s; so much more than a step's deadline is
-/// silence.
-const SIGN_INTERVAL: Duration = Duration::from_secs(4);
+/// The first rank ticks twice a second; a group whose first rank was silent for so long is lost.
+const SILENCE_MAX: Duration = Duration::from_secs(4);
+/// How often ranks are told that their agent is there.
+const TICK_INTERVAL: Duration = Duration::from_secs(1);
 /// What a stop may take beyond the drain before ranks are killed.
 const STOP_GRACE: Duration = Duration::from_secs(1);
-/// Lost groups in which a request may have run before it is given up.
-const CRASHES_MAX: u32 = 2;
+/// Groups that may be lost in a row while they ran a request without a new token before it is given
+/// up: it may be what ends them.
+const LOSSES_MAX: u32 = 2;
+/// Ranks that wait for each other find the one to blame within the step's deadline; the agent steps in
+/// so much later.
+const STEP_GRACE: Duration = Duration::from_secs(1);
 /// How long the thread sleeps at most.
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 
@@ -54,8 +60,13 @@ pub(super) struct Supervisor {
     first: Option<SyncSender<Result<EngineLimits, GroupError>>>,
     /// What the first group's canary gave.
     canary_token: Option<u32>,
+    /// What the first group had loaded: digests of weights and of text.
+    identity: Option<(String, String)>,
+    /// What the ranks of this epoch have loaded, where one has said so.
+    identity_of_epoch: Option<(String, String)>,
     metrics: Delivery,
     formed_at: Instant,
+    ticked_at: Instant,
 }
 
 impl Supervisor {
@@ -66,17 +77,19 @@ impl Supervisor {
         first: SyncSender<Result<EngineLimits, GroupError>>,
         now: Instant,
     ) -> Self {
-        let silence_max = cfg.step_timeout + SIGN_INTERVAL;
         Self {
-            life: Life::new(cfg.n_ranks, silence_max, now),
+            life: Life::new(cfg.n_ranks, SILENCE_MAX, now),
             cfg,
             shared,
             ranks: Vec::new(),
             segment: None,
             first: Some(first),
             canary_token: None,
+            identity: None,
+            identity_of_epoch: None,
             metrics: Delivery::default(),
             formed_at: now,
+            ticked_at: now,
         }
     }
 
@@ -110,6 +123,7 @@ impl Supervisor {
             if self.obey_handles() {
                 return;
             }
+            self.tick();
             self.sleep();
             self.hear();
         }
@@ -117,6 +131,7 @@ impl Supervisor {
 
     /// Starts the ranks of an epoch.
     fn form(&mut self, epoch: u64) {
+        self.identity_of_epoch = None;
         self.formed_at = clock::now();
         match self.start_ranks(epoch) {
             Ok((ranks, segment)) => {
@@ -158,15 +173,19 @@ impl Supervisor {
         let mut given_up = Vec::new();
         for (id, in_flight) in &mut state.in_flight {
             if in_flight.epoch == epoch && in_flight.has_started {
-                in_flight.n_crashes += 1;
-                if CRASHES_MAX <= in_flight.n_crashes {
+                let n_output = in_flight.output.len();
+                let n_losses = match in_flight.lost_at {
+                    Some((at, n)) if at == n_output => n + 1,
+                    _ => 1,
+                };
+                in_flight.lost_at = Some((n_output, n_losses));
+                if LOSSES_MAX <= n_losses {
                     given_up.push(*id);
                 }
             }
         }
         for id in &given_up {
-            let cause = "the model's ranks were lost twice while they answered this".to_owned();
-            state.end(*id, FinishReason::Failed(cause));
+            state.end(*id, FinishReason::InsufficientResources);
         }
         let n_kept = state.in_flight.len();
         drop(state);
@@ -273,6 +292,38 @@ impl Supervisor {
             }
         }
         false
+    }
+
+    /// Tells the ranks that their agent is there, and looks after the step that they are in.
+    fn tick(&mut self) {
+        let now = clock::now();
+        if now.saturating_duration_since(self.ticked_at) < TICK_INTERVAL {
+            return;
+        }
+        self.ticked_at = now;
+        let epoch = self.life.epoch();
+        let Ok(frame) = frames::encode(&AgentTick {}, epoch) else {
+            unreachable!("a tick is a few bytes");
+        };
+        for (rank, process) in self.ranks.iter_mut().enumerate() {
+            // One that reads nothing for long has bytes enough.
+            if process.outgoing.is_empty() {
+                process.outgoing.extend(&frame);
+            }
+            if let Err(e) = process.flush() {
+                let what = format!("its socket failed: {e}");
+                self.life.handle_fault(epoch, Blame { rank, what });
+            }
+        }
+        let sign = self.shared.lock().sign;
+        let limit = engine::step_deadline(sign.expected).min(self.cfg.step_timeout) + STEP_GRACE;
+        if self.life.is_ready() && sign.step_age(now).is_some_and(|age| limit < age) {
+            let what = format!(
+                "a step that should take {:?} is not over after {limit:?}",
+                sign.expected
+            );
+            self.life.handle_fault(epoch, Blame { rank: 0, what });
+        }
     }
 
     /// Sleeps until a rank or a handle has something, or time is up.
@@ -383,6 +434,14 @@ impl Supervisor {
                 self.shared.lock().cost = cost;
             }
             self.apply(events.events, events.load, now);
+        } else if frame.is::<GroupTick>() {
+            let tick = frame.decode::<GroupTick>()?;
+            self.life.handle_sign(epoch, now);
+            self.shared.lock().sign = Sign {
+                at: now,
+                step_age: tick.step_age_us.map(Duration::from_micros),
+                expected: Duration::from_micros(tick.expected_us),
+            };
         } else if frame.is::<RankReady>() {
             let ready = frame.decode::<RankReady>()?;
             self.rank_ready(epoch, rank, &ready, now);
@@ -395,7 +454,10 @@ impl Supervisor {
             let what = fault.message;
             self.life.handle_fault(epoch, Blame { rank, what });
         } else {
-            warn!(kind = frame.header.type_id, "a message no agent takes");
+            warn!(
+                kind = frame.header.type_id,
+                "unexpected message from a rank"
+            );
         }
         Ok(())
     }
@@ -409,6 +471,10 @@ impl Supervisor {
             disk_bytes_read = ready.disk_bytes_read,
             "rank ready"
         );
+        if let Err(what) = self.check_identity(ready) {
+            self.life.handle_fault(epoch, Blame { rank, what });
+            return;
+        }
         if let Some(limits) = &ready.limits {
             let found = limits.canary_token;
             let expected = *self.canary_token.get_or_insert(found);
@@ -439,6 +505,42 @@ impl Supervisor {
         self.ready_if_all();
     }
 
+    /// Holds what a rank has loaded against what the other ranks and the first group have. Other weights
+    /// than the first group's are served, but to nobody who got tokens of those.
+    fn check_identity(&mut self, ready: &RankReady) -> Result<(), String> {
+        let found = (ready.weights_digest.clone(), ready.text_digest.clone());
+        let of_epoch = self.identity_of_epoch.get_or_insert_with(|| found.clone());
+        if *of_epoch != found {
+            return Err("it has loaded other files than another rank of its group".to_owned());
+        }
+        let (weights, text) = self.identity.get_or_insert_with(|| found.clone());
+        if *text != found.1 {
+            return Err(
+                "configuration or tokenizer changed since the model was loaded; unload and load it again"
+                    .to_owned(),
+            );
+        }
+        if *weights == found.0 {
+            return Ok(());
+        }
+        error!(
+            model = %self.cfg.model,
+            before = %weights,
+            now = %found.0,
+            "the weights on disk are not those that were loaded before; running streams end"
+        );
+        *weights = found.0;
+        // Its first token is another one, rightly.
+        self.canary_token = None;
+        let mut state = self.shared.lock();
+        let has_begun = state.in_flight.iter().filter(|(_, f)| !f.output.is_empty());
+        let ids = has_begun.map(|(id, _)| *id).collect::<Vec<_>>();
+        for id in ids {
+            state.end(id, FinishReason::InsufficientResources);
+        }
+        Ok(())
+    }
+
     /// When the last rank is ready, everything in flight is asked anew.
     fn ready_if_all(&mut self) {
         if !self.life.is_ready() {
@@ -449,6 +551,11 @@ impl Supervisor {
             return;
         }
         state.is_ready = true;
+        state.sign = Sign {
+            at: clock::now(),
+            step_age: None,
+            expected: Duration::ZERO,
+        };
         // In the order of arrival, those that ran before included.
         state.new = state.in_flight.keys().copied().collect();
         let n_resumed = state.new.len();
@@ -461,10 +568,11 @@ impl Supervisor {
     }
 
     /// Hands events to the readers.
-    fn apply(&self, events: Vec<GroupEvent>, load: GroupLoad, now: Instant) {
+    fn apply(&mut self, events: Vec<GroupEvent>, load: GroupLoad, now: Instant) {
         let mut state = self.shared.lock();
         state.load = load;
         state.load_at = now;
+        let mut has_served = false;
         for GroupEvent { id, what } in events {
             let Some(in_flight) = state.in_flight.get_mut(&id) else {
                 continue;
@@ -489,12 +597,17 @@ impl Supervisor {
                 }
                 StreamItem::Token(event) => {
                     if event.index == in_flight.output.len() {
+                        has_served = true;
                         in_flight.output.push(event.token);
                         in_flight.sink.send(StreamItem::Token(event));
                     }
                 }
                 StreamItem::Finished(reason) => state.end(id, reason),
             }
+        }
+        drop(state);
+        if has_served {
+            self.life.handle_token(self.life.epoch());
         }
     }
 }

@@ -176,6 +176,7 @@ fn load(
         cpu,
         budget,
         step_timeout: Duration::from_secs(keys.step_timeout_s),
+        agent_timeout: Duration::from_secs(keys.agent_timeout_s),
         step_target,
         cost: None,
         cost_file: Some(CostFile::new(&settings.cost_folder, name, learnt_on)),

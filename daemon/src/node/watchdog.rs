@@ -1,7 +1,8 @@
 //! Feeds systemd's watchdog as long as tokens come out, and finds engines that broke down.
 //!
-//! A frozen engine stops the feeding, and systemd restarts the node: liveness is forward progress,
-//! not a thread that still ticks.
+//! When no model answers any more the feeding stops, and systemd restarts the node: liveness is forward
+//! progress, not a thread that still ticks. One stuck or damaged model beside others that answer is for
+//! `/ready` to tell.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,15 +23,21 @@ pub(super) async fn feed(catalog: Arc<Catalog>, token_age_max: Duration) {
     let mut ticks = tokio::time::interval(timeout / 3);
     loop {
         ticks.tick().await;
-        let stuck = catalog
-            .served()
-            .into_iter()
+        let mut reasons = Vec::new();
+        let mut n_alive = 0;
+        for model in catalog.served() {
             // Ranks that are started again are looked after already.
-            .filter(|model| !model.replica.load().is_forming)
-            .find_map(|model| gateway::model_readiness(&model, token_age_max).err());
-        match stuck {
-            None => super::notify(&[NotifyState::Watchdog]),
-            Some(reason) => warn!(%reason, "watchdog not fed"),
+            let is_forming = model.replica.load().is_forming;
+            match gateway::model_readiness(&model, token_age_max) {
+                Err(reason) if !is_forming => reasons.push(reason.to_string()),
+                Ok(()) | Err(_) => n_alive += 1,
+            }
+        }
+        // A restart would take the models that answer away as well.
+        if 0 < n_alive || reasons.is_empty() {
+            super::notify(&[NotifyState::Watchdog]);
+        } else {
+            warn!(reasons = reasons.join("; "), "watchdog not fed");
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     admission::{Admission, EngineState},
     engine::{self, EngineConfig, EngineHandle, EngineLimits, PostError, StartError, StepExecutor},
     flow::{FinishReason, Request, StreamItem},
-    group::{self, GroupConfig, GroupError, GroupHandle},
+    group::{self, GroupConfig, GroupError, GroupHandle, GroupState},
 };
 
 /// What a caller brings, and what it is told, so that it needs no arrow of its own.
@@ -83,6 +83,8 @@ pub struct LoadReport {
     pub is_dead: bool,
     /// True while the group's ranks are started again: requests wait.
     pub is_forming: bool,
+    /// True while no step comes to its end that should have long ago.
+    pub is_stalled: bool,
 }
 
 /// A model that answers. Clones share the engine; when the last one goes, requests that were taken
@@ -212,8 +214,8 @@ impl Replica {
 
     /// A snapshot.
     pub fn load(&self) -> LoadReport {
-        let (load, is_forming) = match &self.engine {
-            Engine::Thread(engine) => (engine.load(), false),
+        let (load, group) = match &self.engine {
+            Engine::Thread(engine) => (engine.load(), GroupState::Ready),
             Engine::Group(group) => group.load(),
         };
         LoadReport {
@@ -228,7 +230,8 @@ impl Replica {
             last_token_age: load.last_token_age,
             canary_wrong: load.canary_wrong,
             is_dead: load.is_dead,
-            is_forming,
+            is_forming: group == GroupState::Forming,
+            is_stalled: group == GroupState::Stalled,
         }
     }
 

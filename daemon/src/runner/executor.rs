@@ -8,6 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan, Workers};
@@ -267,6 +268,12 @@ impl<B: Backend> ModelExecutor<B> {
     /// This rank's part of a step; the first one's leaves the rows of logits, their number is
     /// returned.
     fn run(&mut self, plan: &StepPlan) -> Result<usize, StepError> {
+        if let Collective::Shm(member) = &mut self.group {
+            member.set_deadline(match plan.deadline_ms {
+                0 => Duration::MAX,
+                ms => Duration::from_millis(u64::from(ms)),
+            });
+        }
         self.rows.fill(plan);
         let step = Step {
             rows: self.rows.all.inputs(plan),

@@ -50,6 +50,8 @@ pub struct StepPlan {
     pub tokens: Vec<u32>,
     /// Block tables of all spans, one after the other.
     pub blocks: Vec<u32>,
+    /// How late a rank may be in this step, in milliseconds; 0 for as late as in any.
+    pub deadline_ms: u32,
 }
 
 impl StepPlan {
@@ -58,6 +60,7 @@ impl StepPlan {
         self.spans.clear();
         self.tokens.clear();
         self.blocks.clear();
+        self.deadline_ms = 0;
     }
 
     /// Adds a span by copying its tokens and block table.
@@ -94,7 +97,7 @@ const SPAN_WORDS: usize = 4;
 impl StepPlan {
     /// Words that a plan within these bounds takes at most.
     pub fn n_words_max(n_spans: usize, n_tokens: usize, blocks_per_span: usize) -> usize {
-        3 + n_spans * (SPAN_WORDS + blocks_per_span) + n_tokens
+        4 + n_spans * (SPAN_WORDS + blocks_per_span) + n_tokens
     }
 
     /// Writes what another rank needs to run the step.
@@ -106,6 +109,7 @@ impl StepPlan {
         words.clear();
         let counts = [self.spans.len(), self.tokens.len(), self.blocks.len()];
         words.extend(counts.map(|n| n as u32));
+        words.push(self.deadline_ms);
         for span in &self.spans {
             let logits = match span.logits {
                 LogitRows::Skip => 0,
@@ -128,8 +132,9 @@ impl StepPlan {
     /// carried over.
     pub fn read_words(&mut self, words: &[u32]) -> Option<()> {
         self.clear();
-        let (head, rest) = words.split_first_chunk::<3>()?;
-        let [n_spans, n_tokens, n_blocks] = head.map(|n| n as usize);
+        let (head, rest) = words.split_first_chunk::<4>()?;
+        let [n_spans, n_tokens, n_blocks, _] = head.map(|n| n as usize);
+        self.deadline_ms = head[3];
         let (spans, rest) = rest.split_at_checked(n_spans.checked_mul(SPAN_WORDS)?)?;
         let (tokens, blocks) = rest.split_at_checked(n_tokens)?;
         let (mut token, mut block) = (0, 0);
@@ -171,6 +176,7 @@ mod tests {
         plan.push(0, 5, &[7, 8, 9], &[1, 2], LogitRows::Last);
         plan.push(1, 0, &[3], &[4], LogitRows::Skip);
         plan.push(2, 1, &[6, 6], &[9], LogitRows::All);
+        plan.deadline_ms = 3_500;
         let mut words = Vec::new();
         plan.to_words(&mut words);
         assert!(words.len() <= StepPlan::n_words_max(3, 6, 2));

@@ -12,6 +12,8 @@ pub enum FinishReason {
     Length,
     /// The server could not go on; what was sent is valid (DeepSeek's word).
     InsufficientSystemResource,
+    /// The request's deadline passed; what was sent is valid.
+    DeadlineExceeded,
 }
 
 /// Token counts of a request.

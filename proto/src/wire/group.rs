@@ -3,19 +3,21 @@
 //! The agent says [`RankStart`] first; a rank answers [`RankReady`] or [`RankFailed`]. After that the
 //! first rank of a group takes [`GroupSubmit`], [`GroupCancel`] and [`GroupStop`], and sends one
 //! [`GroupEvents`] per step; any rank may end with a [`RankFault`]. The frames' epoch is the group's:
-//! what belongs to an earlier one is dropped.
+//! what belongs to an earlier one is dropped. Both sides send ticks, so that a frozen one is noticed.
 
 use crate::wire::schema::{wire_enum, wire_messages, wire_struct};
 
 wire_messages! {
     RankStart = 0x0301, 2, Control;
-    RankReady = 0x0302, 1, Control;
+    RankReady = 0x0302, 2, Control;
     RankFailed = 0x0303, 1, Control;
     RankFault = 0x0304, 1, Control;
     GroupSubmit = 0x0311, 2, Request;
     GroupCancel = 0x0312, 1, Control;
     GroupStop = 0x0313, 1, Control;
     GroupEvents = 0x0314, 2, Request;
+    GroupTick = 0x0315, 1, Control;
+    AgentTick = 0x0316, 1, Control;
 }
 
 wire_struct! {
@@ -31,8 +33,10 @@ wire_struct! {
         pub path: String,
         /// The group's shared memory; empty for a group of one.
         pub segment: String,
-        /// How long another rank may be late in a step.
+        /// How long another rank may be late in a step at most.
         pub step_timeout_ms: u64,
+        /// A rank ends when its agent was silent for so long.
+        pub agent_timeout_ms: u64,
         /// Threads that compute at once.
         pub n_threads: u32,
         /// Instruction set, by its name.
@@ -73,6 +77,10 @@ wire_struct! {
         pub disk_bytes_read: u64,
         /// What the engine takes; on the first rank.
         pub limits: Option<EngineLimits>,
+        /// Digest of the build and of the weight files that were loaded, hexadecimal.
+        pub weights_digest: String,
+        /// Digest of configuration and tokenizer, hexadecimal.
+        pub text_digest: String,
     }
 }
 
@@ -217,6 +225,21 @@ wire_struct! {
         /// What was counted since the last frame.
         pub metrics: Vec<MetricUpdate>,
     }
+}
+
+wire_struct! {
+    /// Sent by the first rank twice a second, whatever its engine does.
+    pub struct GroupTick {
+        /// How long the engine has been in the step that it is in.
+        pub step_age_us: Option<u64>,
+        /// How long that step was expected to take.
+        pub expected_us: u64,
+    }
+}
+
+wire_struct! {
+    /// Sent by the agent every second.
+    pub struct AgentTick {}
 }
 
 wire_struct! {

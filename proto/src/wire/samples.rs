@@ -13,9 +13,9 @@ use crate::{
             Sampling,
         },
         group::{
-            EngineLimits, GroupCancel, GroupEvent, GroupEventKind, GroupEvents, GroupLoad,
-            GroupStop, GroupSubmit, GroupToken, MetricKind, MetricSeries, MetricUpdate, RankFailed,
-            RankFault, RankReady, RankStart, TokenSampling, TokenValue,
+            AgentTick, EngineLimits, GroupCancel, GroupEvent, GroupEventKind, GroupEvents,
+            GroupLoad, GroupStop, GroupSubmit, GroupTick, GroupToken, MetricKind, MetricSeries,
+            MetricUpdate, RankFailed, RankFault, RankReady, RankStart, TokenSampling, TokenValue,
         },
     },
 };
@@ -203,6 +203,7 @@ pub(crate) fn rank_start() -> RankStart {
         model: "tiny".into(),
         path: "/models/tiny".into(),
         segment: "/proc/1/fd/9".into(),
+        agent_timeout_ms: 30_000,
         step_timeout_ms: 10_000,
         n_threads: 1,
         isa: "avx512".into(),
@@ -235,6 +236,8 @@ pub(crate) fn rank_ready() -> RankReady {
             block_len: 32,
             canary_token: 17,
         }),
+        weights_digest: "00ff".into(),
+        text_digest: "a1".into(),
     }
 }
 
@@ -290,6 +293,17 @@ pub(crate) fn group_cancel() -> GroupCancel {
 
 pub(crate) fn group_stop() -> GroupStop {
     GroupStop { drain_ms: 500 }
+}
+
+pub(crate) fn group_tick() -> GroupTick {
+    GroupTick {
+        step_age_us: Some(1_200),
+        expected_us: 50_000,
+    }
+}
+
+pub(crate) fn agent_tick() -> AgentTick {
+    AgentTick {}
 }
 
 pub(crate) fn group_events() -> GroupEvents {

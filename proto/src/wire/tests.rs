@@ -43,6 +43,8 @@ macro_rules! for_each_sample {
         $check(&samples::group_cancel() $(, $arg)*);
         $check(&samples::group_stop() $(, $arg)*);
         $check(&samples::group_events() $(, $arg)*);
+        $check(&samples::group_tick() $(, $arg)*);
+        $check(&samples::agent_tick() $(, $arg)*);
     };
 }
 
