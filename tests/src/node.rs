@@ -1,6 +1,7 @@
 //! A running node: started on free ports with a state folder of its own, its log kept and judged.
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -30,9 +31,18 @@ pub struct NodeBuilder {
     env: Vec<(String, String)>,
     allowed: Vec<String>,
     state: Option<PathBuf>,
+    configuration: Option<String>,
 }
 
 impl NodeBuilder {
+    /// Serves what this configuration file says (`dsd serve`); the model given is the one that
+    /// [`Node::must_serve`] asks.
+    #[must_use]
+    pub fn configuration(mut self, text: &str) -> Self {
+        self.configuration = Some(text.to_owned());
+        self
+    }
+
     /// Sets an environment variable, such as `DSD_ENGINE__KV_TOKENS`.
     #[must_use]
     #[expect(
@@ -67,18 +77,25 @@ impl NodeBuilder {
         let own_path = own_state.as_ref().map(|folder| folder.path().to_owned());
         let state = self.state.or(own_path).unwrap();
         let mut command = tool::command("dsd");
+        match &self.configuration {
+            None => {
+                let (http, quic) = (["--http", "127.0.0.1:0"], ["--quic", "127.0.0.1:0"]);
+                command.arg("dev").args(http).args(quic);
+                command.arg("--model").arg(&self.model);
+                command.arg("--state").arg(&state);
+            }
+            Some(text) => {
+                let path = state.join("dsd.toml");
+                fs::write(&path, text).unwrap();
+                command
+                    .args(["serve", "--config"])
+                    .arg(path)
+                    .env("DSD_HTTP__LISTEN", "127.0.0.1:0")
+                    .env("DSD_QUIC__LISTEN", "127.0.0.1:0")
+                    .env("DSD_NODE__STATE_DIR", &state);
+            }
+        }
         command
-            .args([
-                "dev",
-                "--http",
-                "127.0.0.1:0",
-                "--quic",
-                "127.0.0.1:0",
-                "--model",
-            ])
-            .arg(&self.model)
-            .arg("--state")
-            .arg(&state)
             // Tests run side by side; a thread per core for each of them would only contend.
             .env("DSD_ENGINE__THREADS", "1")
             // Some tiny models have the context of the real ones.
@@ -175,6 +192,7 @@ impl Node {
             env: Vec::new(),
             allowed: Vec::new(),
             state: None,
+            configuration: None,
         }
     }
 

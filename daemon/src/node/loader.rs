@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn the_cache_holds_two_contexts_within_a_quarter_but_one_where_it_fits() {
-        let checkpoint = open(&test_data().join("reference/llama")).unwrap();
+        let checkpoint = open(&test_data().join("reference/qwen3")).unwrap();
         let context_len = model::spec_of(&checkpoint).unwrap().context_len;
         assert!(context_len.is_multiple_of(KV_BLOCK_LEN));
         let one = PlannedModel::bytes(&checkpoint, context_len);

@@ -17,6 +17,10 @@ use crate::{
 /// Positions in one KV block; attention is split at multiples of it.
 pub const KV_BLOCK_LEN: usize = 32;
 
+/// What a rank takes beside its plan: stacks, the engine's tables, the heap's own waste. Of SmolLM2-135M
+/// it is 7 MiB; tables grow with the sequences that run at once.
+pub const PROCESS_BYTES: u64 = 16 << 20;
+
 /// What the operator allows a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
@@ -122,7 +126,7 @@ pub enum PlanError {
          panels), but only {available}; lower kv_bytes or step_tokens"
     )]
     TooLarge {
-        /// Panels, KV cache and workspace.
+        /// Panels, KV cache, workspace and processes.
         needed: u64,
         /// Weights in panels.
         panels: u64,
@@ -197,9 +201,10 @@ impl MemoryPlan {
         }
     }
 
-    /// What the rank takes beside the mapped weights: panels, KV cache and workspace.
-    pub fn bytes_of_its_own(&self) -> u64 {
-        self.panels_bytes + self.kv_bytes + self.workspace_bytes
+    /// What the rank takes beside the mapped weights: panels, KV cache, workspace and what any process
+    /// of ours takes.
+    pub const fn bytes_of_its_own(&self) -> u64 {
+        self.panels_bytes + self.kv_bytes + self.workspace_bytes + PROCESS_BYTES
     }
 
     /// The cache of one layer of a rank's part.
@@ -236,12 +241,17 @@ impl fmt::Display for MemoryPlan {
             self.n_blocks,
             self.kv_bytes_per_token
         )?;
-        write!(
+        writeln!(
             f,
             "  workspace  {:>12}  steps of {} tokens, {} rows of logits",
             mib(self.workspace_bytes),
             self.step_tokens_max,
             self.step_logits_max
+        )?;
+        write!(
+            f,
+            "  process    {:>12}  allowed for the rest",
+            mib(PROCESS_BYTES)
         )
     }
 }

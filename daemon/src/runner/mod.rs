@@ -21,7 +21,7 @@ pub use executor::ModelExecutor;
 pub use load::{
     LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes,
 };
-pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PlanError, WeightBytes};
+pub use memory::{Budget, KV_BLOCK_LEN, MemoryPlan, PROCESS_BYTES, PlanError, WeightBytes};
 pub use plan::{LogitRows, Span, StepPlan};
 
 /// What one executor can take in a step; fixed at construction.

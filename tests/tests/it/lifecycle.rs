@@ -11,7 +11,7 @@ use std::{
 use dsd_tests::{
     data,
     http::{self, Connection},
-    node::Node,
+    node::{Node, NodeBuilder},
     process, tool, wait,
 };
 use serde_json::{Value, json};
@@ -314,4 +314,90 @@ fn verify_notices_bytes_that_changed_on_disk() {
     }
     let absent = tool::dsctl(&node, &["model", "verify", "absent"]);
     assert_eq!(absent.code, Some(1), "{absent:?}");
+}
+
+/// Two models: `llama` with settings of its own, and `spare`, which is not there.
+fn two_models(spare_required: bool) -> NodeBuilder {
+    let llama = data::reference("llama");
+    let text = format!(
+        "version = 1\n[[models]]\nname = \"llama\"\npath = {llama:?}\naliases = [\"deepseek-chat\"]\n\
+         kv_tokens = 512\nrunning_max = 2\n\
+         [[models]]\nname = \"spare\"\npath = \"/nonexistent\"\nrequired = {spare_required}\n"
+    );
+    Node::builder(&llama)
+        .configuration(&text)
+        .allow("model not loaded")
+}
+
+#[test]
+fn a_model_of_the_configuration_has_its_settings_and_aliases_also_when_loaded_by_hand() {
+    let node = two_models(false).start();
+    let n_blocks = || {
+        let status = tool::dsctl_json(&node, &["status"]);
+        let models = status["models"].as_array().unwrap();
+        let llama = models
+            .iter()
+            .find(|model| model["name"] == "llama")
+            .unwrap();
+        llama["n_blocks"].as_u64().unwrap()
+    };
+    // 512 positions in blocks of 32.
+    let n_blocks_before = n_blocks();
+    assert!((16..=17).contains(&n_blocks_before), "{n_blocks_before}");
+    let ask = || {
+        let body = json!({"model": "deepseek-chat", "prompt": [1, 2], "max_tokens": 2});
+        node.post("/v1/completions", &body)
+    };
+    let reply = ask();
+    assert_eq!(
+        (reply.status, &reply.json()["model"]),
+        (200, &json!("deepseek-chat"))
+    );
+    let unload = tool::dsctl(&node, &["model", "unload", "deepseek-chat"]);
+    assert_eq!(unload.code, Some(0), "{unload:?}");
+    let reply = node.get("/ready");
+    reply.must_be_error(503, "not_ready", None);
+    assert!(reply.body.contains("`llama`"), "{}", reply.body);
+    ask().must_be_error(404, "model_not_found", Some("model"));
+    let loaded = tool::dsctl_json(&node, &["model", "load", "deepseek-chat"]);
+    assert_eq!(loaded["loaded"]["name"], "llama", "{loaded}");
+    wait::until_true("/ready", || node.get("/ready").status == 200);
+    assert_eq!((ask().status, n_blocks()), (200, n_blocks_before));
+}
+
+/// Such a node was ready, and a load balancer sent it requests for the model it did not have.
+#[test]
+fn a_node_without_a_required_model_answers_for_the_others_and_is_not_ready() {
+    let node = two_models(true).spawn();
+    wait::until_true("the other model", || {
+        node.get("/v1/models/llama").status == 200
+    });
+    wait::until_true("the failure", || {
+        let reply = node.get("/ready");
+        assert_eq!(reply.status, 503, "{reply:?}");
+        reply
+            .body
+            .contains("`spare`, which the configuration requires, is failed")
+    });
+    node.must_serve();
+}
+
+#[test]
+fn a_node_that_may_be_without_all_its_models_stays_up_without_them() {
+    let llama = data::reference("llama");
+    let text =
+        "version = 1\n[[models]]\nname = \"spare\"\npath = \"/nonexistent\"\nrequired = false\n";
+    let node = Node::builder(&llama)
+        .configuration(text)
+        .allow("model not loaded")
+        .spawn();
+    wait::until_true("the failure", || {
+        let status = tool::dsctl(&node, &["--json", "status"]);
+        assert_eq!(status.code, Some(2), "{status:?}");
+        status.stdout.contains("failed")
+    });
+    node.get("/ready").must_be_error(503, "not_ready", None);
+    tool::dsctl_json(&node, &["model", "load", llama.to_str().unwrap()]);
+    wait::until_true("/ready", || node.get("/ready").status == 200);
+    node.must_serve();
 }
