@@ -106,6 +106,12 @@ codes! {
 }
 
 impl Code {
+    /// Whether the same request may succeed when it is sent again at once: when it met a fault, not a
+    /// limit.
+    pub fn may_be_retried_at_once(self) -> bool {
+        self.may_be_retried() && self != Self::DeadlineExceeded
+    }
+
     /// The code of a wire number; `None` for one that a newer release added.
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL

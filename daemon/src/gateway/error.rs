@@ -153,6 +153,11 @@ impl ApiError {
             let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() != 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
+        let is_retried = matches!(self.code.http_status(), 408 | 409 | 429 | 500..);
+        if is_retried && self.retry_after.is_none() && !self.code.may_be_retried_at_once() {
+            // Official clients try these again by themselves, at once.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
         if self.code == Code::Unauthorized {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -249,5 +254,16 @@ mod tests {
             error.json(),
             r#"{"error":{"message":"`messages` is required","type":"invalid_request_error","param":"messages","code":"invalid_request"}}"#
         );
+    }
+
+    #[test]
+    fn what_will_not_succeed_at_once_is_not_tried_again_by_official_clients() {
+        let response = ApiError::of_end(&ChoiceEnd::DeadlinePassed).into_response();
+        assert_eq!(response.status(), 504);
+        assert_eq!(response.headers()["x-should-retry"], "false");
+        let response = ApiError::of_end(&ChoiceEnd::Lost).into_response();
+        assert_eq!(response.status(), 503);
+        assert!(!response.headers().contains_key("x-should-retry"));
+        assert_eq!(response.headers()["retry-after"], "5");
     }
 }
