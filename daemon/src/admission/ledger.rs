@@ -73,8 +73,12 @@ pub(super) struct EngineView {
 pub(super) struct Prediction {
     /// Seconds to its first token.
     pub(super) first_token: f64,
-    /// The same on an idle engine.
-    pub(super) alone: f64,
+    /// The same with nobody waiting for a first token before it.
+    pub(super) unqueued: f64,
+    /// Beside the decodes that run now, until its prompt is computed and the step is over.
+    pub(super) computing: f64,
+    /// A step.
+    pub(super) step: f64,
     /// Seconds of the engine's time that it takes in all.
     pub(super) work: f64,
 }
@@ -115,6 +119,15 @@ impl Ledger {
     /// Choices in flight.
     pub(super) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// Choices of the account in flight, and those of them that wait for their first token.
+    pub(super) fn n_own(&self, account: Account) -> (usize, usize) {
+        let own = self.entries.values();
+        let own = own.filter(|e| flow_of(e.account) == flow_of(account));
+        own.fold((0, 0), |(n, n_pending), e| {
+            (n + 1, n_pending + usize::from(e.is_waiting_for_first()))
+        })
     }
 
     /// Since when somebody waits for a first token.
@@ -204,8 +217,8 @@ impl Ledger {
         cost: &CostModel,
         view: EngineView,
     ) -> Prediction {
-        let target = self.cfg.step_target.as_secs_f64();
         let decodes = self.decodes();
+        let target = cost.step_seconds_max(self.cfg.step_target.as_secs_f64(), decodes);
         let chunk = cost
             .rows_within(target, decodes, 0, ALONE_CHUNK_ROWS)
             .max(1);
@@ -235,16 +248,14 @@ impl Ledger {
             } else {
                 decode_only
             };
-        let first_token = view.forming.as_secs_f64() + under_way + queued + computing;
-        let alone_chunk = cost
-            .rows_within(target, StepShape::default(), 0, ALONE_CHUNK_ROWS)
-            .max(1);
-        let alone = cost.prefill_seconds(0, first, alone_chunk);
+        let unqueued = view.forming.as_secs_f64() + under_way + computing;
         let n_output = (ask.n_output_max as f64 * self.output_share).max(1.0);
         let per_token = cost.share(StepShape::span(first, 1, 1), TYPICAL_BATCH);
         Prediction {
-            first_token: first_token * self.bias,
-            alone,
+            first_token: (unqueued + queued) * self.bias,
+            unqueued: unqueued * self.bias,
+            computing: computing * self.bias,
+            step: step * self.bias,
             work: group + ask.prompts.len() as f64 * n_output * per_token,
         }
     }

@@ -7,10 +7,10 @@
 //! only a cap behind it. What becomes of a request is seen at its sink, so the books are right
 //! whichever engine runs it.
 //!
-//! Under lasting overload the target would become everybody's wait. So the full target is for bursts:
-//! once more work is offered than the engine does, or somebody had to be refused, newcomers are taken
-//! only while the first token comes within a few times what it takes alone. Whoever was told to come
-//! back has the full target again.
+//! Under lasting overload the target would become everybody's wait. So the full target is for bursts
+//! and for accounts with few requests in flight: once more work is offered than the engine does, or
+//! somebody had to be refused, newcomers are taken only while next to nobody waits for a first token
+//! before them. Whoever was told to come back has the full target again.
 //!
 //! Invariant: what has left is out of the books at that moment, whether it ended or its reader left.
 //!
@@ -34,14 +34,13 @@ use crate::{
 use ledger::{Ask, EngineView, Entry, Ledger, Prediction};
 use tickets::{LineKey, Standing, TicketKey, Tickets};
 
-/// Under lasting overload, newcomers are taken while the first token comes within this many times
-/// what it takes alone.
-const OVERLOADED_FACTOR: f64 = 3.0;
-/// But at least so many steps are allowed.
-const OVERLOADED_STEPS_MIN: f64 = 1.5;
 /// A prompt that takes longer than the target by itself is taken while it takes no more than this
 /// many times as long: else it would never be.
 const LONG_PROMPT_FACTOR: f64 = 2.0;
+/// An account with fewer requests in flight than this part of the engine's places, and fewer of them
+/// without a first token than half of that, has the full target: that is how programs with a fixed
+/// number of connections load an engine, and no overload.
+const FREE_PLACES_DIVISOR: usize = 2;
 /// Over how long the offered work is averaged.
 const OFFERED_OVER: Duration = Duration::from_millis(300);
 /// So long after the last refusal of an account's request, its requests may come in bursts again.
@@ -332,7 +331,7 @@ impl Books {
         let key = key_of(requests);
         let standing = self.tickets.standing(now, &key);
         let line = line_of(account);
-        let limit = self.limit(cfg, now, line, standing, &prediction);
+        let limit = self.limit(cfg, now, account, standing, &prediction);
         let seconds = |s: f64| Duration::try_from_secs_f64(s.max(0.0)).unwrap_or(Duration::MAX);
         let predicted = seconds(prediction.first_token);
         if let Some(at) = first.deadline
@@ -358,7 +357,7 @@ impl Books {
         let is_full = max < waiting + requests.len() && !is_idle;
         let is_late = account.class == Class::Interactive && limit < prediction.first_token;
         if standing == Standing::Due {
-            let was_idle = prediction.first_token < 1.5 * prediction.alone;
+            let was_idle = prediction.first_token < prediction.unqueued + 0.5 * prediction.step;
             self.tickets.note_arrival(was_idle, is_late || is_full);
         }
         if !is_full && !is_late {
@@ -400,16 +399,17 @@ impl Books {
         &mut self,
         cfg: &AdmissionConfig,
         now: Instant,
-        line: LineKey,
+        account: Account,
         standing: Standing,
         prediction: &Prediction,
     ) -> f64 {
+        let line = line_of(account);
         let Some(target) = cfg.ttft_target else {
             return f64::INFINITY;
         };
         let full = target
             .as_secs_f64()
-            .max(LONG_PROMPT_FACTOR * prediction.alone);
+            .max(LONG_PROMPT_FACTOR * prediction.computing);
         if OFFERED_MAX < self.offered.len() {
             self.offered
                 .retain(|_, o| now.saturating_duration_since(o.at) < CALM_AFTER);
@@ -433,14 +433,17 @@ impl Books {
             .ledger
             .pending_since()
             .is_none_or(|since| now.saturating_duration_since(since) <= BURST_WINDOW);
+        let n_free = cfg.running_max / FREE_PLACES_DIVISOR;
+        let (n_own, n_pending) = self.ledger.n_own(account);
+        let is_modest = n_own < n_free && n_pending < n_free / 2;
         let has_full_target =
-            standing == Standing::Due || (!refused_lately && (in_burst || is_below));
+            standing == Standing::Due || is_modest || (!refused_lately && (in_burst || is_below));
         if has_full_target {
             return full;
         }
-        let alone = prediction.alone;
-        let steps = alone + OVERLOADED_STEPS_MIN * cfg.step_target.as_secs_f64();
-        full.min(steps.max(OVERLOADED_FACTOR * alone))
+        // One prompt like it, or what one step computes, may be before it: so that the next step has
+        // prompts to compute.
+        full.min(prediction.unqueued + prediction.computing.max(prediction.step))
     }
 }
 

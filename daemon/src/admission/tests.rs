@@ -341,6 +341,41 @@ fn thirty_clients_at_once_are_taken_by_an_idle_engine() {
     }
 }
 
+/// Programs with a fixed number of connections, each of which asks again at once: no overload, also on
+/// a machine whose decodes take longer than the step's target.
+#[test]
+fn sixteen_connections_are_never_refused_and_keep_the_engine_busy() {
+    for (base, per_row) in [(2e-3, 4e-4), (3e-3, 4e-3), (0.1, 1e-3)] {
+        let mut parameters = vec![1.0, 4e-7, 1e-7, 1e-4, 0.0, 0.0];
+        parameters.extend((0..21).map(|i| base + per_row * f64::from(1 << i)));
+        let cost = CostModel::from_parameters(&parameters).unwrap();
+        let done = |ttft_target| {
+            let mut world = World::new();
+            world.cost = cost.clone();
+            world.admission = Arc::new(Admission::new(
+                "model",
+                AdmissionConfig {
+                    ttft_target,
+                    ..config()
+                },
+            ));
+            let mut name = 0;
+            while world.seconds() < 60.0 {
+                while world.live.len() < 16 {
+                    name += 1;
+                    let asked = world.ask(wish(name));
+                    assert_eq!(asked, Ok(()), "{base} {per_row} at {} s", world.seconds());
+                }
+                world.step();
+            }
+            world.n_done
+        };
+        // The target is large enough for sixteen prompts at once on each of these machines.
+        let (with, without) = (done(Some(Duration::from_secs(20))), done(None));
+        assert!(without <= with + 1, "{with} of {without}");
+    }
+}
+
 /// Clients that obey come back at the moment they were told, and find a place.
 #[test]
 fn clients_that_obey_are_all_answered_after_few_tries() {

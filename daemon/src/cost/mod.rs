@@ -173,6 +173,12 @@ impl CostModel {
         fitting
     }
 
+    /// Seconds that a step with these decodes may take where `target` are wanted: prompts have at least
+    /// as much of it as the decodes, or many running sequences would keep new ones out.
+    pub fn step_seconds_max(&self, target: f64, decodes: StepShape) -> f64 {
+        target.max(2.0 * self.seconds(decodes))
+    }
+
     /// Steps observed.
     pub fn n_steps(&self) -> u64 {
         self.n_steps

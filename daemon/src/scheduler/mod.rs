@@ -13,9 +13,9 @@
 //! ([`fair`]), inside an account to the highest response ratio, `(waited + work) / work`, so that
 //! short prompts pass long ones and long ones do not starve.
 //!
-//! Invariant: a step never has more tokens than the budget, it never takes longer than its target by
-//! prediction unless decodes alone do, and at least [`PREFILL_ROWS_MIN`] positions of prompts go on
-//! in every step that has any.
+//! Invariant: a step never has more tokens than the budget, it never takes longer by prediction than
+//! its target or twice its decodes, and at least [`PREFILL_ROWS_MIN`] positions of prompts go on in
+//! every step that has any.
 //! Invariant: somebody progresses in every step: the oldest running sequence may displace all others,
 //! and alone it fits the pool, because a longer one is refused on arrival.
 //! Invariant: every position of a sequence is computed once between two preemptions. Full blocks stay
@@ -312,7 +312,7 @@ impl Scheduler {
         self.end_expired(now, ended);
         self.order_candidates(now, cost);
         let running = self.running.iter().map(|slot| self.sequence(*slot));
-        let mut step = Prompts::beside(running);
+        let mut step = Prompts::beside(running, self.cfg.step_target, cost);
         self.make_room(cost, &mut step);
         // A sequence admitted now would take the blocks that others just went without.
         let may_admit = self.schedule_decodes();

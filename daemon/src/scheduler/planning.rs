@@ -20,16 +20,24 @@ pub(super) struct Prompts {
     shape: StepShape,
     /// Of it, positions of prompts.
     n_prompt_rows: usize,
+    /// What it may take.
+    seconds_max: f64,
 }
 
 impl Prompts {
     /// A step with nothing but the decodes of these sequences.
-    pub(super) fn beside<'a>(running: impl Iterator<Item = &'a Sequence>) -> Self {
+    pub(super) fn beside<'a>(
+        running: impl Iterator<Item = &'a Sequence>,
+        target: Duration,
+        cost: &CostModel,
+    ) -> Self {
         let decodes = running.filter(|seq| seq.is_decode());
         let shapes = decodes.map(|seq| StepShape::span(seq.n_computed, 1, 1));
+        let shape = shapes.fold(StepShape::default(), StepShape::and);
         Self {
-            shape: shapes.fold(StepShape::default(), StepShape::and),
+            shape,
             n_prompt_rows: 0,
+            seconds_max: cost.step_seconds_max(target.as_secs_f64(), shape),
         }
     }
 
@@ -37,8 +45,7 @@ impl Prompts {
     fn rows_for(&self, cfg: &SchedulerConfig, cost: &CostModel, seq: &Sequence) -> usize {
         let n_left = cfg.step_tokens_max - self.shape.n_rows;
         let n_max = seq.n_pending().min(n_left);
-        let target = cfg.step_target.as_secs_f64();
-        let n_fitting = cost.rows_within(target, self.shape, seq.n_computed, n_max);
+        let n_fitting = cost.rows_within(self.seconds_max, self.shape, seq.n_computed, n_max);
         let n_floor = PREFILL_ROWS_MIN.saturating_sub(self.n_prompt_rows);
         let n = n_fitting.max(n_floor.min(n_max));
         match CHUNK_MULTIPLE <= n && n < seq.n_pending() {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    cost::CostModel,
+    cost::{CostModel, StepShape},
     flow::{Account, Class, Siblings},
     kv_cache::BlockKey,
     runner::{LogitRows, StepPlan},
@@ -450,10 +450,15 @@ impl Simulation {
             .filter(|s| 1 < s.n_tokens)
             .map(|s| s.n_tokens)
             .sum();
-        let predicted = CostModel::default().seconds(self.scheduler.step_shape());
+        let cost = CostModel::default();
+        let predicted = cost.seconds(self.scheduler.step_shape());
+        let scheduled = self.scheduler.scheduled().iter();
+        let decodes = scheduled.filter(|s| s.n_tokens == 1).map(|s| s.shape);
+        let decodes = decodes.fold(StepShape::default(), StepShape::and);
+        let target = self.cfg.step_target.as_secs_f64();
         assert!(
             n_prompt_rows <= 2 * PREFILL_ROWS_MIN
-                || predicted <= self.cfg.step_target.as_secs_f64() * 1.001,
+                || predicted <= cost.step_seconds_max(target, decodes) * 1.001,
             "{n_prompt_rows} rows of prompts in a step of {predicted} s"
         );
         for slot in self.scheduler.admitted() {

@@ -213,13 +213,20 @@ async fn a_deadline_ends_an_answer_with_what_it_has() {
         .post("/v1/completions", r#"{"prompt": "a", "max_tokens": 200}"#)
         .await;
     assert_eq!(reply.status, 200, "{}", reply.body);
-    assert!(reply.body.contains(r#""finish_reason":"deadline_exceeded""#));
+    assert!(
+        reply
+            .body
+            .contains(r#""finish_reason":"deadline_exceeded""#)
+    );
     let stream = r#"{"prompt": "a", "max_tokens": 200, "stream": true}"#;
     let reply = node.post("/v1/completions", stream).await;
     assert_eq!(reply.status, 200);
     let ends_well = reply.body.trim_end().ends_with("data: [DONE]");
     assert!(
-        ends_well && reply.body.contains(r#""finish_reason":"deadline_exceeded""#),
+        ends_well
+            && reply
+                .body
+                .contains(r#""finish_reason":"deadline_exceeded""#),
         "{}",
         reply.body
     );
@@ -316,7 +323,11 @@ async fn an_unloaded_model_ends_streams_honestly_and_is_unknown_after() {
     let mut whole = whole;
     let reply = whole.reply().await;
     assert_eq!(reply.status, 200, "what it has is an answer");
-    assert!(reply.body.contains(r#""finish_reason":"insufficient_system_resource""#));
+    assert!(
+        reply
+            .body
+            .contains(r#""finish_reason":"insufficient_system_resource""#)
+    );
     assert_eq!(unload.await.unwrap().unwrap(), 2);
     let reply = node
         .post("/v1/completions", r#"{"prompt": "a", "model": "tiny"}"#)
