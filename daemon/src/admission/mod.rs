@@ -358,7 +358,8 @@ impl Books {
         let is_late = account.class == Class::Interactive && limit < prediction.first_token;
         if standing == Standing::Due {
             let was_idle = prediction.first_token < prediction.unqueued + 0.5 * prediction.step;
-            self.tickets.note_arrival(was_idle, is_late || is_full);
+            self.tickets
+                .note_arrival(line, was_idle, is_late || is_full);
         }
         if !is_full && !is_late {
             if standing == Standing::Due {

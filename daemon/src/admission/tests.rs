@@ -371,7 +371,7 @@ fn sixteen_connections_are_never_refused_and_keep_the_engine_busy() {
             world.n_done
         };
         // The target is large enough for sixteen prompts at once on each of these machines.
-        let (with, without) = (done(Some(Duration::from_secs(20))), done(None));
+        let (with, without) = (done(Some(Duration::from_secs(200))), done(None));
         assert!(without <= with + 1, "{with} of {without}");
     }
 }
