@@ -6,11 +6,13 @@
 //!
 //! Called by `dsd dev` and `dsd serve`.
 
+mod certificates;
 mod loader;
+mod state_folder;
 mod watchdog;
 
 use std::{
-    fs, io,
+    io,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     sync::Arc,
@@ -19,7 +21,7 @@ use std::{
 
 use dsd_proto::{
     ids::{ClusterName, NodeName},
-    quic::{Identity, PkiError, Server, ServerError, ServerLimits, pki},
+    quic::{Identity, PkiError, Server, ServerError, ServerLimits},
 };
 use sd_notify::NotifyState;
 use tokio::{
@@ -35,9 +37,12 @@ use crate::{
     catalog::{Catalog, LoadError},
     config::{Config, ModelConfig},
     gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
-    runtime::clock,
     telemetry::{self, Metrics},
 };
+use certificates::Certificates;
+use state_folder::StateFolder;
+
+pub use state_folder::StateFolderError;
 
 /// Name of the cluster in certificates: until nodes join each other, each is its own.
 const CLUSTER: &str = "dsd";
@@ -49,15 +54,9 @@ const STOP_GRACE: Duration = Duration::from_secs(2);
 /// Why a node does not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// The state folder cannot be made or written.
-    #[error("cannot write the state folder `{}`; choose another with --state or node.state_dir", path.display())]
-    StateFolder {
-        /// The folder.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The state folder cannot be written, or another daemon lives in it.
+    #[error(transparent)]
+    StateFolder(#[from] StateFolderError),
     /// An address is taken or not ours.
     #[error(
         "cannot listen on {protocol} {address}; is another dsd running? choose another with {option}"
@@ -117,9 +116,11 @@ pub enum NodeError {
 /// A node with its sockets bound and its models not yet loaded.
 pub struct Node {
     config: Config,
+    state_folder: StateFolder,
     runtime: Runtime,
     http: TcpListener,
     quic: UdpSocket,
+    certificates: Certificates,
     identity: Identity,
     keys: ApiKeys,
     metrics: Metrics,
@@ -143,24 +144,20 @@ impl Node {
     /// [`NodeError`].
     pub fn bind(config: Config) -> Result<Self, NodeError> {
         let state = &config.node.state_dir;
-        probe_writable(state).map_err(|source| NodeError::StateFolder {
-            path: state.clone(),
-            source,
-        })?;
+        // Before anything else is written: two first starts at once would mix their certificates.
+        let state_folder = StateFolder::lock(state)?;
         let bad_name = |source| NodeError::Name {
             name: config.node.name.clone(),
             source,
         };
         let name = config.node.name.parse::<NodeName>().map_err(bad_name)?;
         let cluster = CLUSTER.parse::<ClusterName>().map_err(bad_name)?;
-        let pki_folder = state.join("pki");
-        let identity =
-            pki::ensure(&pki_folder, &cluster, &name, clock::unix_seconds()).map_err(|source| {
-                NodeError::Pki {
-                    path: pki_folder,
-                    source,
-                }
-            })?;
+        let certificates = Certificates {
+            folder: state.join("pki"),
+            cluster,
+            node: name,
+        };
+        let identity = certificates.identity()?;
         let keys = match &config.http.api_keys_file {
             Some(path) => ApiKeys::read(path)?,
             None => ApiKeys::default(),
@@ -194,9 +191,11 @@ impl Node {
         )));
         Ok(Self {
             config,
+            state_folder,
             runtime,
             http,
             quic,
+            certificates,
             identity,
             keys,
             metrics,
@@ -218,9 +217,12 @@ impl Node {
     pub fn run(self, on_ready: impl FnOnce(&Catalog)) -> Result<(), NodeError> {
         let Self {
             config,
+            // Held until everything has ended.
+            state_folder: _state_folder,
             runtime,
             http,
             quic,
+            certificates,
             identity,
             keys,
             metrics,
@@ -245,8 +247,9 @@ impl Node {
                 ..ServerLimits::default()
             };
             let server = Server::new(quic, &identity, admin, limits)?;
-            services.spawn(server.run(shutdown.clone().cancelled_owned()));
             let mut upkeep = JoinSet::new();
+            upkeep.spawn(certificates.keep(server.identity_handle()));
+            services.spawn(server.run(shutdown.clone().cancelled_owned()));
             upkeep.spawn(tidy_metrics(metrics));
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
@@ -375,14 +378,6 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
-/// Makes the folder and a file in it, which is taken away again.
-fn probe_writable(folder: &std::path::Path) -> io::Result<()> {
-    fs::create_dir_all(folder)?;
-    let probe = folder.join(".writable");
-    fs::write(&probe, b"")?;
-    fs::remove_file(probe)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -397,7 +392,13 @@ mod tests {
         config.node.drain_timeout_s = 5;
         let name = config.node.name.parse::<NodeName>().unwrap();
         let cluster = CLUSTER.parse::<ClusterName>().unwrap();
-        let identity = pki::ensure(state, &cluster, &name, clock::unix_seconds()).unwrap();
+        let state_folder = StateFolder::lock(state).unwrap();
+        let certificates = Certificates {
+            folder: state.join("pki"),
+            cluster,
+            node: name,
+        };
+        let identity = certificates.identity().unwrap();
         let http = TcpListener::bind("127.0.0.1:0").unwrap();
         http.set_nonblocking(true).unwrap();
         let quic = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -409,9 +410,11 @@ mod tests {
         catalog.insert(kit::model("tiny", &QUICK));
         Node {
             config,
+            state_folder,
             runtime: Builder::new_current_thread().enable_all().build().unwrap(),
             http,
             quic,
+            certificates,
             identity,
             keys: ApiKeys::default(),
             metrics: kit::metrics(),
