@@ -1,12 +1,12 @@
 //! API keys: who may call at all.
 
-use std::{fs, io, path::Path};
+use std::{io, path::Path};
 
 use axum::http::{HeaderMap, header};
 use dsd_proto::code::Code;
 
 use super::error::ApiError;
-use crate::flow::CacheOwner;
+use crate::{flow::CacheOwner, runtime::file};
 
 /// Longest key file read.
 const FILE_LEN_MAX: u64 = 1 << 20;
@@ -55,13 +55,7 @@ impl ApiKeys {
             path: name.clone(),
             source,
         };
-        if FILE_LEN_MAX < fs::metadata(path).map_err(failed)?.len() {
-            return Err(failed(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                "longer than 1 MiB",
-            )));
-        }
-        let text = fs::read_to_string(path).map_err(failed)?;
+        let text = file::read_text(path, FILE_LEN_MAX).map_err(|e| failed(e.into()))?;
         let mut keys = Vec::new();
         for (idx, line) in text.lines().enumerate() {
             let key = line.trim();
@@ -127,7 +121,10 @@ impl ApiKeys {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::runtime::file::tests::for_each_stranger;
 
     fn keys(text: &str) -> Result<ApiKeys, ApiKeysError> {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -150,6 +147,16 @@ mod tests {
         assert!(!admit("Basic sk-0123456789abcdef"));
         assert!(keys.admit(&HeaderMap::new()).is_err());
         assert!(ApiKeys::default().admit(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_file_of_keys_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("keys");
+        for_each_stranger(&place, |what| {
+            let refused = matches!(ApiKeys::read(&place), Err(ApiKeysError::Read { .. }));
+            assert!(refused, "{what}");
+        });
     }
 
     #[test]
