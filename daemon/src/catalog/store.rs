@@ -126,7 +126,7 @@ fn stored(path: &Path) -> Option<StoredModel> {
 /// The length of a regular file.
 fn file_len(path: &Path) -> Option<u64> {
     let metadata = fs::metadata(path).ok()?;
-    metadata.is_file().then(|| metadata.len())
+    metadata.is_file().then_some(metadata.len())
 }
 
 fn architecture(path: &Path) -> String {
