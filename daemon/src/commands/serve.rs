@@ -1,12 +1,16 @@
 //! `dsd serve` and `dsd check-config`: the node that the configuration file describes.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    io::{self, Write},
+    path::PathBuf,
+};
 
 use anyhow::Result;
 use clap::Args;
 use dsd::{
     config::{self, Config},
-    node::Node,
+    node::{self, Node},
     telemetry,
 };
 
@@ -46,6 +50,11 @@ impl Serve {
 
 impl CheckConfig {
     pub(crate) fn run(&self) -> Result<()> {
-        self.file.read().map(|_| ())
+        let config = self.file.read()?;
+        for warning in node::warnings(&config) {
+            // A closed standard error hears nothing.
+            let _ = writeln!(io::stderr(), "dsd: warning: {warning}");
+        }
+        Ok(())
     }
 }

@@ -1,12 +1,15 @@
 //! API keys: who may call at all.
 
-use std::{io, path::Path};
+use std::path::Path;
 
 use axum::http::{HeaderMap, header};
 use dsd_proto::code::Code;
 
 use super::error::ApiError;
-use crate::{flow::CacheOwner, runtime::file};
+use crate::{
+    flow::CacheOwner,
+    runtime::file::{self, SecretError},
+};
 
 /// Longest key file read.
 const FILE_LEN_MAX: u64 = 1 << 20;
@@ -19,14 +22,14 @@ pub struct ApiKeys(Vec<blake3::Hash>);
 /// Why keys cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiKeysError {
-    /// The file cannot be read.
+    /// The file cannot be read, or others may.
     #[error("cannot read API keys from `{path}`")]
     Read {
         /// The file.
         path: String,
         /// Cause.
         #[source]
-        source: io::Error,
+        source: SecretError,
     },
     /// The file is too long, or a key in it is too short or has spaces.
     #[error("`{path}` line {line}: a key has 16 to 256 visible ASCII characters")]
@@ -55,7 +58,7 @@ impl ApiKeys {
             path: name.clone(),
             source,
         };
-        let text = file::read_text(path, FILE_LEN_MAX).map_err(|e| failed(e.into()))?;
+        let text = file::read_secret(path, FILE_LEN_MAX).map_err(failed)?;
         let mut keys = Vec::new();
         for (idx, line) in text.lines().enumerate() {
             let key = line.trim();

@@ -146,6 +146,9 @@ impl Node {
         let state = &config.node.state_dir;
         // Before anything else is written: two first starts at once would mix their certificates.
         let state_folder = StateFolder::lock(state)?;
+        if let Some(exposure) = state_folder::exposure(state) {
+            warn!("{exposure}");
+        }
         let bad_name = |source| NodeError::Name {
             name: config.node.name.clone(),
             source,
@@ -332,6 +335,18 @@ fn admin_config(config: &Config, addresses: NodeAddresses) -> AdminConfig {
         drain_timeout: Duration::from_secs(config.node.drain_timeout_s),
         encoders_max: config.http.encoders_max,
     }
+}
+
+/// What this machine has for a configuration that is none of its mistakes, but an operator should
+/// know: files that a start here would refuse, folders that others may write.
+pub fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::from_iter(state_folder::exposure(&config.node.state_dir));
+    if let Some(path) = &config.http.api_keys_file
+        && let Err(e) = ApiKeys::read(path)
+    {
+        warnings.push(telemetry::chain(&e));
+    }
+    warnings
 }
 
 /// Where models are looked for by name.

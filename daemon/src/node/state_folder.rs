@@ -8,7 +8,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -77,7 +77,11 @@ impl StateFolder {
             path: path.to_owned(),
             source,
         };
-        fs::create_dir_all(path).map_err(failed)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o750)
+            .create(path)
+            .map_err(failed)?;
         let file = open_lock(&path.join(LOCK_NAME)).map_err(failed)?;
         let mut n_tries = 0;
         loop {
@@ -100,6 +104,18 @@ impl StateFolder {
         probe_writable(path).map_err(failed)?;
         Ok(Self { _lock: file })
     }
+}
+
+/// What to change about the folder's permissions, where others may write it: they could put their own
+/// certificates there.
+pub(super) fn exposure(path: &Path) -> Option<String> {
+    let mode = fs::metadata(path).ok()?.mode() & 0o7777;
+    (mode & 0o022 != 0).then(|| {
+        format!(
+            "others may write the state folder `{0}` (mode {mode:04o}); run `chmod go-w {0}`",
+            path.display()
+        )
+    })
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
@@ -185,6 +201,20 @@ mod tests {
             );
             drop(held);
         }
+    }
+
+    #[test]
+    fn a_folder_that_others_may_write_is_said() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        assert_eq!(exposure(&path), None);
+        drop(StateFolder::lock(&path).unwrap());
+        assert_eq!(exposure(&path), None);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o770)).unwrap();
+        let said = exposure(&path).unwrap();
+        let expected = format!("(mode 0770); run `chmod go-w {}`", path.display());
+        assert!(said.ends_with(&expected), "{said}");
     }
 
     #[test]

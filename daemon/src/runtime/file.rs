@@ -9,8 +9,8 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::{FileExt, OpenOptionsExt},
-    path::Path,
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::OFlags;
@@ -32,6 +32,38 @@ pub enum FileError {
         /// Bytes allowed.
         max: u64,
     },
+}
+
+/// Why a file of secrets was not read.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// As any other file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Whoever has an account on this machine may know the secrets, or put in their own.
+    #[error(
+        "others may {} it (mode {mode:04o}); run `chmod g-w,o-rwx {}`",
+        exposure(*mode),
+        path.display()
+    )]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+}
+
+/// Permissions that a file of secrets must not give: anything to others, writing to its group. A
+/// group may read it, as the service's own group does where root keeps the file.
+const EXPOSED: u32 = 0o027;
+
+fn exposure(mode: u32) -> &'static str {
+    match (mode & 0o004 != 0, mode & 0o022 != 0) {
+        (true, true) => "read and write",
+        (false, true) => "write",
+        (true, false) | (false, false) => "read",
+    }
 }
 
 impl From<FileError> for io::Error {
@@ -99,6 +131,21 @@ pub fn read_text(path: &Path, len_max: u64) -> Result<String, FileError> {
     let bytes = read(path, len_max)?;
     let invalid = |e| FileError::Io(io::Error::new(io::ErrorKind::InvalidData, e));
     String::from_utf8(bytes).map_err(invalid)
+}
+
+/// Reads a file of secrets of at most `len_max` bytes as text, unless others may read or write it.
+///
+/// # Errors
+/// [`SecretError`].
+pub fn read_secret(path: &Path, len_max: u64) -> Result<String, SecretError> {
+    let mode = open(path)?.metadata().map_err(FileError::Io)?.mode() & 0o7777;
+    match mode & EXPOSED {
+        0 => Ok(read_text(path, len_max)?),
+        _ => Err(SecretError::Exposed {
+            path: path.to_owned(),
+            mode,
+        }),
+    }
 }
 
 /// Fills `buffer` from `offset` on and returns how many bytes were there: fewer only where the file
@@ -192,6 +239,35 @@ pub(crate) mod tests {
         ));
         fs::write(&place, [0xff]).unwrap();
         assert!(matches!(read_text(&place, 5), Err(FileError::Io(_))));
+    }
+
+    #[test]
+    fn a_file_of_secrets_is_not_for_others() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("keys");
+        fs::write(&place, "secret").unwrap();
+        let read_with = |mode| {
+            fs::set_permissions(&place, fs::Permissions::from_mode(mode)).unwrap();
+            read_secret(&place, 100)
+        };
+        for mode in [0o600, 0o400, 0o640, 0o440] {
+            assert_eq!(read_with(mode).unwrap(), "secret", "{mode:o}");
+        }
+        for (mode, what) in [
+            (0o644, "read"),
+            (0o604, "read"),
+            (0o660, "write"),
+            (0o602, "write"),
+            (0o666, "read and write"),
+        ] {
+            let error = read_with(mode).unwrap_err().to_string();
+            let expected = format!(
+                "others may {what} it (mode 0{mode:o}); run `chmod g-w,o-rwx {}`",
+                place.display()
+            );
+            assert_eq!(error, expected);
+        }
     }
 
     /// A log that is written all the time, in a file's place.

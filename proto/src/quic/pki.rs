@@ -13,7 +13,7 @@
 use std::{
     fs::{self, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -99,6 +99,18 @@ pub enum PkiError {
         path: PathBuf,
         /// What it should be.
         expected: &'static str,
+    },
+    /// A key that others may read or replace is no key.
+    #[error(
+        "others may read or write the key `{0}` (mode {mode:04o}); run `chmod 600 {0}`, and where it \
+         may be known, remove it and its certificate to have both made anew",
+        path.display()
+    )]
+    KeyExposed {
+        /// The key file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
     },
     /// The key is of another certificate.
     #[error("`{}` is not the key of `{}`", key.display(), certificate.display())]
@@ -544,7 +556,12 @@ fn read_text(path: &Path, expected: &'static str) -> Result<String, PkiError> {
         path: path.to_owned(),
         source,
     };
-    let file = match fs::File::open(path) {
+    // A pipe would wait for a writer for ever.
+    let opened = fs::metadata(path).and_then(|metadata| match metadata.is_file() {
+        true => fs::File::open(path),
+        false => Err(io::Error::other("not a regular file")),
+    });
+    let file = match opened {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(PkiError::Missing {
@@ -584,6 +601,14 @@ fn parse_certificate<'d>(path: &Path, der: &'d [u8]) -> Result<X509Certificate<'
 
 fn read_key(path: &Path) -> Result<KeyPair, PkiError> {
     let expected = "a PEM private key";
+    if let Ok(metadata) = fs::metadata(path)
+        && metadata.mode() & 0o077 != 0
+    {
+        return Err(PkiError::KeyExposed {
+            path: path.to_owned(),
+            mode: metadata.mode() & 0o7777,
+        });
+    }
     let text = read_text(path, expected)?;
     KeyPair::from_pem(&text).map_err(|_| PkiError::Garbled {
         path: path.to_owned(),
@@ -739,6 +764,15 @@ mod tests {
             },
             NOW,
             "`node.pem` belongs to ds://lab/admin/admin, expected ds://lab/node/node-1",
+        );
+        let exposed = |p: &Path| {
+            let mode = fs::Permissions::from_mode(0o640);
+            fs::set_permissions(p.join("admin.key"), mode).unwrap();
+        };
+        check(
+            exposed,
+            NOW,
+            "others may read or write the key `admin.key` (mode 0640); run `chmod 600 admin.key`",
         );
         check(
             |p| {
