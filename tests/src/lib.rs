@@ -13,5 +13,6 @@ pub mod data;
 pub mod http;
 pub mod node;
 pub mod process;
+pub mod silent;
 pub mod tool;
 pub mod wait;

@@ -6,7 +6,10 @@ use std::{
 };
 
 use super::{LoadError, Progress};
-use crate::weights::{self, VerifyReport, is_pack};
+use crate::{
+    runtime::file,
+    weights::{self, VerifyReport, is_pack},
+};
 
 /// Entries of the folder looked at.
 const ENTRIES_MAX: usize = 10_000;
@@ -97,7 +100,7 @@ fn stored(path: &Path) -> Option<StoredModel> {
             let file = entry.path();
             for (format, bytes) in &mut bytes {
                 if file.extension().is_some_and(|ext| ext == *format) {
-                    *bytes += fs::metadata(&file).map_or(0, |meta| meta.len());
+                    *bytes += file_len(&file).unwrap_or(0);
                 }
             }
         }
@@ -107,7 +110,7 @@ fn stored(path: &Path) -> Option<StoredModel> {
             false => (format, bytes),
         }
     } else if path.extension().is_some_and(|ext| ext == "gguf") {
-        ("gguf", fs::metadata(path).ok()?.len())
+        ("gguf", file_len(path)?)
     } else {
         return None;
     };
@@ -120,13 +123,14 @@ fn stored(path: &Path) -> Option<StoredModel> {
     })
 }
 
+/// The length of a regular file.
+fn file_len(path: &Path) -> Option<u64> {
+    let metadata = fs::metadata(path).ok()?;
+    metadata.is_file().then_some(metadata.len())
+}
+
 fn architecture(path: &Path) -> String {
-    let file = path.join("config.json");
-    let is_short = fs::metadata(&file).is_ok_and(|meta| meta.len() <= CONFIG_LEN_MAX);
-    let text = is_short
-        .then(|| fs::read_to_string(&file).ok())
-        .flatten()
-        .unwrap_or_default();
+    let text = file::read_text(&path.join("config.json"), CONFIG_LEN_MAX).unwrap_or_default();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
     config
         .get("model_type")
@@ -138,6 +142,28 @@ fn architecture(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::file::tests::for_each_stranger;
+
+    /// A pipe called config.json stopped the listing for good; a link to /dev/zero was read until
+    /// the agent was killed.
+    #[test]
+    fn a_stranger_in_a_file_s_place_does_not_stop_the_listing() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir(root.join("a")).unwrap();
+        fs::write(root.join("a/model.safetensors"), b"123").unwrap();
+        for_each_stranger(&root.join("a/config.json"), |what| {
+            let models = scan(root).unwrap();
+            assert_eq!(models.len(), 1, "{what}");
+            assert_eq!(models[0].architecture, "", "{what}");
+        });
+        for_each_stranger(&root.join("a/other.safetensors"), |what| {
+            assert_eq!(scan(root).unwrap()[0].bytes, 3, "{what}");
+        });
+        for_each_stranger(&root.join("b.gguf"), |what| {
+            assert_eq!(scan(root).unwrap().len(), 1, "{what}");
+        });
+    }
 
     #[test]
     fn checkpoints_are_found_by_name_and_nothing_else_is() {

@@ -28,6 +28,10 @@ impl CheckConfig {
     /// Fails when the configuration is wrong, or when a model that can be read would not be loaded.
     pub(crate) fn run(&self) -> Result<ExitCode> {
         let config = self.file.read()?;
+        for warning in node::warnings(&config) {
+            // A closed standard error hears nothing.
+            let _ = writeln!(io::stderr(), "dsd: warning: {warning}");
+        }
         if !self.explain {
             return Ok(ExitCode::SUCCESS);
         }

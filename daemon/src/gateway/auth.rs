@@ -1,12 +1,15 @@
 //! API keys: who may call at all.
 
-use std::{fs, io, path::Path};
+use std::path::Path;
 
 use axum::http::{HeaderMap, header};
 use dsd_proto::code::Code;
 
 use super::error::ApiError;
-use crate::flow::CacheOwner;
+use crate::{
+    flow::CacheOwner,
+    runtime::file::{self, SecretError},
+};
 
 /// Longest key file read.
 const FILE_LEN_MAX: u64 = 1 << 20;
@@ -19,14 +22,14 @@ pub struct ApiKeys(Vec<blake3::Hash>);
 /// Why keys cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiKeysError {
-    /// The file cannot be read.
+    /// The file cannot be read, or others may.
     #[error("cannot read API keys from `{path}`")]
     Read {
         /// The file.
         path: String,
         /// Cause.
         #[source]
-        source: io::Error,
+        source: SecretError,
     },
     /// The file is too long, or a key in it is too short or has spaces.
     #[error("`{path}` line {line}: a key has 16 to 256 visible ASCII characters")]
@@ -55,13 +58,7 @@ impl ApiKeys {
             path: name.clone(),
             source,
         };
-        if FILE_LEN_MAX < fs::metadata(path).map_err(failed)?.len() {
-            return Err(failed(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                "longer than 1 MiB",
-            )));
-        }
-        let text = fs::read_to_string(path).map_err(failed)?;
+        let text = file::read_secret(path, FILE_LEN_MAX).map_err(failed)?;
         let mut keys = Vec::new();
         for (idx, line) in text.lines().enumerate() {
             let key = line.trim();
@@ -127,7 +124,10 @@ impl ApiKeys {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::runtime::file::tests::for_each_stranger;
 
     fn keys(text: &str) -> Result<ApiKeys, ApiKeysError> {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -150,6 +150,16 @@ mod tests {
         assert!(!admit("Basic sk-0123456789abcdef"));
         assert!(keys.admit(&HeaderMap::new()).is_err());
         assert!(ApiKeys::default().admit(&HeaderMap::new()).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_file_of_keys_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("keys");
+        for_each_stranger(&place, |what| {
+            let refused = matches!(ApiKeys::read(&place), Err(ApiKeysError::Read { .. }));
+            assert!(refused, "{what}");
+        });
     }
 
     #[test]

@@ -6,15 +6,17 @@
 //!
 //! Called by `dsd dev` and `dsd serve`.
 
+mod certificates;
 mod explain;
 mod loader;
 mod ledger;
+mod state_folder;
 mod watchdog;
 
 pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
 
 use std::{
-    fs, io,
+    io,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     sync::Arc,
@@ -23,7 +25,7 @@ use std::{
 
 use dsd_proto::{
     ids::{ClusterName, NodeName},
-    quic::{Identity, PkiError, Server, ServerError, ServerLimits, pki},
+    quic::{Identity, PkiError, Server, ServerError, ServerLimits},
 };
 use sd_notify::NotifyState;
 use tokio::{
@@ -39,9 +41,12 @@ use crate::{
     catalog::{Catalog, ConfiguredModel, LoadError},
     config::{Config, ModelConfig},
     gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
-    runtime::clock,
     telemetry::{self, Metrics},
 };
+use certificates::Certificates;
+use state_folder::StateFolder;
+
+pub use state_folder::StateFolderError;
 
 /// Name of the cluster in certificates: until nodes join each other, each is its own.
 const CLUSTER: &str = "dsd";
@@ -53,15 +58,9 @@ const STOP_GRACE: Duration = Duration::from_secs(2);
 /// Why a node does not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// The state folder cannot be made or written.
-    #[error("cannot write the state folder `{}`; choose another with --state or node.state_dir", path.display())]
-    StateFolder {
-        /// The folder.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// The state folder cannot be written, or another daemon lives in it.
+    #[error(transparent)]
+    StateFolder(#[from] StateFolderError),
     /// An address is taken or not ours.
     #[error(
         "cannot listen on {protocol} {address}; is another dsd running? choose another with {option}"
@@ -122,9 +121,11 @@ pub enum NodeError {
 /// A node with its sockets bound and its models not yet loaded.
 pub struct Node {
     config: Config,
+    state_folder: StateFolder,
     runtime: Runtime,
     http: TcpListener,
     quic: UdpSocket,
+    certificates: Certificates,
     identity: Identity,
     keys: ApiKeys,
     metrics: Metrics,
@@ -148,24 +149,23 @@ impl Node {
     /// [`NodeError`].
     pub fn bind(config: Config) -> Result<Self, NodeError> {
         let state = &config.node.state_dir;
-        probe_writable(state).map_err(|source| NodeError::StateFolder {
-            path: state.clone(),
-            source,
-        })?;
+        // Before anything else is written: two first starts at once would mix their certificates.
+        let state_folder = StateFolder::lock(state)?;
+        if let Some(exposure) = state_folder::exposure(state) {
+            warn!("{exposure}");
+        }
         let bad_name = |source| NodeError::Name {
             name: config.node.name.clone(),
             source,
         };
         let name = config.node.name.parse::<NodeName>().map_err(bad_name)?;
         let cluster = CLUSTER.parse::<ClusterName>().map_err(bad_name)?;
-        let pki_folder = state.join("pki");
-        let identity =
-            pki::ensure(&pki_folder, &cluster, &name, clock::unix_seconds()).map_err(|source| {
-                NodeError::Pki {
-                    path: pki_folder,
-                    source,
-                }
-            })?;
+        let certificates = Certificates {
+            folder: state.join("pki"),
+            cluster,
+            node: name,
+        };
+        let identity = certificates.identity()?;
         let keys = match &config.http.api_keys_file {
             Some(path) => ApiKeys::read(path)?,
             None => ApiKeys::default(),
@@ -198,9 +198,11 @@ impl Node {
         ));
         Ok(Self {
             config,
+            state_folder,
             runtime,
             http,
             quic,
+            certificates,
             identity,
             keys,
             metrics,
@@ -222,9 +224,12 @@ impl Node {
     pub fn run(self, on_ready: impl FnOnce(&Catalog)) -> Result<(), NodeError> {
         let Self {
             config,
+            // Held until everything has ended.
+            state_folder: _state_folder,
             runtime,
             http,
             quic,
+            certificates,
             identity,
             keys,
             metrics,
@@ -249,8 +254,9 @@ impl Node {
                 ..ServerLimits::default()
             };
             let server = Server::new(quic, &identity, admin, limits)?;
-            services.spawn(server.run(shutdown.clone().cancelled_owned()));
             let mut upkeep = JoinSet::new();
+            upkeep.spawn(certificates.keep(server.identity_handle()));
+            services.spawn(server.run(shutdown.clone().cancelled_owned()));
             upkeep.spawn(tidy_metrics(metrics));
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
@@ -350,6 +356,18 @@ fn configured(models: &[ModelConfig]) -> Vec<ConfiguredModel> {
     models.iter().map(configured).collect()
 }
 
+/// What this machine has for a configuration that is none of its mistakes, but an operator should
+/// know: files that a start here would refuse, folders that others may write.
+pub fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::from_iter(state_folder::exposure(&config.node.state_dir));
+    if let Some(path) = &config.http.api_keys_file
+        && let Err(e) = ApiKeys::read(path)
+    {
+        warnings.push(telemetry::chain(&e));
+    }
+    warnings
+}
+
 /// Where models are looked for by name.
 pub fn models_dir(config: &Config) -> PathBuf {
     let default = || config.node.state_dir.join("models");
@@ -401,14 +419,6 @@ fn notify(states: &[NotifyState<'_>]) {
     }
 }
 
-/// Makes the folder and a file in it, which is taken away again.
-fn probe_writable(folder: &std::path::Path) -> io::Result<()> {
-    fs::create_dir_all(folder)?;
-    let probe = folder.join(".writable");
-    fs::write(&probe, b"")?;
-    fs::remove_file(probe)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -423,7 +433,13 @@ mod tests {
         config.node.drain_timeout_s = 5;
         let name = config.node.name.parse::<NodeName>().unwrap();
         let cluster = CLUSTER.parse::<ClusterName>().unwrap();
-        let identity = pki::ensure(state, &cluster, &name, clock::unix_seconds()).unwrap();
+        let state_folder = StateFolder::lock(state).unwrap();
+        let certificates = Certificates {
+            folder: state.join("pki"),
+            cluster,
+            node: name,
+        };
+        let identity = certificates.identity().unwrap();
         let http = TcpListener::bind("127.0.0.1:0").unwrap();
         http.set_nonblocking(true).unwrap();
         let quic = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -435,9 +451,11 @@ mod tests {
         catalog.insert(kit::model("tiny", &QUICK));
         Node {
             config,
+            state_folder,
             runtime: Builder::new_current_thread().enable_all().build().unwrap(),
             http,
             quic,
+            certificates,
             identity,
             keys: ApiKeys::default(),
             metrics: kit::metrics(),

@@ -28,6 +28,7 @@ use crate::{
             GGUF_NAME, LAYOUT_VERSION, MANIFEST_NAME, Manifest, RankFile, SideFile, SourceFile,
             digest, rank_name,
         },
+        side_file::read_side_file,
     },
 };
 
@@ -277,14 +278,14 @@ fn side_files(checkpoint: &Checkpoint) -> Result<Vec<PlannedFile>, PackingError>
     let mut files = Vec::new();
     for name in text::FILE_NAMES {
         let path = checkpoint.path().join(name);
-        match std::fs::read(&path) {
+        match read_side_file(&path) {
             Ok(bytes) => files.push(PlannedFile {
                 name,
                 bytes,
                 source: Some(path),
             }),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(WeightsError::Read { file: path, source }.into()),
+            Err(WeightsError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e.into()),
         }
     }
     Ok(files)

@@ -25,7 +25,7 @@ use crate::{
     runtime::clock,
     telemetry::chain,
     weights::{
-        Checkpoint, KeeperConfig, PackKeeper, TensorSource,
+        Checkpoint, KeeperConfig, PackHealth, PackKeeper, TensorSource,
         pack::manifest::{Manifest, Piece, PieceKind, digest},
         tests::{test_data, writer::tiny_llama_gguf},
         verify,
@@ -423,6 +423,51 @@ fn verify_and_the_keeper_find_a_flipped_bit() {
     let found = report.findings.iter().map(|f| f.tensor.as_str());
     assert_eq!(found.collect::<Vec<_>>(), [piece.name.as_str()]);
     drop(keeper);
+}
+
+/// Reading it through its mapping ended the process, in a scrub every time.
+#[test]
+fn a_pack_that_is_cut_off_meanwhile_is_a_finding() {
+    let (packed, _) = tiny();
+    let file = packed.rank_file(0);
+    let whole = fs::read(&file).unwrap();
+    let checkpoint = Checkpoint::open(&packed.path).unwrap();
+    let pack = checkpoint.pack().unwrap();
+    let config = KeeperConfig {
+        scrub_interval: Duration::from_millis(1),
+        scrub_bytes_per_s: u64::MAX,
+    };
+    let keeper = PackKeeper::start("tiny", std::sync::Arc::clone(pack), config).unwrap();
+    let deadline = clock::now() + Duration::from_secs(20);
+    let wait = |is_done: &dyn Fn(&PackHealth) -> bool| {
+        while !is_done(&keeper.health()) {
+            assert!(clock::now() < deadline, "{:?}", keeper.health());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    for turn in 0..8 {
+        let report = verify(&packed.path, None, |p| {
+            if p.n_tensors_done == 1 + turn % 3 {
+                let file = fs::OpenOptions::new().write(true).open(&file).unwrap();
+                file.set_len(whole.len() as u64 / 9 * turn as u64).unwrap();
+            }
+        })
+        .unwrap();
+        assert!(!report.is_good());
+        for finding in &report.findings {
+            assert_eq!(finding.file, file);
+            assert!(finding.found.ends_with("then the file ends"), "{finding:?}");
+        }
+        let last = &report.findings.last().unwrap().tensor;
+        wait(&|health| {
+            health
+                .damaged
+                .iter()
+                .any(|d| d.file == file && d.tensor == *last)
+        });
+        fs::write(&file, &whole).unwrap();
+        wait(&|health| health.damaged.is_empty());
+    }
 }
 
 #[test]

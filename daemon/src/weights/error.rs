@@ -1,11 +1,30 @@
 //! Why a checkpoint was refused: always the file, where there is one the tensor, and what was
 //! expected against what was found.
 
-use std::{fmt, io, path::PathBuf};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+};
 
 use dsd_kernels::{dtype::Format, matrix::MatrixError, quant::RoundError};
 
 use super::{pack::PackError, source::Cut, tensor::StoredType};
+use crate::runtime::file::FileError;
+
+/// What a file that is not read means for its checkpoint.
+pub(super) fn file_error(path: &Path, error: FileError) -> WeightsError {
+    let file = path.to_owned();
+    match error {
+        FileError::Io(source) => WeightsError::Read { file, source },
+        FileError::NotRegular => WeightsError::NotAFile { file },
+        FileError::TooLong { found, max } => WeightsError::TooLarge {
+            file,
+            what: "the length".to_owned(),
+            found,
+            max,
+        },
+    }
+}
 
 /// Why a checkpoint, or one tensor of it, cannot be used.
 #[derive(Debug, thiserror::Error)]

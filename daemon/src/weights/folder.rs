@@ -10,13 +10,17 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{error::WeightsError, gguf, safetensors, side_file::read_json, tensor::StoredTensor};
+use super::{
+    error::WeightsError, gguf, mmap::MappedFile, safetensors, side_file::read_json,
+    tensor::StoredTensor,
+};
 
 const SINGLE_NAME: &str = "model.safetensors";
 const INDEX_NAME: &str = "model.safetensors.index.json";
 
-/// The tensors of a checkpoint as they lie in its files, without configuration or translation.
-pub(super) fn stored_tensors(path: &Path) -> Result<Vec<StoredTensor>, WeightsError> {
+/// The files of a checkpoint with their tensors as they lie there, without configuration or
+/// translation.
+pub(super) fn stored_files(path: &Path) -> Result<Vec<StoredFile>, WeightsError> {
     let metadata = path.metadata().map_err(|source| WeightsError::Read {
         file: path.to_owned(),
         source,
@@ -26,18 +30,26 @@ pub(super) fn stored_tensors(path: &Path) -> Result<Vec<StoredTensor>, WeightsEr
         false => Some(path.to_owned()),
     };
     if let Some(file) = gguf_file {
-        return Ok(gguf::read(&file)?.tensors);
+        let (file, gguf) = gguf::open(&file)?;
+        let tensors = gguf.tensors;
+        return Ok(vec![StoredFile { file, tensors }]);
     }
-    let mut tensors = Vec::new();
+    let mut files = Vec::new();
     let (shards, index) = find_shards(path)?;
     for shard in shards {
-        let stored = safetensors::read(&shard)?;
+        let (file, tensors) = safetensors::open(&shard)?;
         if let Some(index) = &index {
-            index.check_shard(&shard, &stored)?;
+            index.check_shard(&shard, &tensors)?;
         }
-        tensors.extend(stored);
+        files.push(StoredFile { file, tensors });
     }
-    Ok(tensors)
+    Ok(files)
+}
+
+/// A file and what lies in it.
+pub(super) struct StoredFile {
+    pub(super) file: MappedFile,
+    pub(super) tensors: Vec<StoredTensor>,
 }
 
 /// The one GGUF file of a folder without safetensors; `None` for a folder that has those.

@@ -6,7 +6,10 @@
 //! whatever its counts say.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
+    fs::File,
+    io,
     ops::Range,
     path::Path,
     sync::Arc,
@@ -17,9 +20,10 @@ use dsd_kernels::dtype::Format;
 
 use super::{
     error::WeightsError,
-    mmap,
+    mmap::{self, MappedFile},
     tensor::{NAME_BYTES_MAX, StoredTensor, StoredType, check_shape},
 };
+use crate::runtime::file;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 /// Keys of one file; real ones have 20 to 60.
@@ -36,6 +40,8 @@ const DIMS_MAX: u32 = 4;
 /// Where the file does not say.
 const ALIGNMENT_DEFAULT: u64 = 32;
 const ALIGNMENT_MAX: u64 = 1 << 16;
+/// Bytes of the header read at once.
+const WINDOW_BYTES: usize = 1 << 20;
 
 /// One value of the metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -76,17 +82,46 @@ pub(super) struct Gguf {
 /// # Errors
 /// [`WeightsError`] naming the first thing that does not fit.
 pub(super) fn read(path: &Path) -> Result<Gguf, WeightsError> {
-    parse(path, &mmap::map_file(path)?)
+    open(path).map(|(_, gguf)| gguf)
 }
 
-/// Reads `bytes`, the whole of `path`.
-pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
-    let mut reader = Reader {
+/// As [`read`], with the file.
+///
+/// # Errors
+/// [`WeightsError`] naming the first thing that does not fit.
+pub(super) fn open(path: &Path) -> Result<(MappedFile, Gguf), WeightsError> {
+    let mapped = mmap::map_file(path)?;
+    let reader = Reader {
         path,
-        bytes,
+        file: Some(&mapped.file),
+        file_len: mapped.mapping.len(),
+        window: Cow::Owned(Vec::new()),
+        window_start: 0,
         at: 0,
         elements_left: ELEMENTS_MAX,
     };
+    let gguf = parse_with(reader, &mapped.mapping)?;
+    Ok((mapped, gguf))
+}
+
+/// Reads `bytes`, the whole of `path`.
+#[cfg(test)]
+pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
+    let reader = Reader {
+        path,
+        file: None,
+        file_len: bytes.len(),
+        window: Cow::Borrowed(bytes),
+        window_start: 0,
+        at: 0,
+        elements_left: ELEMENTS_MAX,
+    };
+    parse_with(reader, bytes)
+}
+
+/// Reads the header and cuts `bytes`, the whole file, into tensors.
+fn parse_with(mut reader: Reader<'_>, bytes: &Bytes) -> Result<Gguf, WeightsError> {
+    let path = reader.path;
     let (n_tensors, n_keys) = read_counts(&mut reader)?;
     let file: Arc<Path> = path.into();
     let mut values = HashMap::new();
@@ -103,7 +138,7 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
         file: Arc::clone(&file),
         values,
     };
-    let keys_end = reader.at;
+    let keys_end = reader.position();
     let mut infos = Vec::new();
     let mut names = HashSet::new();
     for _ in 0..n_tensors {
@@ -118,7 +153,7 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
         infos.push(info);
     }
     let alignment = alignment(&metadata)?;
-    let header_end = reader.at;
+    let header_end = reader.position();
     let tensors = cut_all(&file, bytes, infos, header_end, alignment)?;
     Ok(Gguf {
         metadata,
@@ -134,11 +169,20 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Gguf, WeightsError> {
 pub(crate) fn metadata_only(path: &Path) -> Result<Vec<u8>, WeightsError> {
     /// Behind magic number and version.
     const N_TENSORS: Range<usize> = 8..16;
-    let bytes = mmap::map_file(path)?;
+    let (mapped, gguf) = open(path)?;
     let Gguf {
         metadata, keys_end, ..
-    } = parse(path, &bytes)?;
-    let mut only = bytes[..keys_end].to_vec();
+    } = gguf;
+    let mut only = vec![0; keys_end];
+    let n_read = file::read_at(&mapped.file, &mut only, 0).map_err(|e| read_error(path, e))?;
+    if n_read < keys_end {
+        return Err(WeightsError::Truncated {
+            file: path.to_owned(),
+            what: "the keys".to_owned(),
+            expected: keys_end as u64,
+            found: n_read as u64,
+        });
+    }
     only[N_TENSORS].fill(0);
     only.resize(keys_end.next_multiple_of(alignment(&metadata)?), 0);
     Ok(only)
@@ -431,17 +475,54 @@ fn field_error(file: &Path, field: &str, expected: &str, found: &str) -> Weights
     }
 }
 
+fn read_error(file: &Path, source: io::Error) -> WeightsError {
+    WeightsError::Read {
+        file: file.to_owned(),
+        source,
+    }
+}
+
 /// Walks the header; every read is checked against the end of the file.
 struct Reader<'a> {
     path: &'a Path,
-    bytes: &'a [u8],
+    /// Where more is read from than the window shows; without it the window is everything.
+    file: Option<&'a File>,
+    file_len: usize,
+    window: Cow<'a, [u8]>,
+    /// Where in the file the window begins.
+    window_start: usize,
+    /// In the window.
     at: usize,
     elements_left: u64,
 }
 
 impl Reader<'_> {
+    fn position(&self) -> usize {
+        self.window_start + self.at
+    }
+
+    /// Moves the window on so that it shows `n` bytes from here, or what the file has of them.
+    fn fetch(&mut self, n: usize) -> Result<(), WeightsError> {
+        let Some(file) = self.file else {
+            return Ok(());
+        };
+        let at = self.position();
+        let len = n.max(WINDOW_BYTES).min(self.file_len.saturating_sub(at));
+        let mut window = vec![0; len];
+        let n_read =
+            file::read_at(file, &mut window, at as u64).map_err(|e| read_error(self.path, e))?;
+        window.truncate(n_read);
+        self.window = Cow::Owned(window);
+        self.window_start = at;
+        self.at = 0;
+        Ok(())
+    }
+
     fn take(&mut self, what: &str, n: usize) -> Result<&[u8], WeightsError> {
-        let left = &self.bytes[self.at..];
+        if self.window.len() - self.at < n {
+            self.fetch(n)?;
+        }
+        let left = &self.window[self.at..];
         let Some(taken) = left.get(..n) else {
             return Err(WeightsError::Truncated {
                 file: self.path.to_owned(),

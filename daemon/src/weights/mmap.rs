@@ -3,38 +3,55 @@
 //! Does not know what is in a file.
 //!
 //! Invariant: the mapping lives until the last `Bytes` cut from it is dropped.
+//! Invariant: no byte of a mapping is read here, nor by anybody who opens a file: whoever only looks,
+//! reads through [`MappedFile::file`], where a file that was cut off is an error and no signal.
 
 use std::{fs::File, io, path::Path};
 
 use bytes::Bytes;
 use memmap2::Mmap;
 
-use super::error::WeightsError;
+use super::error::{WeightsError, file_error};
+use crate::runtime::file;
 
-/// Maps a whole file. An empty file gives empty bytes.
+/// A file with its mapping.
+#[derive(Debug)]
+pub(super) struct MappedFile {
+    /// For those who look at it.
+    pub(super) file: File,
+    /// For those who compute with it. Reading where the file ends by now is the end of the process.
+    pub(super) mapping: Bytes,
+}
+
+impl MappedFile {
+    /// Where in the file a piece of the mapping begins.
+    pub(super) fn offset_of(&self, piece: &Bytes) -> u64 {
+        let offset = piece.as_ptr().addr() - self.mapping.as_ptr().addr();
+        assert!(offset + piece.len() <= self.mapping.len(), "a piece of it");
+        offset as u64
+    }
+}
+
+/// Opens and maps a whole file. An empty file gives empty bytes.
 ///
 /// # Errors
 /// [`WeightsError::Read`] or [`WeightsError::NotAFile`].
-pub(super) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
+pub(super) fn map_file(path: &Path) -> Result<MappedFile, WeightsError> {
     let read_error = |source| WeightsError::Read {
         file: path.to_owned(),
         source,
     };
-    // Asked before opening: opening a pipe would wait for a writer for ever.
-    if !path.metadata().map_err(read_error)?.is_file() {
-        return Err(WeightsError::NotAFile {
-            file: path.to_owned(),
-        });
-    }
-    let file = File::open(path).map_err(read_error)?;
+    let file = file::open(path).map_err(|e| file_error(path, e))?;
     if file.metadata().map_err(read_error)?.len() == 0 {
-        return Ok(Bytes::new());
+        let mapping = Bytes::new();
+        return Ok(MappedFile { file, mapping });
     }
     // SAFETY: the mapping is read-only and private to this process. That no other process shortens
     // or rewrites the file while it is mapped is the operator's side of the contract, as for every
     // program that maps its weights: checkpoints are replaced by rename, never edited in place.
     let mapping = unsafe { Mmap::map(&file) }.map_err(read_error)?;
-    Ok(Bytes::from_owner(mapping))
+    let mapping = Bytes::from_owner(mapping);
+    Ok(MappedFile { file, mapping })
 }
 
 /// Tells the system that the whole pages of a piece of a mapping are not needed now. The mapping

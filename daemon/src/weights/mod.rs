@@ -16,6 +16,7 @@ pub mod verify;
 mod error;
 mod folder;
 pub(crate) mod side_file;
+mod pread;
 mod gguf;
 mod int4;
 mod gguf_config;

@@ -18,9 +18,10 @@ use serde::{
 
 use super::{
     error::WeightsError,
-    mmap,
+    mmap::{self, MappedFile},
     tensor::{NAME_BYTES_MAX, StoredTensor, StoredType, check_shape},
 };
+use crate::runtime::file;
 
 /// The format's own limit on the JSON header.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -32,12 +33,50 @@ const LENGTH_BYTES: usize = 8;
 /// # Errors
 /// [`WeightsError`] naming the first thing that does not fit.
 pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>, WeightsError> {
-    parse(path, &mmap::map_file(path)?)
+    open(path).map(|(_, tensors)| tensors)
+}
+
+/// As [`read`], with the file.
+///
+/// # Errors
+/// [`WeightsError`] naming the first thing that does not fit.
+pub(super) fn open(path: &Path) -> Result<(MappedFile, Vec<StoredTensor>), WeightsError> {
+    let mapped = mmap::map_file(path)?;
+    let read_at = |buffer: &mut [u8], offset| {
+        file::read_at(&mapped.file, buffer, offset).map_err(|source| WeightsError::Read {
+            file: path.to_owned(),
+            source,
+        })
+    };
+    let mut length = [0; LENGTH_BYTES];
+    let n_read = read_at(&mut length, 0)?;
+    let header_len = header_len(path, &length[..n_read], mapped.mapping.len())?;
+    let mut header = vec![0; header_len];
+    let n_read = read_at(&mut header, LENGTH_BYTES as u64)?;
+    if n_read < header_len {
+        return Err(WeightsError::Truncated {
+            file: path.to_owned(),
+            what: "the header".to_owned(),
+            expected: header_len as u64,
+            found: n_read as u64,
+        });
+    }
+    let tensors = cut_all(path, &header, &mapped.mapping)?;
+    Ok((mapped, tensors))
 }
 
 /// Cuts `bytes`, the whole of `path`, into tensors.
+#[cfg(test)]
 pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Vec<StoredTensor>, WeightsError> {
-    let (header, data_start) = split_header(path, bytes)?;
+    let first = &bytes[..bytes.len().min(LENGTH_BYTES)];
+    let header_len = header_len(path, first, bytes.len())?;
+    let header = bytes.slice(LENGTH_BYTES..LENGTH_BYTES + header_len);
+    cut_all(path, &header, bytes)
+}
+
+/// Cuts `bytes`, the whole of `path`, into the tensors of its header.
+fn cut_all(path: &Path, header: &[u8], bytes: &Bytes) -> Result<Vec<StoredTensor>, WeightsError> {
+    let data_start = LENGTH_BYTES + header.len();
     let header = std::str::from_utf8(header).map_err(|_| WeightsError::NotUtf8 {
         file: path.to_owned(),
         what: "safetensors header".to_owned(),
@@ -90,15 +129,15 @@ pub(super) fn parse(path: &Path, bytes: &Bytes) -> Result<Vec<StoredTensor>, Wei
     Ok(tensors)
 }
 
-/// The header's bytes and the offset of the data behind it.
-fn split_header<'a>(path: &Path, bytes: &'a Bytes) -> Result<(&'a [u8], usize), WeightsError> {
+/// The length of the header, which the first bytes of a file of `file_len` bytes tell.
+fn header_len(path: &Path, first: &[u8], file_len: usize) -> Result<usize, WeightsError> {
     let truncated = |what: &str, expected: u64| WeightsError::Truncated {
         file: path.to_owned(),
         what: what.to_owned(),
         expected,
-        found: bytes.len() as u64,
+        found: file_len as u64,
     };
-    let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
+    let Some((length, _)) = first.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(truncated("the header length", LENGTH_BYTES as u64));
     };
     let header_bytes = u64::from_le_bytes(*length);
@@ -112,9 +151,9 @@ fn split_header<'a>(path: &Path, bytes: &'a Bytes) -> Result<(&'a [u8], usize), 
     }
     // Below the limit, so neither the conversion nor the sum can overflow.
     let header_len = header_bytes as usize;
-    match rest.get(..header_len) {
-        Some(header) => Ok((header, LENGTH_BYTES + header_len)),
-        None => Err(truncated("the header", LENGTH_BYTES as u64 + header_bytes)),
+    match LENGTH_BYTES + header_len <= file_len {
+        true => Ok(header_len),
+        false => Err(truncated("the header", LENGTH_BYTES as u64 + header_bytes)),
     }
 }
 

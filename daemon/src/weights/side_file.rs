@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::{error::WeightsError, mmap};
+use super::error::{WeightsError, file_error};
+use crate::runtime::file;
 
 /// Longest side file that is read; the largest real ones are tokenizers of about 20 MB.
 const SIDE_BYTES_MAX: u64 = 64 << 20;
@@ -29,16 +30,8 @@ pub(crate) fn read_text(file: &Path, what: &'static str) -> Result<String, Weigh
     })
 }
 
-/// Copied, not mapped: side files are small, and people edit them in place.
-fn read_side_file(file: &Path) -> Result<Vec<u8>, WeightsError> {
-    let bytes = mmap::map_file(file)?;
-    if SIDE_BYTES_MAX < bytes.len() as u64 {
-        return Err(WeightsError::TooLarge {
-            file: file.to_owned(),
-            what: "the length".to_owned(),
-            found: bytes.len() as u64,
-            max: SIDE_BYTES_MAX,
-        });
-    }
-    Ok(bytes.to_vec())
+/// Reads a side file of bounded size. Copied, not mapped: side files are small, and people edit them
+/// in place.
+pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, WeightsError> {
+    file::read(path, SIDE_BYTES_MAX).map_err(|e| file_error(path, e))
 }

@@ -4,6 +4,7 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     path::{Path, PathBuf},
 };
 
@@ -14,8 +15,10 @@ use serde::{Deserialize, Serialize};
 use super::{
     checkpoint::Checkpoint,
     error::WeightsError,
-    folder::stored_tensors,
+    folder::{StoredFile, stored_files},
+    mmap::MappedFile,
     pack,
+    pread::{self, PIECE_BYTES, PieceError},
     side_file::read_json,
     tensor::{StoredTensor, StoredType},
 };
@@ -103,18 +106,23 @@ pub fn verify(
     }
     // Checks the configuration too; its mappings are dropped before the tensors are read.
     Checkpoint::open(path)?;
-    let mut tensors = stored_tensors(path)?;
-    tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    let bytes = tensors.iter().map(|t| t.data.len() as u64).sum();
+    let files = stored_files(path)?;
+    let all = |f: &'_ StoredFile| f.tensors.iter().map(|t| t.data.len() as u64).sum::<u64>();
+    let bytes = files.iter().map(all).sum();
+    let mut tensors = files
+        .iter()
+        .flat_map(|f| f.tensors.iter().map(|t| (&f.file, t)))
+        .collect::<Vec<_>>();
+    tensors.sort_by(|(_, a), (_, b)| a.name.cmp(&b.name));
     let n_tensors = tensors.len();
     let mut overall = blake3::Hasher::new();
     let mut digests = Vec::with_capacity(n_tensors);
     let mut findings = Vec::new();
     let mut bytes_done = 0;
-    for (i, tensor) in tensors.iter().enumerate() {
-        let digest = digest_of(tensor);
+    for (i, (file, tensor)) in tensors.iter().enumerate() {
+        let (digest, finding) = look_at(file, tensor);
         add_to_overall(&mut overall, &digest);
-        findings.extend(non_finite(tensor));
+        findings.extend(finding);
         bytes_done += digest.bytes;
         digests.push(digest);
         on_progress(VerifyProgress {
@@ -205,15 +213,61 @@ impl Digests {
     }
 }
 
-fn digest_of(tensor: &StoredTensor) -> TensorDigest {
-    TensorDigest {
+/// Reads a tensor, through the file and not the mapping: its digest, and the first thing that is
+/// wrong with its bytes.
+fn look_at(file: &MappedFile, tensor: &StoredTensor) -> (TensorDigest, Option<Finding>) {
+    let bytes = tensor.data.len() as u64;
+    let start = file.offset_of(&tensor.data);
+    // Whole units, so that none lies in two pieces.
+    let unit_bytes = unit_bytes(tensor.stored_type);
+    let piece_bytes = (PIECE_BYTES / unit_bytes).max(1) * unit_bytes;
+    let mut hasher = blake3::Hasher::new();
+    let mut n_units = 0;
+    let mut non_finite = None;
+    let read = pread::pieces_of(
+        &file.file,
+        start..start + bytes,
+        piece_bytes,
+        &mut |piece| {
+            hasher.update(piece);
+            if non_finite.is_none() {
+                non_finite = first_non_finite(tensor.stored_type, piece)
+                    .map(|(unit, index)| (unit, n_units + index));
+            }
+            n_units += piece.len() / unit_bytes;
+            Ok::<(), Infallible>(())
+        },
+    );
+    let (expected, found) = match read {
+        Err(PieceError::Stopped(never)) => match never {},
+        Err(PieceError::Read(e)) => (format!("{bytes} bytes"), format!("cannot be read: {e}")),
+        Ok(n_bytes) if n_bytes < bytes => (
+            format!("{bytes} bytes"),
+            format!("{n_bytes} bytes, then the file ends"),
+        ),
+        Ok(_) => match non_finite {
+            Some((unit, index)) => (
+                "finite numbers".to_owned(),
+                format!("NaN or infinity at {unit} {index}"),
+            ),
+            None => (String::new(), String::new()),
+        },
+    };
+    let finding = (!found.is_empty()).then(|| Finding {
+        file: tensor.file.to_path_buf(),
+        tensor: tensor.name.clone(),
+        expected,
+        found,
+    });
+    let digest = TensorDigest {
         file: tensor.file.to_path_buf(),
         name: tensor.name.clone(),
         stored_type: tensor.stored_type.to_string(),
         shape: tensor.shape.clone(),
-        bytes: tensor.data.len() as u64,
-        digest: blake3::hash(&tensor.data).to_hex().to_string(),
-    }
+        bytes,
+        digest: hasher.finalize().to_hex().to_string(),
+    };
+    (digest, finding)
 }
 
 /// Lengths in front of the parts keep two different checkpoints from feeding the same bytes.
@@ -267,17 +321,17 @@ fn differences(report: &VerifyReport, saved: &Digests) -> Vec<Finding> {
     findings
 }
 
-/// The first NaN or infinity among a tensor's numbers or block scales.
-fn non_finite(tensor: &StoredTensor) -> Option<Finding> {
-    let (unit, index) = first_non_finite(tensor.stored_type, &tensor.data)?;
-    Some(Finding {
-        file: tensor.file.to_path_buf(),
-        tensor: tensor.name.clone(),
-        expected: "finite numbers".to_owned(),
-        found: format!("NaN or infinity at {unit} {index}"),
-    })
+/// Bytes of what [`first_non_finite`] counts.
+fn unit_bytes(stored_type: StoredType) -> usize {
+    match stored_type {
+        StoredType::Weights(format) => format.block_bytes(),
+        StoredType::F64 => 8,
+        StoredType::Int { bytes, .. } => usize::from(bytes),
+        StoredType::F8E5m2 | StoredType::F8E8m0 | StoredType::Bool => 1,
+    }
 }
 
+/// The first NaN or infinity among numbers or block scales.
 fn first_non_finite(stored_type: StoredType, data: &[u8]) -> Option<(&'static str, usize)> {
     let f16_at = |block: &[u8], at: usize| match block.get(at..at + 2) {
         Some(&[a, b]) => f16::from_le_bytes([a, b]).is_finite(),

@@ -11,10 +11,10 @@ use std::{
 };
 
 use quinn::{
-    ConnectError, Connection, ConnectionError, Endpoint, RecvStream, TokioRuntime, VarInt,
-    WriteError,
+    ConnectError, Connection, ConnectionError, Endpoint, RecvStream, TokioRuntime,
+    TransportErrorCode, VarInt, WriteError,
 };
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::{
     ids::Epoch,
@@ -98,6 +98,11 @@ pub enum ClientError {
     Answered(ErrorReply),
 }
 
+/// How often we look whether the node has confirmed the handshake, which takes it about 1 ms.
+const CONFIRMED_POLL_INTERVAL: Duration = Duration::from_millis(1);
+/// Before a handshake that lost its place is begun again: a few times what a whole one takes.
+const DISPLACED_PAUSE: Duration = Duration::from_millis(20);
+
 /// A connection to one node.
 #[derive(Debug)]
 pub struct Client {
@@ -110,9 +115,11 @@ pub struct Client {
 impl Client {
     /// Connects to the node at `address` and makes sure that it is one of `identity`'s cluster.
     ///
+    /// A node that drops us in the middle of the handshake, because it has more of them under way
+    /// than it likes, is asked again until the deadline.
+    ///
     /// # Errors
-    /// [`ClientError`]. A node that refuses our certificate does so only after the handshake, so
-    /// [`ClientError::Refused`] may also come from the first call.
+    /// [`ClientError`].
     pub async fn connect(
         address: SocketAddr,
         identity: &Identity,
@@ -136,16 +143,28 @@ impl Client {
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new(endpoint::endpoint_config(), None, socket, runtime)
             .map_err(ClientError::Socket)?;
-        let connecting = endpoint
-            .connect_with(config, address, NODE_DNS_NAME)
-            .map_err(|source| ClientError::BadAddress { address, source })?;
-        let connection = timeout(deadline, connecting)
+        let shake_hands = async {
+            loop {
+                let connecting = endpoint
+                    .connect_with(config.clone(), address, NODE_DNS_NAME)
+                    .map_err(|source| ClientError::BadAddress { address, source })?;
+                let outcome = match connecting.await {
+                    Ok(connection) => confirmed(&connection).await.map(|()| connection),
+                    Err(error) => Err(error),
+                };
+                match outcome {
+                    Ok(connection) => return Ok(connection),
+                    Err(error) if is_displaced(&error) => sleep(DISPLACED_PAUSE).await,
+                    Err(ConnectionError::TimedOut) => {
+                        return Err(ClientError::Unreachable { address });
+                    }
+                    Err(error) => return Err(connect_error(address, error)),
+                }
+            }
+        };
+        let connection = timeout(deadline, shake_hands)
             .await
-            .unwrap_or(Err(ConnectionError::TimedOut))
-            .map_err(|error| match error {
-                ConnectionError::TimedOut => ClientError::Unreachable { address },
-                other => connect_error(address, other),
-            })?;
+            .unwrap_or(Err(ClientError::Unreachable { address }))?;
         match server::peer_name(&connection) {
             Some(node) if node.role == Role::Node && node.cluster == identity.name().cluster => {
                 Ok(Self {
@@ -340,6 +359,28 @@ fn answer<M: Message>(header: &Header, body: &[u8]) -> Result<M, ClientError> {
         return Err(ClientError::Answered(error));
     }
     frame::decode_body(header, body).map_err(ClientError::Frame)
+}
+
+/// Waits until the node has found our certificate good. Our side of the handshake is over before: a
+/// node that refuses us, or gave our place away, says so only now.
+async fn confirmed(connection: &Connection) -> Result<(), ConnectionError> {
+    let is_confirmed = async {
+        // There is no event for it.
+        while connection.stats().frame_rx.handshake_done == 0 {
+            sleep(CONFIRMED_POLL_INTERVAL).await;
+        }
+    };
+    tokio::select! {
+        () = is_confirmed => Ok(()),
+        error = connection.closed() => Err(error),
+    }
+}
+
+/// The node gave our place among its handshakes to somebody who came later.
+fn is_displaced(error: &ConnectionError) -> bool {
+    // What it says to a handshake that it drops; a node that is full, or refuses us, says so.
+    matches!(error, ConnectionError::ConnectionClosed(close)
+        if close.error_code == TransportErrorCode::APPLICATION_ERROR)
 }
 
 fn connect_error(address: SocketAddr, error: ConnectionError) -> ClientError {

@@ -54,6 +54,18 @@ pub(super) fn server_config(
     identity: &Identity,
     calls_max: u32,
 ) -> Result<quinn::ServerConfig, TlsError> {
+    let mut config = quinn::ServerConfig::with_crypto(server_crypto(identity)?);
+    config.transport_config(Arc::new(transport(calls_max)));
+    // dsctl may be on a laptop that changes networks.
+    config.migration(true);
+    config.max_incoming(256);
+    config.incoming_buffer_size(64 << 10);
+    config.incoming_buffer_size_total(4 << 20);
+    Ok(config)
+}
+
+/// The part of it that knows certificates.
+pub(super) fn server_crypto(identity: &Identity) -> Result<Arc<QuicServerConfig>, TlsError> {
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::new(roots(identity)?), provider())
             .build()?;
@@ -64,14 +76,7 @@ pub(super) fn server_config(
     tls.alpn_protocols = vec![ALPN_ADMIN.to_vec()];
     tls.max_early_data_size = 0;
     tls.send_tls13_tickets = 0;
-    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
-    config.transport_config(Arc::new(transport(calls_max)));
-    // dsctl may be on a laptop that changes networks.
-    config.migration(true);
-    config.max_incoming(256);
-    config.incoming_buffer_size(64 << 10);
-    config.incoming_buffer_size_total(4 << 20);
-    Ok(config)
+    Ok(Arc::new(QuicServerConfig::try_from(tls)?))
 }
 
 /// Settings of the end that connects.

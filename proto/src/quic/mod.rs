@@ -12,6 +12,7 @@ pub mod pki;
 // How they speak: TLS and transport settings, frames on streams.
 mod endpoint;
 mod stream;
+mod half_open;
 
 // The two ends.
 pub mod service;
@@ -22,7 +23,7 @@ pub use client::{Client, ClientError, Event, ReplyStream};
 pub use endpoint::TlsError;
 pub use identity::{Identity, PeerName, Role};
 pub use pki::PkiError;
-pub use server::{Server, ServerError, ServerLimits};
+pub use server::{IdentityHandle, Server, ServerError, ServerLimits};
 pub use service::{AdminService, Call, Gone, ReplySender, StreamCall};
 
 /// Protocol name in the TLS handshake of everything that `dsctl` and nodes ask of a node.

@@ -1,9 +1,10 @@
 //! Accepts connections and calls, and hands requests to an [`AdminService`].
 //!
-//! One stream is one call. What a peer does wrong ends its stream, at worst its connection.
+//! One stream is one call. What a peer does wrong ends its stream, at worst its connection. Places
+//! for connections are for peers whose certificate was found good; handshakes have their own, few.
 //!
-//! Invariant: connections, calls per connection and every wait are bounded; all tasks belong to the
-//! server and are gone when [`Server::run`] returns.
+//! Invariant: handshakes, connections, calls per connection and every wait are bounded; all tasks
+//! belong to the server and are gone when [`Server::run`] returns.
 
 use std::{
     net::{SocketAddr, UdpSocket},
@@ -12,13 +13,14 @@ use std::{
 };
 
 use quinn::{
-    Connecting, Connection, Endpoint, Incoming, RecvStream, SendStream, TokioRuntime, VarInt,
+    Connecting, Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream,
+    TokioRuntime, VarInt,
 };
 use rustls_pki_types::CertificateDer;
 use tokio::{
-    sync::watch,
-    task::{JoinError, JoinSet},
-    time::timeout,
+    sync::{oneshot, watch},
+    task::{self, JoinError, JoinSet},
+    time::{sleep, timeout},
 };
 use tracing::{debug, error, info};
 
@@ -27,9 +29,10 @@ use crate::{
     ids::{ClusterName, Epoch},
     quic::{
         endpoint::{self, TlsError},
+        half_open::HalfOpen,
         identity::{Identity, PeerName, Role},
         service::{AdminService, Call, ReplySender},
-        stream::{self, CODE_CANCELLED, CODE_FORBIDDEN, CODE_SHUTDOWN, ReadFrameError},
+        stream::{self, CODE_CANCELLED, CODE_FORBIDDEN, CODE_FULL, CODE_SHUTDOWN, ReadFrameError},
     },
     wire::{
         FrameError, Kind, Message,
@@ -58,8 +61,12 @@ const CALLS_NODE: &[Kind] = &[Kind::of::<StatusRequest>(), Kind::of::<GenerateRe
 /// Bounds of a server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServerLimits {
-    /// Connections, those in handshake included.
+    /// Connections of peers that have proved who they are.
     pub connections_max: usize,
+    /// Handshakes under way. A newcomer takes the place of the one that has been silent longest.
+    pub handshakes_max: usize,
+    /// Of them from one address (IPv6: one /64 network).
+    pub handshakes_per_address_max: usize,
     /// Calls that run at once on one connection.
     pub calls_max: u32,
     /// For a handshake.
@@ -76,6 +83,10 @@ impl Default for ServerLimits {
     fn default() -> Self {
         Self {
             connections_max: 256,
+            // A quarter of 1 s' handshakes on one core: who comes at that rate stays for 250 ms,
+            // and a real handshake takes 3.
+            handshakes_max: 128,
+            handshakes_per_address_max: 64,
             calls_max: 64,
             handshake_timeout: Duration::from_secs(3),
             request_timeout: Duration::from_secs(3),
@@ -102,11 +113,73 @@ pub enum ServerError {
     Socket(#[source] std::io::Error),
 }
 
+/// Handshakes under way above which an address has to prove itself first, so that forged ones take
+/// no places: more than a handful at once is no ordinary day.
+const HANDSHAKES_BEFORE_RETRY: usize = 8;
+/// How often the log says what became of handshakes that failed, at most.
+const TROUBLE_INTERVAL: Duration = Duration::from_secs(10);
+
 /// The accepting end.
 #[derive(Debug)]
 pub struct Server<S> {
     endpoint: Endpoint,
+    config: quinn::ServerConfig,
+    identity_tx: watch::Sender<Identity>,
+    identity_rx: watch::Receiver<Identity>,
     shared: Arc<Shared<S>>,
+}
+
+/// Gives a running server a renewed certificate.
+#[derive(Debug, Clone)]
+pub struct IdentityHandle(watch::Sender<Identity>);
+
+impl IdentityHandle {
+    /// From now on the server shows this identity to new connections; those that are open go on.
+    ///
+    /// # Errors
+    /// [`ServerError`]; the server keeps what it has.
+    pub fn replace(&self, identity: Identity) -> Result<(), ServerError> {
+        check_role(&identity)?;
+        endpoint::server_crypto(&identity).map_err(ServerError::Tls)?;
+        // A server that has ended needs none.
+        let _ended = self.0.send(identity);
+        Ok(())
+    }
+}
+
+fn check_role(identity: &Identity) -> Result<(), ServerError> {
+    match identity.name().role {
+        Role::Node => Ok(()),
+        Role::Admin => Err(ServerError::NotANode {
+            found: identity.name().to_string(),
+        }),
+    }
+}
+
+/// Handshakes that came to nothing since the log last said so.
+#[derive(Debug, Default)]
+struct Troubles {
+    n_displaced: u64,
+    n_failed: u64,
+    n_refused: u64,
+    last_peer: Option<SocketAddr>,
+}
+
+impl Troubles {
+    fn report(&mut self) {
+        let Self {
+            n_displaced,
+            n_failed,
+            n_refused,
+            last_peer,
+        } = std::mem::take(self);
+        if let Some(peer) = last_peer {
+            info!(
+                %peer,
+                n_displaced, n_failed, n_refused, "handshakes came to nothing"
+            );
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -128,25 +201,35 @@ impl<S: AdminService> Server<S> {
         service: S,
         limits: ServerLimits,
     ) -> Result<Self, ServerError> {
-        if identity.name().role != Role::Node {
-            return Err(ServerError::NotANode {
-                found: identity.name().to_string(),
-            });
-        }
+        check_role(identity)?;
         let config =
             endpoint::server_config(identity, limits.calls_max).map_err(ServerError::Tls)?;
         let runtime = Arc::new(TokioRuntime);
-        let endpoint = Endpoint::new(endpoint::endpoint_config(), Some(config), socket, runtime)
-            .map_err(ServerError::Socket)?;
+        let endpoint = Endpoint::new(
+            endpoint::endpoint_config(),
+            Some(config.clone()),
+            socket,
+            runtime,
+        )
+        .map_err(ServerError::Socket)?;
         let cluster = identity.name().cluster.clone();
+        let (identity_tx, identity_rx) = watch::channel(identity.clone());
         Ok(Self {
             endpoint,
+            config,
+            identity_tx,
+            identity_rx,
             shared: Arc::new(Shared {
                 service,
                 cluster,
                 limits,
             }),
         })
+    }
+
+    /// The way to renew the certificate while the server runs.
+    pub fn identity_handle(&self) -> IdentityHandle {
+        IdentityHandle(self.identity_tx.clone())
     }
 
     /// Where the server can be reached.
@@ -158,24 +241,78 @@ impl<S: AdminService> Server<S> {
     }
 
     /// Serves until `shutdown` completes, then lets running calls end within the drain time.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+    pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
         let (stop_tx, stop_rx) = watch::channel(false);
+        let limits = self.shared.limits;
+        let mut half_open = HalfOpen::new(limits.handshakes_max, limits.handshakes_per_address_max);
+        let mut handshakes = JoinSet::<(SocketAddr, Result<Connection, HandshakeError>)>::new();
         let mut connections = JoinSet::new();
+        let mut troubles = Troubles::default();
+        let mut report = tokio::time::interval(TROUBLE_INTERVAL);
         tokio::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Some(ended) = connections.join_next() => report_panic(ended),
-                incoming = self.endpoint.accept() => {
-                    let Some(incoming) = incoming else { break };
-                    if let Some(connecting) = self.admit(incoming, connections.len()) {
-                        let shared = Arc::clone(&self.shared);
-                        connections.spawn(serve_connection(connecting, shared, stop_rx.clone()));
+                Some(ended) = handshakes.join_next_with_id() => {
+                    let id = match &ended {
+                        Ok((id, _)) => *id,
+                        Err(error) => error.id(),
+                    };
+                    half_open.remove(&Handshake(id, None));
+                    match ended {
+                        Ok((_, (_, Ok(connection)))) => {
+                            if limits.connections_max <= connections.len() {
+                                troubles.n_refused += 1;
+                                troubles.last_peer = Some(connection.remote_address());
+                                let reason = b"the limit of connections is reached";
+                                connection.close(VarInt::from_u32(CODE_FULL), reason);
+                                continue;
+                            }
+                            let shared = Arc::clone(&self.shared);
+                            let stop = stop_rx.clone();
+                            connections.spawn(serve_connection(connection, shared, stop));
+                        }
+                        Ok((_, (peer, Err(error)))) => {
+                            debug!(%peer, %error, "handshake failed");
+                            troubles.last_peer = Some(peer);
+                            match error {
+                                HandshakeError::Displaced => troubles.n_displaced += 1,
+                                HandshakeError::TimedOut | HandshakeError::Connection(_) => {
+                                    troubles.n_failed += 1;
+                                }
+                            }
+                        }
+                        Err(error) => report_panic(Err(error)),
                     }
                 }
+                incoming = self.endpoint.accept() => {
+                    let Some(incoming) = incoming else { break };
+                    let peer = incoming.remote_address();
+                    if limits.connections_max <= connections.len() {
+                        troubles.n_refused += 1;
+                        troubles.last_peer = Some(peer);
+                        incoming.refuse();
+                        continue;
+                    }
+                    let is_crowded = HANDSHAKES_BEFORE_RETRY <= half_open.len()
+                        || limits.connections_max / 2 <= connections.len();
+                    let Some(connecting) = accept(incoming, is_crowded) else { continue };
+                    if let Some(Handshake(_, Some(displaced))) = half_open.make_room(peer.ip()) {
+                        // Where nobody listens it was over just now.
+                        let _over = displaced.send(());
+                    }
+                    let (displace, displaced) = oneshot::channel();
+                    let wait = limits.handshake_timeout;
+                    let task = handshakes.spawn(shake_hands(connecting, wait, displaced));
+                    half_open.push(peer.ip(), Handshake(task.id(), Some(displace)));
+                }
+                Ok(()) = self.identity_rx.changed() => self.take_identity(),
+                _ = report.tick() => troubles.report(),
             }
         }
         self.endpoint.set_server_config(None);
+        handshakes.shutdown().await;
         // Refused only if no connection is left to hear it.
         let _all_gone = stop_tx.send(true);
         while let Some(ended) = connections.join_next().await {
@@ -187,50 +324,81 @@ impl<S: AdminService> Server<S> {
         let _heard = timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
     }
 
-    /// Takes the connection on while there is room. Once half the room is used, an address has to
-    /// prove itself first, so that forged ones cannot fill the other half.
-    fn admit(&self, incoming: Incoming, n_connections: usize) -> Option<Connecting> {
-        let max = self.shared.limits.connections_max;
-        let peer = incoming.remote_address();
-        if max <= n_connections {
-            info!(%peer, n_connections, "connection refused, the limit is reached");
-            incoming.refuse();
-            return None;
-        }
-        if max / 2 <= n_connections && !incoming.remote_address_validated() && incoming.may_retry()
-        {
-            if let Err(error) = incoming.retry() {
-                debug!(%peer, %error, "cannot ask for a retry");
+    /// Everything but the certificate stays, the key of retry tokens above all: a handshake whose
+    /// token was made with another one would fail.
+    fn take_identity(&mut self) {
+        let identity = self.identity_rx.borrow_and_update().clone();
+        match endpoint::server_crypto(&identity) {
+            Ok(crypto) => {
+                self.config.crypto = crypto;
+                self.endpoint.set_server_config(Some(self.config.clone()));
+                info!(name = %identity.name(), "certificate replaced");
             }
-            return None;
-        }
-        match incoming.accept() {
-            Ok(connecting) => Some(connecting),
-            Err(error) => {
-                debug!(%peer, %error, "connection refused");
-                None
-            }
+            Err(error) => error!(%error, "a renewed certificate is of no use"),
         }
     }
 }
 
-async fn serve_connection<S: AdminService>(
+/// A handshake under way; equal are two of one task.
+#[derive(Debug)]
+struct Handshake(task::Id, Option<oneshot::Sender<()>>);
+
+impl PartialEq for Handshake {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+/// Goes on with the handshake, unless the address has to prove itself first.
+fn accept(incoming: Incoming, is_crowded: bool) -> Option<Connecting> {
+    let peer = incoming.remote_address();
+    if is_crowded && !incoming.remote_address_validated() && incoming.may_retry() {
+        if let Err(error) = incoming.retry() {
+            debug!(%peer, %error, "cannot ask for a retry");
+        }
+        return None;
+    }
+    match incoming.accept() {
+        Ok(connecting) => Some(connecting),
+        Err(error) => {
+            debug!(%peer, %error, "connection refused");
+            None
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum HandshakeError {
+    #[error("it made room for another one")]
+    Displaced,
+    #[error("it took too long")]
+    TimedOut,
+    #[error(transparent)]
+    Connection(ConnectionError),
+}
+
+async fn shake_hands(
     connecting: Connecting,
+    wait: Duration,
+    displaced: oneshot::Receiver<()>,
+) -> (SocketAddr, Result<Connection, HandshakeError>) {
+    let peer = connecting.remote_address();
+    let outcome = tokio::select! {
+        // In this order because a handshake that is over is not given up.
+        biased;
+        connected = connecting => connected.map_err(HandshakeError::Connection),
+        Ok(()) = displaced => Err(HandshakeError::Displaced),
+        () = sleep(wait) => Err(HandshakeError::TimedOut),
+    };
+    (peer, outcome)
+}
+
+async fn serve_connection<S: AdminService>(
+    connection: Connection,
     shared: Arc<Shared<S>>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let address = connecting.remote_address();
-    let connection = match timeout(shared.limits.handshake_timeout, connecting).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => {
-            info!(peer = %address, %error, "handshake failed");
-            return;
-        }
-        Err(_) => {
-            info!(peer = %address, "handshake took too long");
-            return;
-        }
-    };
+    let address = connection.remote_address();
     let peer = match peer_name(&connection) {
         Some(peer) if peer.cluster == shared.cluster => peer,
         found => {

@@ -15,6 +15,8 @@ pub(super) const CODE_CANCELLED: u32 = 1;
 pub(super) const CODE_SHUTDOWN: u32 = 2;
 /// Close code for a peer whose certificate names another cluster, or nobody.
 pub(super) const CODE_FORBIDDEN: u32 = 3;
+/// The server has as many connections as it may.
+pub(super) const CODE_FULL: u32 = 4;
 
 /// A body is grown by this much at a time, so that an announced length alone takes no memory.
 const READ_CHUNK: usize = 64 << 10;

@@ -163,6 +163,7 @@ struct Rig {
     address: SocketAddr,
     cancelled: mpsc::Receiver<()>,
     release: Arc<Notify>,
+    identity: super::IdentityHandle,
     shutdown: Option<oneshot::Sender<()>>,
     tasks: JoinSet<()>,
 }
@@ -186,6 +187,7 @@ impl Rig {
         };
         let server = Server::new(socket, &pki.identity(Role::Node), service, limits).unwrap();
         let address = server.local_addr().unwrap();
+        let identity = server.identity_handle();
         let (shutdown, stopped) = oneshot::channel::<()>();
         let mut tasks = JoinSet::new();
         tasks.spawn(server.run(async {
@@ -196,6 +198,7 @@ impl Rig {
             address,
             cancelled,
             release,
+            identity,
             shutdown: Some(shutdown),
             tasks,
         }
@@ -411,35 +414,195 @@ async fn a_certificate_that_has_expired_is_refused() {
     rig.assert_serves().await;
 }
 
-#[tokio::test]
-async fn a_handshake_that_stops_gives_its_place_back() {
-    let limits = ServerLimits {
-        connections_max: 1,
-        handshake_timeout: Duration::from_millis(200),
-        ..ServerLimits::default()
-    };
-    let rig = Rig::with(limits);
-    // The first datagram of a real client, caught and sent on from an address that then is silent.
+/// Begins a handshake through a socket of its own, answers a retry, and falls silent. The socket
+/// must be kept: where nobody listens the system tells the server.
+async fn silent_handshake(server: SocketAddr, identity: &Identity) -> tokio::net::UdpSocket {
     let trap = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
         .await
         .unwrap();
-    let identity = rig.pki.identity(Role::Admin);
-    let connect = Client::connect(trap.local_addr().unwrap(), &identity, DEADLINE);
-    let mut first = vec![0; 2048];
-    let len = tokio::select! {
-        _ = connect => panic!("nobody answers"),
-        received = trap.recv(&mut first) => received.unwrap(),
+    let connect = Client::connect(trap.local_addr().unwrap(), identity, DEADLINE);
+    let relay = async {
+        let mut datagram = vec![0; 2048];
+        let mut client = None;
+        loop {
+            let (len, from) = trap.recv_from(&mut datagram).await.unwrap();
+            let packet = &datagram[..len];
+            let is_retry = packet[0] & 0xf0 == 0xf0;
+            match client {
+                _ if from != server => {
+                    client = Some(from);
+                    trap.send_to(packet, server).await.unwrap();
+                }
+                Some(client) if is_retry => {
+                    trap.send_to(packet, client).await.unwrap();
+                }
+                // Anything else shows that a place is taken.
+                _ => break,
+            }
+        }
     };
-    trap.send_to(&first[..len], rig.address).await.unwrap();
-    // Its answer shows that the place is taken.
-    trap.recv(&mut first).await.unwrap();
+    tokio::select! {
+        _ = connect => panic!("nobody answers"),
+        () = relay => {}
+    }
+    trap
+}
+
+#[tokio::test]
+async fn silent_handshakes_hold_no_place_of_a_connection() {
+    let rig = Rig::with(ServerLimits {
+        connections_max: 1,
+        handshakes_max: 1,
+        ..ServerLimits::default()
+    });
+    let identity = rig.pki.identity(Role::Admin);
+    let _silent = silent_handshake(rig.address, &identity).await;
+    // Long before the time of the silent one is over.
+    Client::connect(rig.address, &identity, Duration::from_secs(1))
+        .await
+        .unwrap()
+        .close()
+        .await;
+}
+
+/// Every place used to be theirs until their time was over, and then again.
+#[tokio::test]
+async fn silent_handshakes_keep_nobody_out() {
+    let rig = Rig::with(ServerLimits {
+        handshakes_max: 24,
+        handshakes_per_address_max: 16,
+        handshake_timeout: Duration::from_secs(60),
+        ..ServerLimits::default()
+    });
+    let identity = rig.pki.identity(Role::Admin);
+    let mut silent = Vec::new();
+    for _ in 0..60 {
+        silent.push(silent_handshake(rig.address, &identity).await);
+    }
+    for _ in 0..5 {
+        let client = Client::connect(rig.address, &identity, Duration::from_secs(1))
+            .await
+            .unwrap();
+        client.call(&StatusRequest {}, DEADLINE).await.unwrap();
+        client.close().await;
+    }
+}
+
+/// One who is displaced in the middle of a handshake begins again and gets in.
+#[tokio::test]
+async fn a_displaced_client_comes_back() {
+    let rig = Rig::with(ServerLimits {
+        handshakes_max: 2,
+        ..ServerLimits::default()
+    });
+    let identity = rig.pki.identity(Role::Admin);
+    let mut clients = JoinSet::new();
+    for _ in 0..40 {
+        let (address, identity) = (rig.address, identity.clone());
+        clients.spawn(async move {
+            let client = Client::connect(address, &identity, DEADLINE).await?;
+            client.call(&StatusRequest {}, DEADLINE).await?;
+            client.close().await;
+            Ok::<(), ClientError>(())
+        });
+    }
+    while let Some(ended) = clients.join_next().await {
+        ended.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_handshake_that_takes_too_long_is_over() {
+    let rig = Rig::with(ServerLimits {
+        handshake_timeout: Duration::from_millis(200),
+        ..ServerLimits::default()
+    });
+    let identity = rig.pki.identity(Role::Admin);
+    // Of what the client sends, the server sees the first datagram only; the client sees all.
+    let trap = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .unwrap();
+    let connect = Client::connect(trap.local_addr().unwrap(), &identity, DEADLINE);
+    let relay = async {
+        let mut datagram = vec![0; 2048];
+        let mut first: Option<(SocketAddr, Vec<u8>)> = None;
+        loop {
+            let (len, from) = trap.recv_from(&mut datagram).await.unwrap();
+            let packet = &datagram[..len];
+            match &first {
+                Some((client, _)) if from == rig.address => {
+                    trap.send_to(packet, client).await.unwrap();
+                }
+                // Told that it is over, it begins anew.
+                Some((_, first)) if is_initial_of_other(packet, first) => break,
+                // The same again, for the server must not send more than three times what it gets.
+                Some((_, first)) => {
+                    trap.send_to(first, rig.address).await.unwrap();
+                }
+                None => {
+                    trap.send_to(packet, rig.address).await.unwrap();
+                    first = Some((from, packet.to_vec()));
+                }
+            }
+        }
+    };
+    tokio::select! {
+        _ = connect => panic!("the handshake cannot be completed"),
+        told = tokio::time::timeout(Duration::from_secs(5), relay) => told.unwrap(),
+    }
+    rig.assert_serves().await;
+}
+
+/// The source connection id of a packet with a long header.
+fn source_id(packet: &[u8]) -> &[u8] {
+    let at = 6 + usize::from(packet[5]);
+    &packet[at + 1..at + 1 + usize::from(packet[at])]
+}
+
+fn is_initial_of_other(packet: &[u8], first: &[u8]) -> bool {
+    packet[0] & 0xf0 == 0xc0 && source_id(packet) != source_id(first)
+}
+
+/// Serial number of the node's certificate as a client sees it.
+fn node_serial(client: &Client) -> Vec<u8> {
+    use x509_parser::prelude::{FromDer, X509Certificate};
+    let chain = client.connection().peer_identity().unwrap();
+    let chain = chain
+        .downcast::<Vec<rustls_pki_types::CertificateDer<'static>>>()
+        .unwrap();
+    let (_, certificate) = X509Certificate::from_der(&chain[0]).unwrap();
+    certificate.raw_serial().to_vec()
+}
+
+#[tokio::test]
+async fn a_renewed_certificate_is_shown_to_new_connections_and_old_ones_go_on() {
+    let rig = Rig::new();
+    let open = rig.client(Role::Admin).await;
+    let mut running = open.stream(&endless(), DEADLINE).await.unwrap();
+    running.next(DEADLINE).await.unwrap();
+    let before = node_serial(&open);
+
+    let folder = rig.pki.folder.path();
+    std::fs::remove_file(folder.join("node.pem")).unwrap();
+    // Not in the same second.
+    rig.pki.ensure("lab", unix_now() - 60);
+    let admin = rig.pki.identity(Role::Admin);
+    assert!(rig.identity.replace(admin).is_err());
+    rig.identity.replace(rig.pki.identity(Role::Node)).unwrap();
     let deadline = tokio::time::Instant::now() + DEADLINE;
     loop {
-        match Client::connect(rig.address, &identity, DEADLINE).await {
-            Ok(client) => break client.close().await,
-            Err(error) => assert!(tokio::time::Instant::now() < deadline, "{error}"),
+        let client = rig.client(Role::Admin).await;
+        client.call(&StatusRequest {}, DEADLINE).await.unwrap();
+        if node_serial(&client) != before {
+            break;
         }
+        assert!(tokio::time::Instant::now() < deadline);
+        client.close().await;
     }
+    open.call(&StatusRequest {}, DEADLINE).await.unwrap();
+    rig.release.notify_one();
+    let last = running.next(DEADLINE).await.unwrap();
+    assert_eq!(last, Some(Event::Reply(samples::generate_done())));
 }
 
 #[tokio::test]

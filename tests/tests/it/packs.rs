@@ -5,6 +5,8 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use dsd_tests::{
@@ -98,6 +100,119 @@ fn a_pack_is_served_like_its_checkpoint_and_a_flipped_bit_takes_it_out() {
         outcome.stderr.contains("is damaged: its blake3 is"),
         "{outcome:?}"
     );
+}
+
+/// Cuts a file off and makes it whole again, in place.
+struct Cut {
+    path: PathBuf,
+    whole: Vec<u8>,
+}
+
+impl Cut {
+    fn of(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            whole: fs::read(path).unwrap(),
+        }
+    }
+
+    fn off(&self, share: f64) {
+        let file = fs::OpenOptions::new().write(true).open(&self.path);
+        let len = self.whole.len() as f64 * share;
+        file.unwrap().set_len(len as u64).unwrap();
+    }
+
+    fn mend(&self) {
+        fs::write(&self.path, &self.whole).unwrap();
+    }
+}
+
+/// The same numbers below 1 in every run.
+fn seeded(seed: u64) -> impl FnMut() -> f64 {
+    let mut state = seed;
+    move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
+
+/// The check read the file through its mapping; one run in eight ended the agent with SIGBUS.
+#[test]
+fn a_pack_that_is_cut_off_while_it_is_verified_costs_nobody_s_life() {
+    let (_folder, out) = packed(&data::smollm2());
+    let node = Node::start(&data::reference("llama"));
+    let store = node.state().join("models");
+    fs::create_dir(&store).unwrap();
+    let pack = data::copy_of(&out, &store);
+    let cut = Cut::of(&rank_file(&pack));
+    let verify = || {
+        let started = Instant::now();
+        let outcome = tool::dsctl(&node, &["--json", "model", "verify", "packed"]);
+        (outcome, started.elapsed())
+    };
+    let (good, took) = verify();
+    assert_eq!(good.code, Some(0), "{good:?}");
+    let mut random = seeded(14);
+    let mut n_found = 0;
+    for round in 0..24 {
+        let (delay, share) = (took.mul_f64(random()), random());
+        let outcome = thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(delay);
+                cut.off(share);
+            });
+            verify().0
+        });
+        cut.mend();
+        assert!(
+            matches!(outcome.code, Some(0 | 2)),
+            "round {round}: {outcome:?}"
+        );
+        let report = outcome.json_lines().pop().unwrap();
+        for finding in report["verified"]["findings"].as_array().unwrap() {
+            let file = finding["file"].as_str().unwrap();
+            let is_named = file == "rank-00-of-01.safetensors" || file == pack.to_str().unwrap();
+            assert!(is_named, "{finding}");
+            let found = finding["found"].as_str().unwrap();
+            let is_of_tensor = found.ends_with("then the file ends");
+            assert_eq!(is_of_tensor, finding["tensor"] != "", "{finding}");
+            n_found += usize::from(is_of_tensor);
+        }
+    }
+    assert!(0 < n_found, "no cut came in the middle of a check");
+    node.must_serve();
+}
+
+/// A scrub met the end of the file every time. Ranks compute with the mapping and may be lost.
+#[test]
+fn a_pack_that_is_cut_off_while_it_is_scrubbed_does_not_end_the_agent() {
+    let (_folder, out) = packed(&data::smollm2());
+    let cut = Cut::of(&rank_file(&out));
+    let mut random = seeded(15);
+    for round in 0..3 {
+        let node = Node::builder(&out)
+            // The first scrub takes some four seconds.
+            .env("DSD_ENGINE__SCRUB_BYTES_PER_S", cut.whole.len() / 4)
+            // Whatever ranks have to say about their end.
+            .allow("")
+            .start();
+        let pid = node.pid();
+        thread::sleep(Duration::from_secs_f64(2.0 * random()));
+        cut.off(random() * 0.4);
+        let damage = wait::until("damage is found", || {
+            node.logged("a tensor of the pack is damaged; pack the checkpoint again and load the model anew")
+        });
+        assert_eq!(damage["file"], rank_file(&out).to_str().unwrap());
+        assert_ne!(damage["tensor"], "", "round {round}");
+        let found = damage["found"].as_str().unwrap();
+        assert!(found.ends_with("then the file ends"), "{damage}");
+        assert_eq!(http::get(node.http, "/health").status, 200);
+        assert_eq!(node.pid(), pid);
+        drop(node);
+        cut.mend();
+    }
 }
 
 /// The end of the last tensor, in front of its padding or not.

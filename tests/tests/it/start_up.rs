@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{TcpListener, UdpSocket},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -352,6 +353,37 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
             outcome.stderr.as_str()
         ),
         (Some(0), "", "")
+    );
+    // What is no mistake of the file is said, and costs nothing.
+    let state = folder.path().join("state");
+    fs::create_dir(&state).unwrap();
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
+    let keys = folder.path().join("keys");
+    fs::write(&keys, "sk-0123456789abcdef\n").unwrap();
+    fs::set_permissions(&keys, fs::Permissions::from_mode(0o644)).unwrap();
+    let mut command = tool::command("dsd");
+    command
+        .args(["check-config", "--config", path_text])
+        .env("DSD_NODE__STATE_DIR", &state)
+        .env("DSD_HTTP__API_KEYS_FILE", &keys);
+    let outcome = process::run(&mut command, "");
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    for expected in [
+        format!("run `chmod go-w {}`", state.display()),
+        format!("run `chmod g-w,o-rwx {}`", keys.display()),
+    ] {
+        assert!(outcome.stderr.contains(&expected), "{outcome:?}");
+    }
+    // A start refuses such keys.
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o700)).unwrap();
+    let mut command = tool::command("dsd");
+    command
+        .args(["serve", "--config", path_text])
+        .env("DSD_NODE__STATE_DIR", &state)
+        .env("DSD_HTTP__API_KEYS_FILE", &keys);
+    check(
+        &mut command,
+        &["cannot read API keys from", "others may read it"],
     );
     let mut command = tool::command("dsd");
     command

@@ -2,8 +2,9 @@
 //!
 //! One thread of low priority per pack: locks the pages, so that whoever maps them again reads
 //! nothing from disk; then reads all tensors at a bounded rate, compares them with the manifest, and
-//! does so again at intervals. Reads the pages that compute, so it sees damage in memory, and on
-//! disk once pages come from there.
+//! does so again at intervals. Reads the pages that compute, through the file and not the mapping, so it
+//! sees damage in memory, and on disk once pages come from there, and survives a file that is cut
+//! off.
 //!
 //! Called by whoever serves a pack; stops when dropped.
 
@@ -22,12 +23,11 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit};
 use tracing::{error, info, warn};
 
-use super::{super::mmap, Pack, spans};
+use super::{super::mmap, Pack, rank::Damage, spans};
 use crate::runtime::{clock, thread};
 
-/// Bytes locked, or hashed, between two looks at the stop signal.
+/// Bytes locked between two looks at the stop signal.
 const LOCK_BYTES: usize = 64 << 20;
-const HASH_BYTES: usize = 1 << 20;
 /// The nicest there is: the scrub takes only time that nobody wants.
 const NICE: i32 = 19;
 
@@ -191,20 +191,16 @@ impl Thread {
         let mut damaged = Vec::new();
         for (rank, file) in self.pack.ranks.iter().zip(&self.pack.manifest.ranks) {
             for (tensor, span) in spans(file) {
-                let bytes = rank.bytes_of(span);
-                let mut hasher = blake3::Hasher::new();
-                for range in slices(bytes.len(), HASH_BYTES) {
-                    bytes_done += range.len() as u64;
-                    hasher.update(&bytes[range]);
+                let (_, damage) = rank.look_at(span, &mut |n_bytes| {
+                    bytes_done += n_bytes as u64;
                     let due_s = bytes_done as f64 / self.config.scrub_bytes_per_s.max(1) as f64;
                     let due = started + Duration::from_secs_f64(due_s);
-                    self.wait(due.saturating_duration_since(clock::now()))?;
-                }
-                let found = hasher.finalize().to_hex();
-                if found.as_str() != span.blake3 {
+                    self.wait(due.saturating_duration_since(clock::now()))
+                })?;
+                if let Some(Damage { expected, found }) = damage {
                     let file = rank.path().to_owned();
                     damaged.push(DamagedTensor { file, tensor });
-                    self.report(damaged.last(), &span.blake3, &found, damaged.len());
+                    self.report(damaged.last(), &expected, &found, damaged.len());
                 }
             }
         }

@@ -3,6 +3,7 @@
 //! Invariant: a manifest is believed only when its digest fits, and then its version and layout.
 
 use std::{
+    convert::Infallible,
     fs, io,
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
@@ -14,12 +15,13 @@ use serde_json::{Value, value::RawValue};
 
 use super::{
     super::{
-        error::WeightsError,
-        mmap,
+        error::{WeightsError, file_error},
+        pread::{self, PieceError},
         source::{Cut, Role},
     },
     error::PackError,
 };
+use crate::runtime::file;
 
 /// Version of manifest and files; another one is refused.
 pub(crate) const LAYOUT_VERSION: u32 = 2;
@@ -217,15 +219,7 @@ impl Manifest {
     /// [`WeightsError`].
     pub(crate) fn read(folder: &Path) -> Result<Self, WeightsError> {
         let file = folder.join(MANIFEST_NAME);
-        let bytes = mmap::map_file(&file)?;
-        if MANIFEST_BYTES_MAX < bytes.len() as u64 {
-            return Err(WeightsError::TooLarge {
-                file,
-                what: "the length".to_owned(),
-                found: bytes.len() as u64,
-                max: MANIFEST_BYTES_MAX,
-            });
-        }
+        let bytes = file::read(&file, MANIFEST_BYTES_MAX).map_err(|e| file_error(&file, e))?;
         let bad_json = |source| WeightsError::Json {
             file: file.clone(),
             what: "manifest of a pack",
@@ -293,16 +287,16 @@ impl SourceFile {
     /// # Errors
     /// When it cannot be read.
     pub(crate) fn of(path: &Path) -> Result<Self, WeightsError> {
-        let bytes = mmap::map_file(path)?;
+        let (bytes, blake3) = digest_of_file(path)?;
         let metadata = fs::metadata(path).map_err(|source| WeightsError::Read {
             file: path.to_owned(),
             source,
         })?;
         Ok(Self {
             path: path.to_owned(),
-            bytes: bytes.len() as u64,
+            bytes,
             modified_ns: modified_ns(&metadata),
-            blake3: digest(&bytes),
+            blake3,
         })
     }
 
@@ -345,7 +339,7 @@ impl SourceFile {
         if modified_ns(&metadata) == self.modified_ns || hash_bytes_max < self.bytes {
             return Ok(());
         }
-        let found = digest(&mmap::map_file(&self.path)?);
+        let (_, found) = digest_of_file(&self.path)?;
         match found == self.blake3 {
             true => Ok(()),
             false => stale("blake3", &self.blake3, &found),
@@ -365,6 +359,26 @@ fn modified_ns(metadata: &fs::Metadata) -> u64 {
 /// The name of a rank's file.
 pub(crate) fn rank_name(rank: usize, n_ranks: usize) -> String {
     format!("rank-{rank:02}-of-{n_ranks:02}.safetensors")
+}
+
+/// Length and blake3 of a whole file, which is read and not mapped: it may be cut off meanwhile.
+fn digest_of_file(path: &Path) -> Result<(u64, String), WeightsError> {
+    let source = file::open(path).map_err(|e| file_error(path, e))?;
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = 0;
+    let read = pread::pieces(&source, 0..u64::MAX, &mut |piece| {
+        hasher.update(piece);
+        bytes += piece.len() as u64;
+        Ok::<(), Infallible>(())
+    });
+    match read {
+        Ok(_) => Ok((bytes, hasher.finalize().to_hex().to_string())),
+        Err(PieceError::Read(source)) => Err(WeightsError::Read {
+            file: path.to_owned(),
+            source,
+        }),
+        Err(PieceError::Stopped(never)) => match never {},
+    }
 }
 
 /// blake3, hexadecimal.

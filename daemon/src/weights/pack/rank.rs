@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     ops::Range,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
@@ -18,7 +19,8 @@ use dsd_kernels::{
 use super::{
     super::{
         error::{Shape, WeightsError},
-        mmap,
+        mmap::{self, MappedFile},
+        pread::{self, PieceError},
         source::{Cut, Role, TensorSource},
         tensor::{StoredTensor, StoredType},
     },
@@ -28,16 +30,24 @@ use super::{
     manifest::{LayoutJson, MANIFEST_NAME, PIECE_ALIGN, Piece, PieceKind, RankFile, Span},
     scales_name, spans,
 };
+use crate::runtime;
 
 /// An opened file of a pack: the tensors of one rank.
 #[derive(Debug)]
 pub struct PackedRank {
     path: PathBuf,
     folder: PathBuf,
+    source: File,
     bytes: Bytes,
     pieces: HashMap<String, Entry>,
     /// Whether tensors are hashed when they are taken.
     proves: bool,
+}
+
+/// A tensor that is not what was packed.
+pub(super) struct Damage {
+    pub(super) expected: String,
+    pub(super) found: String,
 }
 
 #[derive(Debug)]
@@ -49,7 +59,10 @@ struct Entry {
 impl PackedRank {
     /// Maps the file and holds length, header and places against the manifest's `file`.
     pub(super) fn open(path: &Path, folder: &Path, file: &RankFile) -> Result<Self, WeightsError> {
-        let bytes = mmap::map_file(path)?;
+        let MappedFile {
+            file: source,
+            mapping: bytes,
+        } = mmap::map_file(path)?;
         mmap::prefer_huge(&bytes);
         check_length(path, bytes.len() as u64, file.bytes)?;
         let misplaced = |what: String, expected: String, found: u64| {
@@ -61,15 +74,22 @@ impl PackedRank {
             })
         };
         let header_len = usize::try_from(file.header_bytes).unwrap_or(usize::MAX);
-        let Some(header) = bytes.get(..header_len) else {
+        if bytes.len() < header_len {
             let expected = format!("at most {}", file.bytes);
             let what = format!("the header length of `{}`", path.display());
             return Err(misplaced(what, expected, file.header_bytes));
-        };
+        }
+        let mut header = vec![0; header_len];
+        let n_read = runtime::file::read_at(&source, &mut header, 0).map_err(|source| {
+            WeightsError::Read {
+                file: path.to_owned(),
+                source,
+            }
+        })?;
         check_digest(
             path,
             || "the header".to_owned(),
-            header,
+            &header[..n_read],
             &file.header_blake3,
         )?;
         for (name, Span { offset, bytes, .. }) in spans(file) {
@@ -103,6 +123,7 @@ impl PackedRank {
         Ok(Self {
             path: path.to_owned(),
             folder: folder.to_owned(),
+            source,
             bytes,
             pieces,
             proves: file.bytes <= PROVE_AT_START_BYTES_MAX,
@@ -139,8 +160,45 @@ impl PackedRank {
         &self.bytes
     }
 
+    /// Reads a span and returns its digest, and what is wrong with it. `each` is told the length of
+    /// every piece read and may stop the reading.
+    ///
+    /// # Errors
+    /// What `each` stopped with.
+    pub(super) fn look_at<S>(
+        &self,
+        span: &Span,
+        each: &mut dyn FnMut(usize) -> Result<(), S>,
+    ) -> Result<(String, Option<Damage>), S> {
+        let mut hasher = blake3::Hasher::new();
+        let range = span.offset..span.offset.saturating_add(span.bytes);
+        let read = pread::pieces(&self.source, range, &mut |piece| {
+            hasher.update(piece);
+            each(piece.len())
+        });
+        let digest = hasher.finalize().to_hex().to_string();
+        let expected = format!("blake3 {}", span.blake3);
+        let damage = match read {
+            Err(PieceError::Stopped(stop)) => return Err(stop),
+            Err(PieceError::Read(e)) => Some(Damage {
+                expected,
+                found: format!("cannot be read: {e}"),
+            }),
+            Ok(n_bytes) if n_bytes < span.bytes => Some(Damage {
+                expected: format!("{} bytes", span.bytes),
+                found: format!("{n_bytes} bytes, then the file ends"),
+            }),
+            Ok(_) if digest != span.blake3 => Some(Damage {
+                expected,
+                found: format!("blake3 {digest}"),
+            }),
+            Ok(_) => None,
+        };
+        Ok((digest, damage))
+    }
+
     /// The bytes of a span, which [`Self::open`] found to lie inside.
-    pub(super) fn bytes_of(&self, span: &Span) -> Bytes {
+    fn bytes_of(&self, span: &Span) -> Bytes {
         // Both are offsets in a mapping, so they fit.
         let start = span.offset as usize;
         self.bytes.slice(start..start + span.bytes as usize)

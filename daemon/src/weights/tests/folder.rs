@@ -10,6 +10,7 @@ use super::{
     describe,
     writer::{f32s, safetensors, tiny_gguf, tiny_llama_gguf, write_folder},
 };
+use crate::runtime::file::tests::for_each_stranger;
 
 fn config() -> Value {
     json!({"model_type": "llama", "eos_token_id": [2, 3]})
@@ -487,4 +488,27 @@ fn gguf_metadata_that_is_not_understood_is_refused_by_name() {
         fs::write(dir.path().join("m.gguf"), writer.bytes()).unwrap();
         check_open(dir.path(), &format!("Field: `@m.gguf`: {expected}"));
     }
+}
+
+/// What is no regular file is refused at once, wherever a file of a checkpoint belongs.
+#[test]
+fn strangers_in_the_places_of_files_are_refused() {
+    let check = |name: &str, files: &[(&str, Vec<u8>)]| {
+        let dir = tempfile::tempdir().unwrap();
+        write_folder(dir.path(), &config(), files);
+        for_each_stranger(&dir.path().join(name), |what| {
+            // A link that leads nowhere is as good as no file, where one may be missing.
+            if let Ok(opened) = Checkpoint::open(dir.path()) {
+                assert!(what.starts_with("a link to"), "{name}: {what}");
+                assert_eq!(opened.path(), dir.path());
+            }
+        });
+    };
+    let weights = || safetensors(&[("a", "F32", &[1], f32s(&[1.0]))]);
+    let good = [("model.safetensors", weights())];
+    check("config.json", &good);
+    check("generation_config.json", &good);
+    check("model.safetensors", &[]);
+    check("model.safetensors.index.json", &[]);
+    check("model.gguf", &[]);
 }

@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::json;
 
 use super::{
-    super::{Digests, verify},
+    super::{Digests, mmap, verify},
     writer::{f32s, safetensors, tiny_llama_gguf, write_folder},
 };
 
@@ -89,4 +89,69 @@ fn a_damaged_block_scale_is_found() {
     assert_eq!(report.findings.len(), 1);
     assert_eq!(report.findings[0].tensor, "extra.weight");
     assert_eq!(report.findings[0].found, "NaN or infinity at block 1");
+}
+
+/// Reading it through its mapping ended the process.
+#[test]
+fn a_file_that_is_cut_off_meanwhile_is_a_finding() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = safetensors(&[
+        ("a", "F32", &[4096], vec![0; 16384]),
+        ("b", "F32", &[4096], vec![0; 16384]),
+        ("c", "F32", &[4096], vec![0; 16384]),
+    ]);
+    let len = weights.len() as u64;
+    let files = [("model.safetensors", weights)];
+    write_folder(dir.path(), &json!({"model_type": "llama"}), &files);
+    let file = dir.path().join("model.safetensors");
+    let report = verify(dir.path(), None, |p| {
+        if p.n_tensors_done == 1 {
+            let file = fs::OpenOptions::new().write(true).open(&file).unwrap();
+            file.set_len(len - 16384 - 384).unwrap();
+        }
+    })
+    .unwrap();
+    let found: Vec<_> = report
+        .findings
+        .iter()
+        .map(|f| (f.file.clone(), f.tensor.as_str(), f.found.as_str()))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (file.clone(), "b", "16000 bytes, then the file ends"),
+            (file, "c", "0 bytes, then the file ends")
+        ]
+    );
+}
+
+/// Locking pages is all that the agent does with a mapping.
+#[test]
+fn locking_a_file_that_was_cut_off_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    fs::write(&path, vec![1; 1 << 16]).unwrap();
+    let mapped = mmap::map_file(&path).unwrap();
+    fs::write(&path, b"").unwrap();
+    mmap::prefer_huge(&mapped.mapping);
+    mmap::will_need(&mapped.mapping);
+    assert!(mmap::lock(&mapped.mapping).is_err());
+}
+
+/// Infinities where one piece of the file ends and the next begins.
+#[test]
+fn numbers_are_counted_across_pieces() {
+    let dir = tempfile::tempdir().unwrap();
+    for index in [0, (1 << 18) - 1, 1 << 18, (1 << 19) + 5] {
+        let mut values = vec![1.0; (1 << 19) + 6];
+        values[index] = f32::INFINITY;
+        let weights = safetensors(&[("a", "F32", &[values.len()], f32s(&values))]);
+        let files = [("model.safetensors", weights)];
+        write_folder(dir.path(), &json!({"model_type": "llama"}), &files);
+        let report = verify(dir.path(), None, |_| ()).unwrap();
+        assert_eq!(
+            report.findings[0].found,
+            format!("NaN or infinity at element {index}")
+        );
+    }
 }
