@@ -103,6 +103,8 @@ codes! {
     TooManyCalls = 28, "too_many_calls", 429, retry;
     /// The first line and the header fields of a request are longer than their limit.
     HeadTooLarge = 29, "head_too_large", 431, final;
+    /// The tenant is over one of its own caps; the answer says when there is room under it again.
+    RateLimited = 30, "rate_limited", 429, retry;
 }
 
 impl Code {
