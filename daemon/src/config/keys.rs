@@ -183,12 +183,18 @@ sections! {
         request_timeout_s: u64 = 600, "600", 1..=86_400;
         /// Seconds of silence after which a stream gets a comment.
         keep_alive_s: u64 = 10, "10", 1..=3600;
-        /// File of API keys, one per line; absent: everybody may call.
+        /// File of API keys, one per line, all of one tenant; absent, and without `service.tenants_file`: everybody may call.
         api_keys_file: Option<PathBuf> = None, "none";
         /// Prompts tokenised at once; a long body takes several places, the longest one all.
         encoders_max: usize = 4, "4", 1..=1024;
         /// `/ready` answers 503 when a model's last token is older than this many seconds.
         token_age_max_s: u64 = 15, "15", 1..=3600;
+    }
+
+    /// Who may call, and how much.
+    service: ServiceConfig / RawService {
+        /// File of tenants with their keys, weights and caps (docs/API.md); instead of `http.api_keys_file`. Read again on SIGHUP.
+        tenants_file: Option<PathBuf> = None, "none";
     }
 
     /// The QUIC endpoint for `dsctl` and other nodes.

@@ -133,6 +133,9 @@ pub enum ConfigError {
     /// Two ways to say how large the KV cache is.
     #[error("`engine.kv_tokens` and `engine.kv_bytes` are both set; keep one")]
     KvTwice,
+    /// Two ways to say who may call.
+    #[error("`http.api_keys_file` and `service.tenants_file` are both set; keep one")]
+    KeysTwice,
     /// A KV cache without room.
     #[error("`engine.{key}` is 0")]
     KvEmpty {
@@ -310,6 +313,9 @@ impl Config {
         check_models(&self.models)?;
         let name: Result<NodeName, _> = self.node.name.parse();
         name.map_err(ConfigError::NodeName)?;
+        if self.http.api_keys_file.is_some() && self.service.tenants_file.is_some() {
+            return Err(ConfigError::KeysTwice);
+        }
         match (self.engine.kv_tokens, self.engine.kv_bytes) {
             (Some(_), Some(_)) => Err(ConfigError::KvTwice),
             (Some(0), _) => Err(ConfigError::KvEmpty { key: "kv_tokens" }),
@@ -504,6 +510,10 @@ mod tests {
             (
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",
                 "`engine.kv_tokens` and `engine.kv_bytes` are both set; keep one",
+            ),
+            (
+                "version = 1\n[http]\napi_keys_file = \"a\"\n[service]\ntenants_file = \"b\"\n",
+                "`http.api_keys_file` and `service.tenants_file` are both set; keep one",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 0\n",

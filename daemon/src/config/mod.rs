@@ -10,9 +10,10 @@ mod suggest;
 
 pub use keys::{
     Activations, Config, EngineConfig, HttpConfig, KEYS, KeyDoc, KvType, LogConfig, LogFormat,
-    ModelConfig, NodeConfig, QuicConfig,
+    ModelConfig, NodeConfig, QuicConfig, ServiceConfig,
 };
 pub use load::{ConfigError, Origin};
+pub(crate) use suggest::nearest;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

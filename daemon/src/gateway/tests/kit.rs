@@ -15,7 +15,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::super::{ApiKeys, Gateway, GatewayConfig};
+use super::super::{Gateway, GatewayConfig};
 use crate::{
     catalog::{Catalog, LoadError, MemoryFigures, ServedModel},
     config::HttpConfig,
@@ -24,6 +24,7 @@ use crate::{
     runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan},
     runtime::clock,
     telemetry::{self, Metrics},
+    tenants::Tenants,
     text::TextModel,
 };
 
@@ -201,12 +202,12 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) async fn start(config: GatewayConfig, models: Vec<ServedModel>) -> Self {
-        Self::start_with_keys(config, ApiKeys::default(), models).await
+        Self::start_with_tenants(config, Tenants::open(clock::now()), models).await
     }
 
-    pub(super) async fn start_with_keys(
+    pub(super) async fn start_with_tenants(
         config: GatewayConfig,
-        keys: ApiKeys,
+        tenants: Tenants,
         models: Vec<ServedModel>,
     ) -> Self {
         let catalog = Arc::new(Catalog::new(Box::new(|_, path, _| {
@@ -221,7 +222,7 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let gateway = Gateway::new(config, keys, Arc::clone(&catalog), metrics());
+        let gateway = Gateway::new(config, Arc::new(tenants), Arc::clone(&catalog), metrics());
         let mut tasks = JoinSet::new();
         tasks.spawn(gateway.serve(listener, shutdown.clone()));
         Self {
