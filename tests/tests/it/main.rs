@@ -17,4 +17,5 @@ mod quic;
 mod ranks;
 mod same_tokens;
 mod start_up;
+mod tenants;
 mod tidy;
