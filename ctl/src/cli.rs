@@ -55,6 +55,9 @@ pub(crate) enum Command {
     /// List, load, unload and verify models
     #[command(subcommand)]
     Model(ModelCommand),
+    /// List, show, add, change and remove tenants, and change their keys
+    #[command(subcommand)]
+    Tenant(TenantCommand),
     /// Generate text from a prompt
     Generate(GenerateArgs),
     /// Talk to a model
@@ -89,6 +92,92 @@ pub(crate) enum ModelCommand {
         /// Name
         name: String,
     },
+}
+
+/// Verbs on tenants.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TenantCommand {
+    /// All tenants and what they are doing
+    List,
+    /// One tenant, its caps and what it used
+    Show {
+        /// Name
+        name: String,
+    },
+    /// Add a tenant and print its key, once
+    Add {
+        /// Name
+        name: String,
+        #[command(flatten)]
+        settings: TenantSettings,
+    },
+    /// Change a tenant's settings; those not given stay
+    Set {
+        /// Name
+        name: String,
+        #[command(flatten)]
+        settings: TenantSettings,
+    },
+    /// Give a tenant a new key instead of those it has and print it, once
+    RotateKey {
+        /// Name
+        name: String,
+        /// Seconds that the old keys stay valid, at most a week
+        #[arg(long, value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=604_800))]
+        grace: u64,
+    },
+    /// Remove a tenant; its keys are refused at once, its requests end as they would
+    Remove {
+        /// Name
+        name: String,
+    },
+}
+
+/// Settings of a tenant.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TenantSettings {
+    /// Share of the work against other tenants' [for a new one: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) weight: Option<u32>,
+    /// Whether somebody waits for the first token [for a new one: interactive]
+    #[arg(long, value_enum)]
+    pub(crate) class: Option<TenantClassArg>,
+    /// Choices running or waiting at once
+    #[arg(long, value_name = "N|none", value_parser = cap)]
+    pub(crate) concurrency: Option<Cap>,
+    /// Requests a minute
+    #[arg(long, value_name = "N|none", value_parser = cap)]
+    pub(crate) requests_per_minute: Option<Cap>,
+    /// Prompt and output tokens a minute
+    #[arg(long, value_name = "N|none", value_parser = cap)]
+    pub(crate) tokens_per_minute: Option<Cap>,
+    /// A model it may use (may be given more than once; `all` for all)
+    #[arg(long = "model", value_name = "NAME|all")]
+    pub(crate) models: Vec<String>,
+}
+
+/// A limit, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cap(pub(crate) Option<u64>);
+
+/// What a tenant's requests expect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TenantClassArg {
+    /// The first token soon, or a refusal that says when
+    Interactive,
+    /// Whenever there is room
+    Batch,
+}
+
+fn cap(text: &str) -> Result<Cap, String> {
+    if text == "none" {
+        return Ok(Cap(None));
+    }
+    match text.parse() {
+        Ok(0) => Err("0 would let nothing through; `none` is no limit".to_owned()),
+        Ok(cap) => Ok(Cap(Some(cap))),
+        Err(_) => Err(format!("{text:?} is neither a number nor `none`")),
+    }
 }
 
 /// How tokens are chosen; what is not given is as in the HTTP API.
@@ -261,6 +350,19 @@ mod tests {
         for bad in ["", "s", "0", "1d", "-1s", "1e9", "48h", "1.2.3"] {
             assert!(ms(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn caps_are_numbers_or_none() {
+        assert_eq!(cap("none"), Ok(Cap(None)));
+        assert_eq!(cap("8"), Ok(Cap(Some(8))));
+        for bad in ["", "0", "-1", "1.5", "None", "99999999999999999999"] {
+            assert!(cap(bad).is_err(), "{bad}");
+        }
+        assert!(parse("dsctl tenant rotate-key a --grace 604800").is_ok());
+        assert!(parse("dsctl tenant rotate-key a --grace 604801").is_err());
+        assert!(parse("dsctl tenant add a --weight 0").is_err());
+        assert!(parse("dsctl tenant add a --class bulk").is_err());
     }
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {

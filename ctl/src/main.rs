@@ -10,6 +10,7 @@ mod cli;
 // One file per noun.
 mod status;
 mod model;
+mod tenant;
 mod generate;
 mod chat;
 mod bench;
@@ -86,6 +87,7 @@ fn run(cli: Cli) -> Result<Exit, Failure> {
     match command {
         Command::Status => runtime.block_on(status::run(&global, &mut out)),
         Command::Model(verb) => runtime.block_on(model::run(&global, verb, &mut out)),
+        Command::Tenant(verb) => runtime.block_on(tenant::run(&global, verb, &mut out)),
         Command::Generate(args) => runtime.block_on(generate::run(&global, args, &mut out)),
         Command::Chat(args) => chat::run(&global, args, &runtime, &mut out),
         Command::Bench(args) => runtime.block_on(bench::run(&args, &mut out)),

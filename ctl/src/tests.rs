@@ -14,7 +14,10 @@ use dsd_proto::{
         admin::{
             ErrorReply, Finding, ModelEntry, ModelListReply, ModelLoadReply, ModelLoadRequest,
             ModelState, ModelStatus, ModelUnloadReply, ModelUnloadRequest, ModelVerifyReply,
-            ModelVerifyRequest, Progress, StatusReply,
+            ModelVerifyRequest, Progress, StatusReply, TenantAddRequest, TenantCap, TenantClass,
+            TenantEntry, TenantKeyReply, TenantListReply, TenantRefusals, TenantRemoveReply,
+            TenantRemoveRequest, TenantRotateKeyRequest, TenantSetRequest, TenantShowReply,
+            TenantShowRequest,
         },
         generate::{Finish, GenerateDelta, GenerateDone, GenerateRequest, Input, Role},
     },
@@ -29,7 +32,7 @@ use crate::{
     failure::{Exit, Failure},
     generate, model,
     output::Output,
-    status, usage_exit,
+    status, tenant, usage_exit,
 };
 
 /// A node with one model called "tiny".
@@ -40,6 +43,40 @@ struct Node {
 
 fn not_found(name: &str) -> ErrorReply {
     ErrorReply::new(Code::ModelNotFound, format!("no model is called {name:?}"))
+}
+
+fn tenant_entry(name: &str) -> TenantEntry {
+    TenantEntry {
+        name: name.into(),
+        weight: 3,
+        class: TenantClass::Batch,
+        n_keys: 1,
+        n_running: 2,
+        n_waiting: 4,
+        n_requests: 50,
+        n_refused: 6,
+        work_share: 0.75,
+    }
+}
+
+fn shown(name: &str) -> TenantShowReply {
+    let cap = |max, left| TenantCap { max, left };
+    TenantShowReply {
+        entry: tenant_entry(name),
+        models: None,
+        concurrency: cap(Some(8), Some(2)),
+        requests_per_minute: cap(None, None),
+        tokens_per_minute: cap(Some(6000), Some(100)),
+        n_prompt_tokens: 1000,
+        n_cached_tokens: 300,
+        n_output_tokens: 500,
+        refusals: vec![TenantRefusals {
+            reason: "tokens".into(),
+            n: 6,
+        }],
+        queue_ms_p50: Some(1),
+        queue_ms_p95: None,
+    }
 }
 
 impl AdminService for Node {
@@ -158,6 +195,51 @@ impl AdminService for Node {
         })
     }
 
+    async fn tenant_list(&self) -> Result<TenantListReply, ErrorReply> {
+        Ok(TenantListReply {
+            tenants: vec![tenant_entry("team-a")],
+        })
+    }
+
+    async fn tenant_show(&self, request: TenantShowRequest) -> Result<TenantShowReply, ErrorReply> {
+        if request.name != "team-a" {
+            return Err(not_found(&request.name));
+        }
+        Ok(shown(&request.name))
+    }
+
+    async fn tenant_add(&self, request: TenantAddRequest) -> Result<TenantKeyReply, ErrorReply> {
+        // The patch comes back, so that a test sees what flags mean.
+        Ok(TenantKeyReply {
+            name: request.name,
+            key: format!("{:?}", request.patch),
+        })
+    }
+
+    async fn tenant_set(&self, request: TenantSetRequest) -> Result<TenantShowReply, ErrorReply> {
+        Ok(shown(&request.name))
+    }
+
+    async fn tenant_rotate_key(
+        &self,
+        request: TenantRotateKeyRequest,
+    ) -> Result<TenantKeyReply, ErrorReply> {
+        Ok(TenantKeyReply {
+            name: request.name,
+            key: format!("sk-{}", request.grace_s),
+        })
+    }
+
+    async fn tenant_remove(
+        &self,
+        request: TenantRemoveRequest,
+    ) -> Result<TenantRemoveReply, ErrorReply> {
+        Ok(TenantRemoveReply {
+            name: request.name,
+            n_open: 2,
+        })
+    }
+
     async fn generate(
         &self,
         request: GenerateRequest,
@@ -230,6 +312,7 @@ async fn dsctl(node: &str, state: &Path, words: &[&str]) -> (Result<Exit, Failur
     let exit = match command {
         Command::Status => status::run(&global, &mut out).await,
         Command::Model(verb) => model::run(&global, verb, &mut out).await,
+        Command::Tenant(verb) => tenant::run(&global, verb, &mut out).await,
         Command::Generate(args) => generate::run(&global, args, &mut out).await,
         other => panic!("not a command of this test: {other:?}"),
     };
@@ -285,6 +368,71 @@ async fn models_are_listed_loaded_and_unloaded() {
     let (exit, text) = rig.run(&["model", "unload", "tiny"]).await;
     assert_eq!(exit.unwrap(), Exit::Done);
     assert_eq!(text, "unloaded tiny, 1 requests ended\n");
+}
+
+#[tokio::test]
+async fn tenants_are_listed_shown_and_changed() {
+    let rig = Rig::new(true);
+    let (exit, text) = rig.run(&["tenant", "list"]).await;
+    assert_eq!(exit.unwrap(), Exit::Done);
+    let row = "team-a  3       batch  1     2        4        50        6        75.0 %";
+    assert!(text.contains(row), "{text}");
+    let (exit, text) = rig.run(&["tenant", "show", "team-a"]).await;
+    assert_eq!(exit.unwrap(), Exit::Done);
+    for part in [
+        "concurrency                 8, 2 left",
+        "requests a minute           none",
+        "tokens out                  500",
+        "refused                     tokens 6",
+        "queue time p50              1 ms",
+        "queue time p95              -",
+    ] {
+        assert!(text.contains(part), "{part} in:\n{text}");
+    }
+    let failure = rig.run(&["tenant", "show", "b"]).await.0.unwrap_err();
+    assert_eq!(failure.exit, Exit::Refused);
+    let (exit, text) = rig.run(&["tenant", "set", "team-a", "--json"]).await;
+    assert_eq!(exit.unwrap(), Exit::Done);
+    assert_eq!(lines(&text)[0]["entry"]["class"], "batch");
+    let words = ["tenant", "rotate-key", "team-a", "--grace", "60"];
+    let (exit, text) = rig.run(&words).await;
+    assert_eq!((exit.unwrap(), text.as_str()), (Exit::Done, "sk-60\n"));
+    let (exit, text) = rig.run(&["tenant", "remove", "team-a"]).await;
+    assert_eq!(exit.unwrap(), Exit::Done);
+    assert_eq!(text, "removed team-a, 2 of its requests were open\n");
+}
+
+#[tokio::test]
+async fn settings_of_a_tenant_are_sent_as_given() {
+    let rig = Rig::new(true);
+    let flags = [
+        "tenant",
+        "add",
+        "x",
+        "--weight",
+        "3",
+        "--class",
+        "batch",
+        "--concurrency",
+        "8",
+        "--tokens-per-minute",
+        "none",
+        "--model",
+        "a",
+        "--model",
+        "b",
+    ];
+    let (exit, text) = rig.run(&flags).await;
+    assert_eq!(exit.unwrap(), Exit::Done);
+    let expected = "TenantPatch { weight: Some(3), class: Some(Batch), concurrency: To(8), \
+        requests_per_minute: Keep, tokens_per_minute: Clear, models: To([\"a\", \"b\"]) }\n";
+    assert_eq!(text, expected);
+    let (_, text) = rig.run(&["tenant", "add", "x", "--model", "all"]).await;
+    assert!(
+        text.contains("weight: None, class: None, concurrency: Keep"),
+        "{text}"
+    );
+    assert!(text.contains("models: All"), "{text}");
 }
 
 #[tokio::test]

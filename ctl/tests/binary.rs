@@ -21,6 +21,9 @@ use dsd_proto::{
         admin::{
             ErrorReply, ModelListReply, ModelLoadReply, ModelLoadRequest, ModelUnloadReply,
             ModelUnloadRequest, ModelVerifyReply, ModelVerifyRequest, Progress, StatusReply,
+            TenantAddRequest, TenantKeyReply, TenantListReply, TenantRemoveReply,
+            TenantRemoveRequest, TenantRotateKeyRequest, TenantSetRequest, TenantShowReply,
+            TenantShowRequest,
         },
         generate::{Finish, GenerateDelta, GenerateDone, GenerateRequest, Input},
     },
@@ -75,6 +78,33 @@ impl AdminService for Echo {
         _: ModelVerifyRequest,
         _: &mut ReplySender<'_, Progress>,
     ) -> Result<ModelVerifyReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_list(&self) -> Result<TenantListReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_show(&self, _: TenantShowRequest) -> Result<TenantShowReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_add(&self, _: TenantAddRequest) -> Result<TenantKeyReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_set(&self, _: TenantSetRequest) -> Result<TenantShowReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_rotate_key(
+        &self,
+        _: TenantRotateKeyRequest,
+    ) -> Result<TenantKeyReply, ErrorReply> {
+        absent()
+    }
+
+    async fn tenant_remove(&self, _: TenantRemoveRequest) -> Result<TenantRemoveReply, ErrorReply> {
         absent()
     }
 

@@ -9,6 +9,7 @@ pub mod eval;
 pub mod packing;
 pub mod admin;
 pub mod gateway;
+pub mod tenants;
 pub mod catalog;
 pub mod text;
 pub mod replica;

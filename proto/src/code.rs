@@ -103,15 +103,11 @@ codes! {
     TooManyCalls = 28, "too_many_calls", 429, retry;
     /// The first line and the header fields of a request are longer than their limit.
     HeadTooLarge = 29, "head_too_large", 431, final;
+    /// The tenant is over one of its own caps; the answer says when there is room under it again.
+    RateLimited = 30, "rate_limited", 429, retry;
 }
 
 impl Code {
-    /// Whether the same request may succeed when it is sent again at once: when it met a fault, not a
-    /// limit.
-    pub fn may_be_retried_at_once(self) -> bool {
-        self.may_be_retried() && self != Self::DeadlineExceeded
-    }
-
     /// The code of a wire number; `None` for one that a newer release added.
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL

@@ -1,10 +1,11 @@
-//! What `dsctl` talks to: status, models and generation over QUIC.
+//! What `dsctl` talks to: status, models, tenants and generation over QUIC.
 //!
-//! Turns wire messages into calls of catalog and gateway and back; knows no sockets. The server of
+//! Turns wire messages into calls of catalog, tenants and gateway and back; knows no sockets. The server of
 //! `dsd_proto::quic` calls it and drops its futures when a caller goes away, which cancels what they
 //! hold.
 
 mod generate;
+mod tenants;
 #[cfg(test)]
 mod tests;
 
@@ -22,7 +23,9 @@ use dsd_proto::{
         admin::{
             ErrorReply, Finding, ModelEntry, ModelListReply, ModelLoadReply, ModelLoadRequest,
             ModelState, ModelStatus, ModelUnloadReply, ModelUnloadRequest, ModelVerifyReply,
-            ModelVerifyRequest, Progress, StatusReply,
+            ModelVerifyRequest, Progress, StatusReply, TenantAddRequest, TenantKeyReply,
+            TenantListReply, TenantRemoveReply, TenantRemoveRequest, TenantRotateKeyRequest,
+            TenantSetRequest, TenantShowReply, TenantShowRequest,
         },
         generate::{GenerateDelta, GenerateDone, GenerateRequest},
     },
@@ -37,6 +40,7 @@ use crate::{
     gateway::{self, ApiError},
     runtime::clock,
     telemetry,
+    tenants::Tenants,
 };
 
 /// Reports of a long call that wait to be sent; later ones are dropped, the next says more anyway.
@@ -70,17 +74,19 @@ pub struct AdminConfig {
 pub struct Admin {
     config: AdminConfig,
     catalog: Arc<Catalog>,
+    tenants: Arc<Tenants>,
     started: Instant,
     encoders: Arc<Semaphore>,
 }
 
 impl Admin {
-    /// The operators' side of `catalog`. The node's uptime counts from here.
-    pub fn new(config: AdminConfig, catalog: Arc<Catalog>) -> Self {
+    /// The operators' side of `catalog` and `tenants`. The node's uptime counts from here.
+    pub fn new(config: AdminConfig, catalog: Arc<Catalog>, tenants: Arc<Tenants>) -> Self {
         let encoders = Arc::new(Semaphore::new(config.encoders_max));
         Self {
             config,
             catalog,
+            tenants,
             started: clock::now(),
             encoders,
         }
@@ -405,6 +411,36 @@ impl AdminService for Admin {
             digest: report.digest.clone(),
             findings: findings.collect(),
         })
+    }
+
+    async fn tenant_list(&self) -> Result<TenantListReply, ErrorReply> {
+        Ok(tenants::list(self))
+    }
+
+    async fn tenant_show(&self, request: TenantShowRequest) -> Result<TenantShowReply, ErrorReply> {
+        tenants::show(self, &request.name)
+    }
+
+    async fn tenant_add(&self, request: TenantAddRequest) -> Result<TenantKeyReply, ErrorReply> {
+        tenants::add(self, request).await
+    }
+
+    async fn tenant_set(&self, request: TenantSetRequest) -> Result<TenantShowReply, ErrorReply> {
+        tenants::set(self, request).await
+    }
+
+    async fn tenant_rotate_key(
+        &self,
+        request: TenantRotateKeyRequest,
+    ) -> Result<TenantKeyReply, ErrorReply> {
+        tenants::rotate_key(self, request).await
+    }
+
+    async fn tenant_remove(
+        &self,
+        request: TenantRemoveRequest,
+    ) -> Result<TenantRemoveReply, ErrorReply> {
+        tenants::remove(self, request).await
     }
 
     async fn generate(

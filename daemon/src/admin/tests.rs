@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, UdpSocket},
+    os::unix::fs::PermissionsExt,
     sync::Arc,
     time::Duration,
 };
@@ -11,8 +12,10 @@ use dsd_proto::{
     quic::{Client, ClientError, Event, Role, Server, ServerLimits, pki},
     wire::{
         admin::{
-            ErrorReply, ModelListRequest, ModelLoadRequest, ModelState, ModelUnloadRequest,
-            ModelVerifyRequest, Progress, StatusRequest,
+            CapChange, ErrorReply, ModelListRequest, ModelLoadRequest, ModelState,
+            ModelUnloadRequest, ModelVerifyRequest, ModelsChange, Progress, StatusRequest,
+            TenantAddRequest, TenantClass, TenantListRequest, TenantPatch, TenantRemoveRequest,
+            TenantRotateKeyRequest, TenantSetRequest, TenantShowRequest,
         },
         generate::{
             ChatMessage, Finish, GenerateDelta, GenerateDone, GenerateRequest, Input,
@@ -28,6 +31,7 @@ use crate::{
     catalog::{self, Catalog, LoadError, ServedModel},
     gateway::tests::kit::{CONTEXT_LEN, Pace, QUICK, model},
     runtime::clock,
+    tenants::{Now, Source, Tenants},
     weights::tests::writer,
 };
 
@@ -47,6 +51,10 @@ struct Node {
 
 impl Node {
     async fn start(models: Vec<ServedModel>) -> Self {
+        Self::start_with(Tenants::open(clock::now()), models).await
+    }
+
+    async fn start_with(tenants: Tenants, models: Vec<ServedModel>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (pki, store) = (folder.path().join("pki"), folder.path().join("models"));
         std::fs::create_dir(&store).unwrap();
@@ -97,7 +105,7 @@ impl Node {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         socket.set_nonblocking(true).unwrap();
         let identity = pki::load(&pki, Role::Node, now).unwrap();
-        let admin = Admin::new(config, Arc::clone(&catalog));
+        let admin = Admin::new(config, Arc::clone(&catalog), Arc::new(tenants));
         let server = Server::new(socket, &identity, admin, ServerLimits::default()).unwrap();
         let address = server.local_addr().unwrap();
         let mut tasks = JoinSet::new();
@@ -468,4 +476,71 @@ async fn damage_is_a_finding_and_a_good_model_has_none() {
         assert_eq!(report.findings.len(), n_findings, "{report:?}");
         assert_eq!(report.n_files, u32::from(n_findings == 0));
     }
+}
+
+#[tokio::test]
+async fn an_operator_adds_changes_and_removes_tenants() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tenants.toml");
+    std::fs::write(&path, "version = 1\n[[tenants]]\nname = \"a\"\n").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let tenants = Tenants::read(Source::File(path), Now::read()).unwrap();
+    let node = Node::start_with(tenants, vec![model("tiny", &QUICK)]).await;
+    let patch = TenantPatch {
+        weight: Some(3),
+        class: Some(TenantClass::Batch),
+        concurrency: CapChange::To(8),
+        requests_per_minute: CapChange::Keep,
+        tokens_per_minute: CapChange::To(1000),
+        models: ModelsChange::To(vec!["tiny".into()]),
+    };
+    let add = TenantAddRequest {
+        name: "b".into(),
+        patch: patch.clone(),
+    };
+    let added = node.client.call(&add, DEADLINE).await.unwrap();
+    assert!(added.key.starts_with("sk-"), "{added:?}");
+    let set = TenantSetRequest {
+        name: "b".into(),
+        patch: TenantPatch {
+            weight: None,
+            class: None,
+            concurrency: CapChange::Clear,
+            models: ModelsChange::All,
+            ..patch
+        },
+    };
+    let shown = node.client.call(&set, DEADLINE).await.unwrap();
+    assert_eq!((shown.entry.weight, shown.entry.n_keys), (3, 1));
+    assert_eq!(shown.entry.class, TenantClass::Batch);
+    assert_eq!((shown.models, shown.concurrency.max), (None, None));
+    let tokens = &shown.tokens_per_minute;
+    assert_eq!((tokens.max, tokens.left), (Some(1000), Some(1000)));
+    let refusal = |outcome: Result<(), ClientError>| match outcome {
+        Err(ClientError::Answered(error)) => (error.code(), error.message),
+        other => panic!("{other:?}"),
+    };
+    let again = node.client.call(&add, DEADLINE).await.map(|_| ());
+    assert_eq!(refusal(again).0, Code::InvalidRequest);
+    let rotate = |grace_s| TenantRotateKeyRequest {
+        name: "b".into(),
+        grace_s,
+    };
+    let rotated = node.client.call(&rotate(60), DEADLINE).await.unwrap();
+    assert_ne!(rotated.key, added.key);
+    let forever = node.client.call(&rotate(u64::MAX), DEADLINE).await;
+    assert_eq!(refusal(forever.map(|_| ())).0, Code::InvalidRequest);
+    let list = node.client.call(&TenantListRequest {}, DEADLINE).await;
+    let names: Vec<_> = list.unwrap().tenants.into_iter().map(|t| t.name).collect();
+    assert_eq!(names, ["a", "b"]);
+    let remove = TenantRemoveRequest { name: "b".into() };
+    node.client.call(&remove, DEADLINE).await.unwrap();
+    let gone = node.client.call(&remove, DEADLINE).await.map(|_| ());
+    assert_eq!(
+        refusal(gone),
+        (Code::NotFound, "no tenant is called `b`".to_owned())
+    );
+    let show = TenantShowRequest { name: "b".into() };
+    let gone = node.client.call(&show, DEADLINE).await.map(|_| ());
+    assert_eq!(refusal(gone).0, Code::NotFound);
 }

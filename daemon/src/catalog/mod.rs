@@ -20,6 +20,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use crate::{
+    flow::Class,
     replica::Replica,
     runtime::clock,
     telemetry::chain,
@@ -47,6 +48,8 @@ pub struct ServedModel {
     pub replica: Replica,
     /// Tokens that end an answer.
     pub stop_token_ids: Arc<[u32]>,
+    /// Class of requests whose tenant names none.
+    pub class: Class,
     /// What it takes up.
     pub memory: MemoryFigures,
     /// Looks after the pack it is served from, where it is one.

@@ -376,7 +376,7 @@ sections! {
         request_timeout_s: u64 = 600, "600", 1..=86_400;
         /// Seconds of silence after which a stream gets a comment.
         keep_alive_s: u64 = 10, "10", 1..=3600;
-        /// File of API keys, one per line; absent: everybody may call.
+        /// File of API keys, one per line, all of one tenant; absent, and without `service.tenants_file`: everybody may call.
         api_keys_file: Option<PathBuf> = None, "none";
         /// Prompts tokenised at once; a long body takes several places, the longest one all.
         encoders_max: usize = 4, "4", 1..=1024;
@@ -424,8 +424,10 @@ sections! {
         kv_type: KvType = KvType::F32, "`f32`"; per_model;
     }
 
-    /// What requests are promised.
+    /// Who may call, and what requests are promised.
     service: ServiceConfig / RawService {
+        /// File of tenants with their keys, weights and caps (docs/API.md); instead of `http.api_keys_file`. Read again on SIGHUP.
+        tenants_file: Option<PathBuf> = None, "none";
         /// Seconds within which the first token of an interactive request has to be predicted, else it gets 429 and a time to come back; a prompt that takes longer by itself has twice that time.
         ttft_target_s: f64 = 2.0, "2.0", 0.05..=3600.0; per_model;
         /// Class of requests that name none: `interactive`, refused when late; or `batch`, which waits.

@@ -138,6 +138,9 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// Two ways to say who may call.
+    #[error("`http.api_keys_file` and `service.tenants_file` are both set; keep one")]
+    KeysTwice,
     /// An alias that leads somewhere else already.
     #[error("{origin}: the alias `{alias}` of the model `{model}` is {taken} already")]
     AliasTaken {
@@ -385,6 +388,9 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let name: Result<NodeName, _> = self.node.name.parse();
         name.map_err(ConfigError::NodeName)?;
+        if self.http.api_keys_file.is_some() && self.service.tenants_file.is_some() {
+            return Err(ConfigError::KeysTwice);
+        }
         check_models(&self.models)?;
         self.contradiction(None)?;
         self.models
@@ -886,6 +892,10 @@ mod tests {
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",
                 "dsd.toml:4: `engine.kv_bytes` contradicts `engine.kv_tokens` (dsd.toml:3): both say how \
                  large the KV cache is; keep one",
+            ),
+            (
+                "version = 1\n[http]\napi_keys_file = \"a\"\n[service]\ntenants_file = \"b\"\n",
+                "`http.api_keys_file` and `service.tenants_file` are both set; keep one",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 0\n",

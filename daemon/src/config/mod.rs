@@ -14,6 +14,7 @@ pub use keys::{
     ServiceConfig,
 };
 pub use load::{ConfigError, Contradiction, Origin};
+pub(crate) use suggest::nearest;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

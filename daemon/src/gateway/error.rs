@@ -153,9 +153,9 @@ impl ApiError {
             let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() != 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
-        let is_retried = matches!(self.code.http_status(), 408 | 409 | 429 | 500..);
-        if is_retried && self.retry_after.is_none() && !self.code.may_be_retried_at_once() {
-            // Official clients try these again by themselves, at once.
+        // Official clients try again twice by themselves, also after answers that stay the same; and
+        // who waited for a deadline has nothing from a second wait.
+        if !self.code.may_be_retried() || self.code == Code::DeadlineExceeded {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if self.code == Code::Unauthorized {

@@ -30,6 +30,7 @@ use crate::{
     },
     replica::SubmitError,
     runtime::clock,
+    tenants::Lease,
     text::{OutputDelta, OutputParser, ReasoningMode},
 };
 
@@ -178,6 +179,8 @@ pub struct Generation {
     /// Choice polled first, so that a fast one does not hide the others.
     first: usize,
     ready: VecDeque<GenerationEvent>,
+    /// What the tenant's caps hold for it until every choice has ended.
+    lease: Option<Lease>,
 }
 
 #[derive(Debug)]
@@ -215,6 +218,7 @@ impl Generation {
             admitted_at: None,
             first: 0,
             ready: VecDeque::new(),
+            lease: None,
         };
         let n_choices = prompts.len() * params.n;
         let siblings = Siblings {
@@ -244,6 +248,13 @@ impl Generation {
         }
         model.replica.submit_all(requests)?;
         Ok(generation)
+    }
+
+    /// Holds `lease` until every choice has ended.
+    #[must_use]
+    pub fn with_lease(mut self, lease: Lease) -> Self {
+        self.lease = Some(lease);
+        self
     }
 
     /// A choice and the request for it.
@@ -354,7 +365,10 @@ impl Generation {
         match item {
             // A prompt counts once: the other choices find what the first one computed.
             Some(StreamItem::Started { n_cached }) => {
-                self.admitted_at.get_or_insert_with(clock::now);
+                let admitted_at = *self.admitted_at.get_or_insert_with(clock::now);
+                if let Some(lease) = &mut self.lease {
+                    lease.started(admitted_at);
+                }
                 let is_first = idx.is_multiple_of(self.n_per_prompt);
                 self.counts.n_cached += if is_first { n_cached } else { 0 };
             }
@@ -439,6 +453,18 @@ impl Generation {
         self.count_end(end.label());
         self.ready
             .push_back(GenerationEvent::Finished { choice: idx, end });
+        if self.choices.iter().all(|choice| choice.stream.is_none()) {
+            self.settle();
+        }
+    }
+
+    /// Gives the lease back with what was used. Before the client learns of the end: its next request
+    /// must find the room.
+    fn settle(&mut self) {
+        let counts = self.counts;
+        if let Some(mut lease) = self.lease.take() {
+            lease.used(counts.n_prompt, counts.n_cached, counts.n_output);
+        }
     }
 
     fn give_up(&mut self) {
@@ -463,6 +489,7 @@ impl Drop for Generation {
         for _ in self.choices.iter().filter(|choice| choice.stream.is_some()) {
             self.count_end("cancelled");
         }
+        self.settle();
     }
 }
 

@@ -25,7 +25,6 @@ mod write_timeout;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use auth::{ApiKeys, ApiKeysError};
 pub use error::ApiError;
 pub use health::{NotReady, admission, model_readiness, readiness};
 
@@ -34,7 +33,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
-use crate::{catalog::Catalog, config::HttpConfig, telemetry::Metrics};
+use crate::{catalog::Catalog, config::HttpConfig, telemetry::Metrics, tenants::Tenants};
 
 /// Limits of the HTTP edge.
 #[derive(Debug, Clone)]
@@ -83,7 +82,7 @@ impl GatewayConfig {
 #[derive(Debug)]
 pub struct Gateway {
     config: GatewayConfig,
-    keys: ApiKeys,
+    tenants: Arc<Tenants>,
     catalog: Arc<Catalog>,
     metrics: Metrics,
     /// Places for parsing and tokenising, which take a core each.
@@ -91,17 +90,17 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// An edge that serves the models of `catalog` to the holders of `keys`.
+    /// An edge that serves the models of `catalog` to `tenants`.
     pub fn new(
         config: GatewayConfig,
-        keys: ApiKeys,
+        tenants: Arc<Tenants>,
         catalog: Arc<Catalog>,
         metrics: Metrics,
     ) -> Self {
         let encoders = Arc::new(Semaphore::new(config.encoders_max));
         Self {
             config,
-            keys,
+            tenants,
             catalog,
             metrics,
             encoders,

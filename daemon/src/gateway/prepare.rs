@@ -1,6 +1,9 @@
 //! From the bytes of a body to prompts and parameters. CPU work, done off the async threads.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::{Body, Bytes},
@@ -8,36 +11,64 @@ use axum::{
 };
 use dsd_proto::{
     code::Code,
-    openai::{ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt, RequestError},
+    openai::{
+        self, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt, RequestError,
+        ServiceTier,
+    },
 };
 use tokio::{task, time};
 
 use super::{
-    Gateway, body,
+    Gateway,
+    auth::{self, Entered},
+    body,
     error::ApiError,
     generation::{self, ChoiceEnd, Generation, GenerationParams, PreparedPrompt},
     health,
 };
 use crate::{
     catalog::{Catalog, ServedModel},
-    flow::{Account, CacheOwner, SamplingParams},
+    flow::Class,
+    flow::{Class, SamplingParams},
+    replica::SubmitError,
     runtime::clock,
+    tenants::{Caller, Refused},
     text::{ChatOptions, ReasoningMode},
 };
 
+/// Header with the seconds that the client waits for the whole answer.
+const DEADLINE: &str = "x-request-deadline-s";
+
 /// What a request brings besides its body.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Terms {
-    /// When the answer must be over.
+    /// Who makes it, and since when.
+    entered: Entered,
+    /// When the answer must be over, whatever the client says.
     deadline: Instant,
-    /// With whom it may share cached prompts.
-    cache_owner: CacheOwner,
-    /// Who it is charged to.
-    account: Account,
+    /// Seconds from arrival that the client waits, as its header says.
+    patience_s: Option<f64>,
+}
+
+impl Terms {
+    /// When the answer must be over, now that the body is known; its field counts before the header.
+    fn deadline(&self, options: &GenerationOptions) -> Result<Instant, ApiError> {
+        let patience = options.deadline_s.or(self.patience_s);
+        // What is too long for a clock is longer than the node's own limit.
+        let asked = patience
+            .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            .and_then(|patience| self.entered.arrived.checked_add(patience));
+        let deadline = asked.map_or(self.deadline, |asked| asked.min(self.deadline));
+        if deadline <= clock::now() {
+            return Err(ApiError::of_end(&ChoiceEnd::DeadlinePassed));
+        }
+        Ok(deadline)
+    }
 }
 
 /// A request that may be submitted.
 pub(super) struct Prepared {
+    pub(super) caller: Caller,
     pub(super) model: Arc<ServedModel>,
     /// The name or alias that the request used; answers repeat it, as DeepSeek's do.
     pub(super) model_name: String,
@@ -54,15 +85,28 @@ pub(super) async fn read_and<T: Send + 'static>(
     prepare: fn(&Catalog, &[u8], Terms) -> Result<T, ApiError>,
 ) -> Result<T, Response<Body>> {
     let (head, body) = request.into_parts();
-    let is_readable =
-        check_content_type(&head.headers).and_then(|()| check_content_encoding(&head.headers));
-    if let Err(e) = is_readable {
-        return Err(body::answer_then_drain(
-            e.into_response(),
-            &head.headers,
-            body,
-        ));
-    }
+    let internal = |what: &str| ApiError::new(Code::Internal, what).into_response();
+    let Some(entered) = head.extensions.get::<Entered>().cloned() else {
+        tracing::error!("a request was let in by nobody");
+        return Err(internal("the request could not be prepared"));
+    };
+    let check = || {
+        check_content_type(&head.headers)?;
+        check_content_encoding(&head.headers)?;
+        // Before the body is in memory.
+        entered.caller.check(clock::now()).map_err(auth::over_cap)?;
+        patience_s(&head.headers)
+    };
+    let patience_s = match check() {
+        Ok(patience_s) => patience_s,
+        Err(e) => {
+            return Err(body::answer_then_drain(
+                e.into_response(),
+                &head.headers,
+                body,
+            ));
+        }
+    };
     let config = &gateway.config;
     let bytes: Bytes = body::read(
         &head.headers,
@@ -72,15 +116,10 @@ pub(super) async fn read_and<T: Send + 'static>(
     )
     .await?;
     let terms = Terms {
+        entered,
         deadline: clock::now() + config.request_timeout,
-        cache_owner: head
-            .extensions
-            .get::<CacheOwner>()
-            .copied()
-            .unwrap_or_default(),
-        account: Account::default(),
+        patience_s,
     };
-    let internal = |what: &str| ApiError::new(Code::Internal, what).into_response();
     let n_places = places(bytes.len(), config.body_len_max, config.encoders_max);
     let place = Arc::clone(&gateway.encoders).acquire_many_owned(n_places);
     let permit = match time::timeout(config.request_timeout, place).await {
@@ -119,11 +158,50 @@ fn places(body_len: usize, body_len_max: usize, encoders_max: usize) -> u32 {
 pub(super) fn start(gateway: &Gateway, prepared: &mut Prepared) -> Result<Generation, ApiError> {
     health::admission(&prepared.model, gateway.config.token_age_max)?;
     let prompts = std::mem::take(&mut prepared.prompts);
-    Ok(Generation::start(
-        &prepared.model,
-        prompts,
-        &prepared.params,
-    )?)
+    let n_choices = prompts.len().saturating_mul(prepared.params.n);
+    let n_prompt: usize = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let caller = &prepared.caller;
+    let lease = caller
+        .take(
+            u32::try_from(n_choices).unwrap_or(u32::MAX),
+            n_prompt as u64,
+            prepared.params.max_tokens.map(|max| max as u64),
+            clock::now(),
+        )
+        .map_err(auth::over_cap)?;
+    match Generation::start(&prepared.model, prompts, &prepared.params) {
+        Ok(generation) => Ok(generation.with_lease(lease)),
+        Err(e) => {
+            lease.void();
+            if matches!(e, SubmitError::Refused(_)) {
+                caller.refused(Refused::Busy);
+            }
+            Err(e.into())
+        }
+    }
+}
+
+/// How long the client waits, as its header says.
+fn patience_s(headers: &HeaderMap) -> Result<Option<f64>, ApiError> {
+    let mut values = headers.get_all(DEADLINE).iter();
+    let Some(value) = values.next() else {
+        return Ok(None);
+    };
+    let bad = |problem: &str| {
+        let message = format!("the header `{DEADLINE}` {problem}");
+        Err(ApiError::new(Code::InvalidRequest, message).with_param(DEADLINE))
+    };
+    if values.next().is_some() {
+        return bad("is given twice");
+    }
+    match value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+    {
+        Some(seconds) => Ok(Some(openai::positive_seconds(DEADLINE, seconds)?)),
+        None => bad("is no number of seconds"),
+    }
 }
 
 /// A browser sends any other type across origins without asking first.
@@ -167,7 +245,9 @@ fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
 /// A chat: template and tokeniser.
 pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
     let request = ChatCompletionRequest::from_slice(body)?;
-    let model = catalog.lookup(request.model.as_deref())?;
+    let deadline = terms.deadline(&request.options)?;
+    let caller = terms.entered.caller;
+    let model = auth::lookup(catalog, &caller, request.model.as_deref())?;
     let mut template_kwargs = request.template_args;
     if let Some(effort) = request.reasoning_effort {
         template_kwargs
@@ -194,7 +274,14 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         ids: prompt.ids,
         reasoning: prompt.reasoning,
     };
-    prepared(model, request.model, vec![prompt], request.options, terms)
+    prepared(
+        caller,
+        model,
+        request.model,
+        vec![prompt],
+        request.options,
+        deadline,
+    )
 }
 
 /// A plain completion: tokeniser only.
@@ -204,7 +291,9 @@ pub(super) fn completion(
     terms: Terms,
 ) -> Result<Prepared, ApiError> {
     let request = CompletionRequest::from_slice(body)?;
-    let model = catalog.lookup(request.model.as_deref())?;
+    let deadline = terms.deadline(&request.options)?;
+    let caller = terms.entered.caller;
+    let model = auth::lookup(catalog, &caller, request.model.as_deref())?;
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in request.prompts {
         let ids = match prompt {
@@ -219,15 +308,23 @@ pub(super) fn completion(
             reasoning: ReasoningMode::Off,
         });
     }
-    prepared(model, request.model, prompts, request.options, terms)
+    prepared(
+        caller,
+        model,
+        request.model,
+        prompts,
+        request.options,
+        deadline,
+    )
 }
 
 fn prepared(
+    caller: Caller,
     model: Arc<ServedModel>,
     model_name: Option<String>,
     prompts: Vec<PreparedPrompt>,
     options: GenerationOptions,
-    terms: Terms,
+    deadline: Instant,
 ) -> Result<Prepared, ApiError> {
     let vocab_len = model.replica.limits().vocab_len;
     let outside = |id: &u32| usize::try_from(*id).map_or(true, |id| vocab_len <= id);
@@ -239,6 +336,9 @@ fn prepared(
         }
         .into());
     }
+    let user = options.user_id.as_deref().or(options.user.as_deref());
+    let is_batch = options.service_tier == ServiceTier::Flex || model.class == Class::Batch;
+    let account = caller.account(user, is_batch);
     let params = GenerationParams {
         n: options.n as usize,
         max_tokens: options.max_tokens,
@@ -257,12 +357,13 @@ fn prepared(
         stop_token_ids: options.stop_token_ids,
         ignore_eos: options.ignore_eos,
         top_logprobs: options.top_logprobs,
-        cache_owner: terms.cache_owner,
-        account: terms.account,
-        deadline: Some(terms.deadline),
+        cache_owner: caller.cache_owner(options.user_id.as_deref()),
+        account,
+        deadline: Some(deadline),
     };
     Ok(Prepared {
         model_name: model_name.unwrap_or_else(|| model.name.clone()),
+        caller,
         model,
         prompts,
         params,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
-    Router,
+    Extension, Router,
     body::Body,
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderValue, Response, header},
@@ -16,8 +16,14 @@ use dsd_proto::{
 };
 use serde::Serialize;
 
-use super::{Gateway, body, chat, completions, error::ApiError, generation, health};
-use crate::{catalog::ServedModel, flow::CacheOwner, runtime::clock};
+use super::{
+    Gateway,
+    auth::{self, Entered},
+    body, chat, completions,
+    error::ApiError,
+    generation, health,
+};
+use crate::{catalog::ServedModel, runtime::clock};
 
 /// Name of the header that tells requests apart in logs.
 const REQUEST_ID: &str = "x-request-id";
@@ -52,14 +58,14 @@ async fn around(
     let started = clock::now();
     let route = route_label(request.uri().path());
     let id = request_id(&request);
-    let admitted = if is_open(route) {
-        Ok(CacheOwner::default())
-    } else {
-        gateway.keys.admit(request.headers())
-    };
-    let mut response = match admitted {
-        Ok(owner) => {
-            request.extensions_mut().insert(owner);
+    let entered = (!is_open(route))
+        .then(|| auth::admit(&gateway.tenants, request.headers(), started))
+        .transpose();
+    let mut response = match entered {
+        Ok(entered) => {
+            if let Some(entered) = entered {
+                request.extensions_mut().insert(entered);
+            }
             next.run(request).await
         }
         Err(refusal) => {
@@ -146,11 +152,14 @@ fn model(id: &str, served: &ServedModel) -> Model {
     }
 }
 
-async fn list_models(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
-    let catalog = &gateway.catalog;
+async fn list_models(
+    State(gateway): State<Arc<Gateway>>,
+    Extension(entered): Extension<Entered>,
+) -> Response<Body> {
     let mut data = Vec::new();
-    for served in catalog.served() {
-        let names = std::iter::once(&served.name).chain(catalog.aliases(&served.name));
+    for served in auth::visible(&gateway.catalog, &entered.caller) {
+        let aliases = gateway.catalog.aliases(&served.name);
+        let names = std::iter::once(&served.name).chain(aliases);
         data.extend(names.map(|name| model(name, &served)));
     }
     json(&ModelList {
@@ -162,15 +171,16 @@ async fn list_models(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
 /// The rest of the path is the name: names of Hugging Face hold a slash.
 async fn show_model(
     State(gateway): State<Arc<Gateway>>,
+    Extension(entered): Extension<Entered>,
     name: Result<Path<String>, PathRejection>,
 ) -> Response<Body> {
     let Ok(Path(name)) = name else {
         return ApiError::new(Code::ModelNotFound, "the model's name is not valid UTF-8")
             .into_response();
     };
-    match gateway.catalog.lookup(Some(&name)) {
+    match auth::lookup(&gateway.catalog, &entered.caller, Some(&name)) {
         Ok(served) => json(&model(&name, &served)),
-        Err(e) => ApiError::from(e).into_response(),
+        Err(e) => e.into_response(),
     }
 }
 

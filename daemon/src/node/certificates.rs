@@ -142,7 +142,8 @@ mod tests {
         };
         let loader = loader::new(&config);
         let catalog = Arc::new(Catalog::new(loader));
-        let admin = Admin::new(admin_config(&config, addresses), catalog);
+        let tenants = Arc::new(crate::tenants::Tenants::open(clock::now()));
+        let admin = Admin::new(admin_config(&config, addresses), catalog, tenants);
         let server = Server::new(socket, &identity, admin, ServerLimits::default()).unwrap();
         let handle = server.identity_handle();
         let mut tasks = tokio::task::JoinSet::new();

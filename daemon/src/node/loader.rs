@@ -16,9 +16,10 @@ use tracing::info;
 use crate::{
     catalog::{LoadError, Loader, MemoryFigures, Progress, ServedModel},
     config::{
-        Activations as ActivationsKey, Config, EngineConfig as EngineKeys, KvType as KvTypeKey,
-        LogConfig, ModelSettings,
+        self, Activations as ActivationsKey, Config, EngineConfig as EngineKeys,
+        KvType as KvTypeKey, LogConfig, ModelSettings,
     },
+    flow::Class,
     group::{self, CostFile, GroupConfig, STEP_TARGET_CPU},
     model::{self, ModelError},
     replica::{AdmissionConfig, Replica},
@@ -215,6 +216,10 @@ fn load(
         text,
         replica,
         stop_token_ids: checkpoint.eos_token_ids().into(),
+        class: match service.class {
+            config::Class::Interactive => Class::Interactive,
+            config::Class::Batch => Class::Batch,
+        },
         memory,
         keeper,
     })

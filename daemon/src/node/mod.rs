@@ -16,10 +16,13 @@ mod watchdog;
 pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
 
 use std::{
-    io,
+    env, io,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,7 +33,7 @@ use dsd_proto::{
 use sd_notify::NotifyState;
 use tokio::{
     runtime::{Builder, Runtime},
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -40,8 +43,10 @@ use crate::{
     admin::{Admin, AdminConfig},
     catalog::{Catalog, ConfiguredModel, LoadError},
     config::{Config, ModelConfig},
-    gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
+    gateway::{Gateway, GatewayConfig},
+    runtime::clock,
     telemetry::{self, Metrics},
+    tenants::{Now, Source, Tenants, TenantsError},
 };
 use certificates::Certificates;
 use state_folder::StateFolder;
@@ -97,9 +102,9 @@ pub enum NodeError {
     /// The QUIC server cannot be set up.
     #[error(transparent)]
     Quic(#[from] ServerError),
-    /// The file of API keys cannot be used.
-    #[error(transparent)]
-    ApiKeys(#[from] ApiKeysError),
+    /// The file of tenants or API keys cannot be used.
+    #[error("it is not known who may call")]
+    Tenants(#[from] TenantsError),
     /// Counters cannot be set up.
     #[error(transparent)]
     Telemetry(#[from] telemetry::TelemetryError),
@@ -127,7 +132,7 @@ pub struct Node {
     quic: UdpSocket,
     certificates: Certificates,
     identity: Identity,
-    keys: ApiKeys,
+    tenants: Arc<Tenants>,
     metrics: Metrics,
     catalog: Arc<Catalog>,
     addresses: NodeAddresses,
@@ -166,10 +171,7 @@ impl Node {
             node: name,
         };
         let identity = certificates.identity()?;
-        let keys = match &config.http.api_keys_file {
-            Some(path) => ApiKeys::read(path)?,
-            None => ApiKeys::default(),
-        };
+        let tenants = Arc::new(Tenants::read(source_of(&config), Now::read())?);
         let listen = |protocol, address, option| {
             move |source| NodeError::Listen {
                 protocol,
@@ -204,7 +206,7 @@ impl Node {
             quic,
             certificates,
             identity,
-            keys,
+            tenants,
             metrics,
             catalog,
             addresses,
@@ -231,7 +233,7 @@ impl Node {
             quic,
             certificates,
             identity,
-            keys,
+            tenants,
             metrics,
             catalog,
             addresses,
@@ -243,12 +245,16 @@ impl Node {
             let listener = tokio::net::TcpListener::from_std(http).map_err(NodeError::Runtime)?;
             let gateway = Gateway::new(
                 GatewayConfig::new(&config.http, drain),
-                keys,
+                Arc::clone(&tenants),
                 Arc::clone(&catalog),
                 metrics.clone(),
             );
             services.spawn(gateway.serve(listener, shutdown.clone()));
-            let admin = Admin::new(admin_config(&config, addresses), Arc::clone(&catalog));
+            let admin = Admin::new(
+                admin_config(&config, addresses),
+                Arc::clone(&catalog),
+                Arc::clone(&tenants),
+            );
             let limits = ServerLimits {
                 drain_timeout: drain,
                 ..ServerLimits::default()
@@ -257,7 +263,11 @@ impl Node {
             let mut upkeep = JoinSet::new();
             upkeep.spawn(certificates.keep(server.identity_handle()));
             services.spawn(server.run(shutdown.clone().cancelled_owned()));
-            upkeep.spawn(tidy_metrics(metrics));
+            upkeep.spawn(tidy_metrics(metrics, Arc::clone(&tenants)));
+            let is_serving = Arc::<AtomicBool>::default();
+            if let Some(hangups) = hangups(&tenants).map_err(NodeError::Runtime)? {
+                upkeep.spawn(reload(hangups, tenants, Arc::clone(&is_serving)));
+            }
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
             let mut stop = StopSignals::new().map_err(NodeError::Runtime)?;
@@ -270,6 +280,7 @@ impl Node {
             }
             let token_age_max = Duration::from_secs(config.http.token_age_max_s);
             upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
+            is_serving.store(true, Ordering::Release);
             notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
             on_ready(&catalog);
 
@@ -287,6 +298,7 @@ impl Node {
                     );
                 }
             }
+            is_serving.store(false, Ordering::Release);
             notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
             shutdown.cancel();
             tokio::select! {
@@ -307,8 +319,8 @@ impl Node {
 
 /// SIGTERM and SIGINT.
 struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl StopSignals {
@@ -356,13 +368,19 @@ fn configured(models: &[ModelConfig]) -> Vec<ConfiguredModel> {
     models.iter().map(configured).collect()
 }
 
+/// Where the configuration says who may call.
+fn source_of(config: &Config) -> Source {
+    Source::new(
+        config.service.tenants_file.as_deref(),
+        config.http.api_keys_file.as_deref(),
+    )
+}
+
 /// What this machine has for a configuration that is none of its mistakes, but an operator should
 /// know: files that a start here would refuse, folders that others may write.
 pub fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::from_iter(state_folder::exposure(&config.node.state_dir));
-    if let Some(path) = &config.http.api_keys_file
-        && let Err(e) = ApiKeys::read(path)
-    {
+    if let Err(e) = Tenants::read(source_of(config), Now::read()) {
         warnings.push(telemetry::chain(&e));
     }
     warnings
@@ -404,11 +422,55 @@ async fn load_models(catalog: &Arc<Catalog>, models: &[ModelConfig]) -> Result<(
     }
 }
 
-async fn tidy_metrics(metrics: Metrics) {
+async fn tidy_metrics(metrics: Metrics, tenants: Arc<Tenants>) {
     let mut ticks = tokio::time::interval(METRICS_TIDY_INTERVAL);
     loop {
         ticks.tick().await;
+        tenants.publish(clock::now());
         metrics.tidy();
+    }
+}
+
+/// SIGHUP, where it means to read a file again: where there is one, and under systemd, whose reload
+/// must not end a node that has none. Elsewhere it goes on to mean that the terminal is gone.
+fn hangups(tenants: &Tenants) -> io::Result<Option<Signal>> {
+    let is_wanted = !tenants.is_open() || env::var_os("NOTIFY_SOCKET").is_some();
+    is_wanted.then(|| signal(SignalKind::hangup())).transpose()
+}
+
+/// Reads the file of tenants again at every SIGHUP. Systemd is told only while it holds the node for
+/// up: the READY that ends a reload would otherwise be the first one.
+async fn reload(mut hangups: Signal, tenants: Arc<Tenants>, is_serving: Arc<AtomicBool>) {
+    while hangups.recv().await.is_some() {
+        let is_told = is_serving.load(Ordering::Acquire);
+        if is_told {
+            match NotifyState::monotonic_usec_now() {
+                Ok(now) => notify(&[NotifyState::Reloading, now]),
+                Err(e) => warn!(error = %e, "cannot tell systemd when the reload began"),
+            }
+        }
+        let file = Arc::clone(&tenants);
+        let read = tokio::task::spawn_blocking(move || file.reload(Now::read())).await;
+        let result = match read {
+            Ok(Ok(changed)) => {
+                let (n, n_added, n_removed) =
+                    (changed.n_tenants, changed.n_added, changed.n_removed);
+                info!(n_tenants = n, n_added, n_removed, "tenants read again");
+                "ok"
+            }
+            Ok(Err(e)) => {
+                error!(error = %telemetry::chain(&e), "tenants not read again, the old ones stay");
+                "failed"
+            }
+            Err(e) => {
+                error!(error = %e, "reading tenants again broke off, the old ones stay");
+                "failed"
+            }
+        };
+        metrics::counter!("dsd_tenant_reloads_total", "result" => result).increment(1);
+        if is_told && is_serving.load(Ordering::Acquire) {
+            notify(&[NotifyState::Ready]);
+        }
     }
 }
 
@@ -457,7 +519,7 @@ mod tests {
             quic,
             certificates,
             identity,
-            keys: ApiKeys::default(),
+            tenants: Arc::new(Tenants::open(clock::now())),
             metrics: kit::metrics(),
             catalog: Arc::new(catalog),
             addresses,

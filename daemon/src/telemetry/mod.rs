@@ -143,6 +143,46 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
     ),
     ("dsd_kv_blocks_used", MetricKind::Gauge, "KV blocks in use."),
     (
+        "dsd_tenant_requests_total",
+        MetricKind::Counter,
+        "Requests taken, by tenant.",
+    ),
+    (
+        "dsd_tenant_tokens_total",
+        MetricKind::Counter,
+        "Tokens by tenant and kind: prompt, cached (of them), output.",
+    ),
+    (
+        "dsd_tenant_refusals_total",
+        MetricKind::Counter,
+        "Requests refused, by tenant and reason.",
+    ),
+    (
+        "dsd_tenant_queue_seconds",
+        MetricKind::Seconds,
+        "Admission to the first step, by tenant.",
+    ),
+    (
+        "dsd_tenant_choices_waiting",
+        MetricKind::Gauge,
+        "Choices that wait for their first step, by tenant.",
+    ),
+    (
+        "dsd_tenant_choices_running",
+        MetricKind::Gauge,
+        "Choices under way, by tenant.",
+    ),
+    (
+        "dsd_tenant_work_share_ratio",
+        MetricKind::Gauge,
+        "A tenant's part of the work of the last minute.",
+    ),
+    (
+        "dsd_tenant_reloads_total",
+        MetricKind::Counter,
+        "Times the file of tenants or keys was read again, by result.",
+    ),
+    (
         "dsd_pack_locked_bytes",
         MetricKind::Gauge,
         "Bytes of a model's pack that stay in memory.",

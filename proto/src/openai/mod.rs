@@ -15,7 +15,7 @@ mod tests;
 pub use error::{ErrorBody, ErrorDetail, RequestError};
 pub use request::{
     ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationOptions, Prompt,
-    ReasoningEffort, Role, limits,
+    ReasoningEffort, Role, ServiceTier, limits, positive_seconds,
 };
 pub use response::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,

@@ -27,6 +27,8 @@ pub mod limits {
     pub const TEMPLATE_ARG_LEN_MAX: usize = 4096;
     /// Messages of a conversation.
     pub const MESSAGES_MAX: usize = 16_384;
+    /// Bytes of a `user_id` (DeepSeek's limit).
+    pub const USER_ID_LEN_MAX: usize = 512;
 }
 
 /// Tokens of a plain completion that does not say how many (OpenAI's default).
@@ -115,8 +117,25 @@ pub struct GenerationOptions {
     pub stream: bool,
     /// Whether a stream ends with a chunk of token counts.
     pub include_usage: bool,
-    /// The client's name for its own user; only for logs.
+    /// The client's name for its own user; who its work is shared with.
     pub user: Option<String>,
+    /// The same in DeepSeek's word, which also keeps users apart in the prefix cache: 1 to
+    /// [`limits::USER_ID_LEN_MAX`] of `a-z`, `A-Z`, `0-9`, `-` and `_`.
+    pub user_id: Option<String>,
+    /// How long the first token may take.
+    pub service_tier: ServiceTier,
+    /// Seconds from arrival that the client is ready to wait for the whole answer, above 0.
+    pub deadline_s: Option<f64>,
+}
+
+/// What a client pays for in waiting.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ServiceTier {
+    /// `auto` or `default`: as its tenant is served.
+    #[default]
+    Standard,
+    /// `flex`: whenever there is room.
+    Flex,
 }
 
 /// One message of a conversation.
@@ -557,6 +576,10 @@ fn options(
             expected,
         ));
     }
+    let deadline_s = raw
+        .deadline_s
+        .map(|seconds| positive_seconds("deadline_s", seconds))
+        .transpose()?;
     Ok(GenerationOptions {
         max_tokens,
         n: u32::try_from(n).unwrap_or(limits::CHOICES_MAX),
@@ -579,7 +602,54 @@ fn options(
             .and_then(|o| o.include_usage)
             .unwrap_or(false),
         user: raw.user,
+        user_id: raw.user_id.map(user_id).transpose()?,
+        service_tier: service_tier(raw.service_tier.as_deref())?,
+        deadline_s,
     })
+}
+
+/// A time to wait that makes sense: a number above 0.
+///
+/// # Errors
+/// [`RequestError::OutOfRange`] for anything else, `param` to blame.
+pub fn positive_seconds(param: &str, seconds: f64) -> Result<f64, RequestError> {
+    if seconds.is_finite() && 0.0 < seconds {
+        Ok(seconds)
+    } else {
+        Err(out_of_range(param, seconds, "a number of seconds above 0"))
+    }
+}
+
+fn user_id(id: String) -> Result<String, RequestError> {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    if id.is_empty() || limits::USER_ID_LEN_MAX < id.len() {
+        let expected = format!("1 to {} bytes", limits::USER_ID_LEN_MAX);
+        return Err(out_of_range(
+            "user_id",
+            format!("{} bytes long", id.len()),
+            expected,
+        ));
+    }
+    if !id.bytes().all(is_allowed) {
+        return Err(out_of_range(
+            "user_id",
+            format!("{:?}", raw::shorten(&id, 64)),
+            "letters a-z and A-Z, digits, `-` and `_` only",
+        ));
+    }
+    Ok(id)
+}
+
+fn service_tier(word: Option<&str>) -> Result<ServiceTier, RequestError> {
+    match word {
+        None | Some("auto" | "default") => Ok(ServiceTier::Standard),
+        Some("flex") => Ok(ServiceTier::Flex),
+        Some(other) => Err(out_of_range(
+            "service_tier",
+            format!("{:?}", raw::shorten(other, 64)),
+            "`auto`, `default` or `flex`",
+        )),
+    }
 }
 
 fn refuse_unsupported(raw: &RawRequest) -> Result<(), RequestError> {

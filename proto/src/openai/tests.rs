@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::{
     ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationOptions, Prompt,
-    ReasoningEffort, RequestError, Role,
+    ReasoningEffort, RequestError, Role, ServiceTier, limits,
 };
 
 fn chat(extra: &str) -> Result<ChatCompletionRequest, RequestError> {
@@ -56,12 +56,47 @@ fn a_bare_request_has_the_documented_defaults() {
 }
 
 #[test]
+fn users_tiers_and_deadlines_that_make_no_sense_are_refused_by_name() {
+    let blamed = |extra: &str| {
+        let error = chat(extra).unwrap_err();
+        (error.code(), error.param().map(str::to_owned))
+    };
+    let longest = "a".repeat(limits::USER_ID_LEN_MAX);
+    assert!(chat(&format!(r#", "user_id": "{longest}""#)).is_ok());
+    for (field, value) in [
+        ("user_id", r#""""#.to_owned()),
+        ("user_id", r#""a b""#.to_owned()),
+        ("user_id", r#""é""#.to_owned()),
+        ("user_id", format!(r#""{longest}a""#)),
+        ("service_tier", r#""priority""#.to_owned()),
+        ("deadline_s", "0".to_owned()),
+        ("deadline_s", "-0.5".to_owned()),
+    ] {
+        let expected = ("invalid_request", Some(field.to_owned()));
+        assert_eq!(
+            blamed(&format!(r#", "{field}": {value}"#)),
+            expected,
+            "{value}"
+        );
+    }
+    for body in [r#", "deadline_s": 1e999"#, r#", "deadline_s": NaN"#] {
+        assert_eq!(blamed(body).0, "invalid_json", "{body}");
+    }
+    let null = r#", "user_id": null, "service_tier": null, "deadline_s": null"#;
+    assert_eq!(chat(null).unwrap(), chat("").unwrap());
+    for tier in ["auto", "default"] {
+        let request = chat(&format!(r#", "service_tier": "{tier}""#)).unwrap();
+        assert_eq!(request.options.service_tier, ServiceTier::Standard);
+    }
+}
+
+#[test]
 fn every_field_is_read() {
     let request = chat(
         r#", "max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "n": 3, "stream": true,
         "stream_options": {"include_usage": true}, "stop": ["a", "b"], "presence_penalty": 1,
         "frequency_penalty": -1, "logit_bias": {"12": -100, "3": 1.5}, "logprobs": true, "top_logprobs": 4,
-        "seed": -1, "user": "u", "thinking": {"type": "enabled"}, "reasoning_effort": "high",
+        "seed": -1, "user": "u", "user_id": "a-Z_9", "service_tier": "flex", "deadline_s": 1.5, "thinking": {"type": "enabled"}, "reasoning_effort": "high",
         "chat_template_kwargs": {"enable_thinking": true, "style": "x"}, "top_k": 40, "min_p": 0.1,
         "repetition_penalty": 1.1, "ignore_eos": true, "stop_token_ids": [5], "tools": [], "tool_choice": "none",
         "response_format": {"type": "text"}, "unknown_field": {"a": [1]}, "metadata": null"#,
@@ -92,6 +127,9 @@ fn every_field_is_read() {
             stream: true,
             include_usage: true,
             user: Some("u".into()),
+            user_id: Some("a-Z_9".into()),
+            service_tier: ServiceTier::Flex,
+            deadline_s: Some(1.5),
         }
     );
 }

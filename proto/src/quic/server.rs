@@ -38,7 +38,8 @@ use crate::{
         FrameError, Kind, Message,
         admin::{
             ErrorReply, ModelListRequest, ModelLoadRequest, ModelUnloadRequest, ModelVerifyRequest,
-            StatusRequest,
+            StatusRequest, TenantAddRequest, TenantListRequest, TenantRemoveRequest,
+            TenantRotateKeyRequest, TenantSetRequest, TenantShowRequest,
         },
         frame::{self, Header},
         generate::GenerateRequest,
@@ -53,6 +54,12 @@ const CALLS_ADMIN: &[Kind] = &[
     Kind::of::<ModelLoadRequest>(),
     Kind::of::<ModelUnloadRequest>(),
     Kind::of::<ModelVerifyRequest>(),
+    Kind::of::<TenantListRequest>(),
+    Kind::of::<TenantShowRequest>(),
+    Kind::of::<TenantAddRequest>(),
+    Kind::of::<TenantSetRequest>(),
+    Kind::of::<TenantRotateKeyRequest>(),
+    Kind::of::<TenantRemoveRequest>(),
 ];
 
 /// What a node may ask another one.
@@ -564,6 +571,48 @@ async fn dispatch<S: AdminService>(
                         .model_verify(request, &mut ReplySender::new(send, wait))
                         .await
                 }
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantListRequest::TYPE => {
+            let reply = match request::<TenantListRequest>(header, body) {
+                Ok(TenantListRequest {}) => service.tenant_list().await,
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantShowRequest::TYPE => {
+            let reply = match request(header, body) {
+                Ok(request) => service.tenant_show(request).await,
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantAddRequest::TYPE => {
+            let reply = match request(header, body) {
+                Ok(request) => service.tenant_add(request).await,
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantSetRequest::TYPE => {
+            let reply = match request(header, body) {
+                Ok(request) => service.tenant_set(request).await,
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantRotateKeyRequest::TYPE => {
+            let reply = match request(header, body) {
+                Ok(request) => service.tenant_rotate_key(request).await,
+                Err(error) => Err(error),
+            };
+            send_last(send, reply, shared).await;
+        }
+        TenantRemoveRequest::TYPE => {
+            let reply = match request(header, body) {
+                Ok(request) => service.tenant_remove(request).await,
                 Err(error) => Err(error),
             };
             send_last(send, reply, shared).await;

@@ -16,7 +16,9 @@ use crate::{
         admin::{
             ErrorReply, ModelListReply, ModelListRequest, ModelLoadReply, ModelLoadRequest,
             ModelUnloadReply, ModelUnloadRequest, ModelVerifyReply, ModelVerifyRequest, Progress,
-            StatusReply, StatusRequest,
+            StatusReply, StatusRequest, TenantAddRequest, TenantKeyReply, TenantListReply,
+            TenantListRequest, TenantRemoveReply, TenantRemoveRequest, TenantRotateKeyRequest,
+            TenantSetRequest, TenantShowReply, TenantShowRequest,
         },
         frame,
         generate::{GenerateDelta, GenerateDone, GenerateRequest},
@@ -63,6 +65,30 @@ impl StreamCall for ModelVerifyRequest {
     type Item = Progress;
 }
 
+impl Call for TenantListRequest {
+    type Reply = TenantListReply;
+}
+
+impl Call for TenantShowRequest {
+    type Reply = TenantShowReply;
+}
+
+impl Call for TenantAddRequest {
+    type Reply = TenantKeyReply;
+}
+
+impl Call for TenantSetRequest {
+    type Reply = TenantShowReply;
+}
+
+impl Call for TenantRotateKeyRequest {
+    type Reply = TenantKeyReply;
+}
+
+impl Call for TenantRemoveRequest {
+    type Reply = TenantRemoveReply;
+}
+
 impl Call for GenerateRequest {
     type Reply = GenerateDone;
 }
@@ -100,6 +126,39 @@ pub trait AdminService: Send + Sync + 'static {
         request: ModelVerifyRequest,
         progress: &mut ReplySender<'_, Progress>,
     ) -> impl Future<Output = Result<ModelVerifyReply, ErrorReply>> + Send;
+
+    /// The tenants.
+    fn tenant_list(&self) -> impl Future<Output = Result<TenantListReply, ErrorReply>> + Send;
+
+    /// One tenant, and what it used.
+    fn tenant_show(
+        &self,
+        request: TenantShowRequest,
+    ) -> impl Future<Output = Result<TenantShowReply, ErrorReply>> + Send;
+
+    /// Adds a tenant and tells its key.
+    fn tenant_add(
+        &self,
+        request: TenantAddRequest,
+    ) -> impl Future<Output = Result<TenantKeyReply, ErrorReply>> + Send;
+
+    /// Changes a tenant's settings.
+    fn tenant_set(
+        &self,
+        request: TenantSetRequest,
+    ) -> impl Future<Output = Result<TenantShowReply, ErrorReply>> + Send;
+
+    /// Gives a tenant a new key.
+    fn tenant_rotate_key(
+        &self,
+        request: TenantRotateKeyRequest,
+    ) -> impl Future<Output = Result<TenantKeyReply, ErrorReply>> + Send;
+
+    /// Removes a tenant.
+    fn tenant_remove(
+        &self,
+        request: TenantRemoveRequest,
+    ) -> impl Future<Output = Result<TenantRemoveReply, ErrorReply>> + Send;
 
     /// Generates and sends text as it comes.
     fn generate(

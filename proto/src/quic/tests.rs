@@ -27,7 +27,9 @@ use crate::{
         admin::{
             ErrorReply, ModelListReply, ModelListRequest, ModelLoadReply, ModelLoadRequest,
             ModelUnloadReply, ModelUnloadRequest, ModelVerifyReply, ModelVerifyRequest, Progress,
-            StatusReply, StatusRequest,
+            StatusReply, StatusRequest, TenantAddRequest, TenantKeyReply, TenantListReply,
+            TenantRemoveReply, TenantRemoveRequest, TenantRotateKeyRequest, TenantSetRequest,
+            TenantShowReply, TenantShowRequest,
         },
         frame::{self, HEADER_LEN},
         generate::{GenerateDelta, GenerateDone, GenerateRequest},
@@ -141,6 +143,33 @@ impl AdminService for Samples {
     ) -> Result<ModelVerifyReply, ErrorReply> {
         progress.send(&samples::progress()).await?;
         Ok(samples::model_verify_reply())
+    }
+
+    async fn tenant_list(&self) -> Result<TenantListReply, ErrorReply> {
+        Ok(samples::tenant_list_reply())
+    }
+
+    async fn tenant_show(&self, _: TenantShowRequest) -> Result<TenantShowReply, ErrorReply> {
+        Ok(samples::tenant_show_reply())
+    }
+
+    async fn tenant_add(&self, _: TenantAddRequest) -> Result<TenantKeyReply, ErrorReply> {
+        Ok(samples::tenant_key_reply())
+    }
+
+    async fn tenant_set(&self, _: TenantSetRequest) -> Result<TenantShowReply, ErrorReply> {
+        Ok(samples::tenant_show_reply())
+    }
+
+    async fn tenant_rotate_key(
+        &self,
+        _: TenantRotateKeyRequest,
+    ) -> Result<TenantKeyReply, ErrorReply> {
+        Ok(samples::tenant_key_reply())
+    }
+
+    async fn tenant_remove(&self, _: TenantRemoveRequest) -> Result<TenantRemoveReply, ErrorReply> {
+        Ok(samples::tenant_remove_reply())
     }
 
     async fn generate(

@@ -1,4 +1,4 @@
-//! What an operator asks a node: its state, and its models by name.
+//! What an operator asks a node: its state, its models and its tenants by name.
 //!
 //! Every call is one request frame and, in order, any number of [`Progress`] frames where the call
 //! has them, then one reply: the call's own or an [`ErrorReply`].
@@ -21,6 +21,16 @@ wire_messages! {
     ModelVerifyRequest = 0x0117, 1, Control;
     ModelVerifyReply = 0x0118, 1, Control;
     Progress = 0x0119, 1, Control;
+    TenantListRequest = 0x0121, 1, Control;
+    TenantListReply = 0x0122, 1, Control;
+    TenantShowRequest = 0x0123, 1, Control;
+    TenantShowReply = 0x0124, 1, Control;
+    TenantAddRequest = 0x0125, 1, Control;
+    TenantSetRequest = 0x0126, 1, Control;
+    TenantRotateKeyRequest = 0x0127, 1, Control;
+    TenantKeyReply = 0x0128, 1, Control;
+    TenantRemoveRequest = 0x0129, 1, Control;
+    TenantRemoveReply = 0x012a, 1, Control;
 }
 
 wire_struct! {
@@ -263,5 +273,209 @@ wire_struct! {
         pub done: u64,
         /// Work of this phase in all, in bytes; 0 when unknown.
         pub total: u64,
+    }
+}
+
+wire_struct! {
+    /// Asks for a [`TenantListReply`].
+    pub struct TenantListRequest {}
+}
+
+wire_struct! {
+    /// The tenants of a node.
+    pub struct TenantListReply {
+        /// By name.
+        pub tenants: Vec<TenantEntry>,
+    }
+}
+
+wire_enum! {
+    /// What a tenant's requests expect of the time to their first token.
+    pub enum TenantClass {
+        /// Soon, or a refusal.
+        Interactive,
+        /// Whenever there is room.
+        Batch,
+    }
+}
+
+wire_struct! {
+    /// One tenant in a list.
+    pub struct TenantEntry {
+        /// As the operator calls it.
+        pub name: String,
+        /// Its share against others'.
+        pub weight: u32,
+        /// What its requests expect.
+        pub class: TenantClass,
+        /// Keys that are let in.
+        pub n_keys: u32,
+        /// Choices under way.
+        pub n_running: u32,
+        /// Choices that wait for their first step.
+        pub n_waiting: u32,
+        /// Requests taken since it came to be known.
+        pub n_requests: u64,
+        /// Requests refused since then.
+        pub n_refused: u64,
+        /// Its part of all work of the last minute, 0 to 1.
+        pub work_share: f64,
+    }
+}
+
+wire_struct! {
+    /// Asks for a [`TenantShowReply`].
+    pub struct TenantShowRequest {
+        /// The tenant's name.
+        pub name: String,
+    }
+}
+
+wire_struct! {
+    /// A tenant's settings and what it used since it came to be known.
+    pub struct TenantShowReply {
+        /// Name, weight, counts.
+        pub entry: TenantEntry,
+        /// Models it may use; `None` for all.
+        pub models: Option<Vec<String>>,
+        /// Choices at once.
+        pub concurrency: TenantCap,
+        /// Requests a minute.
+        pub requests_per_minute: TenantCap,
+        /// Tokens a minute.
+        pub tokens_per_minute: TenantCap,
+        /// Prompt tokens, cached ones included.
+        pub n_prompt_tokens: u64,
+        /// Of them found in the cache.
+        pub n_cached_tokens: u64,
+        /// Tokens generated.
+        pub n_output_tokens: u64,
+        /// Refusals by reason.
+        pub refusals: Vec<TenantRefusals>,
+        /// Half of the last requests waited no longer; `None` before the first.
+        pub queue_ms_p50: Option<u64>,
+        /// 95 of 100 of them waited no longer.
+        pub queue_ms_p95: Option<u64>,
+    }
+}
+
+wire_struct! {
+    /// A cap and what is left under it.
+    pub struct TenantCap {
+        /// The cap; `None` for no limit.
+        pub max: Option<u64>,
+        /// What is left now.
+        pub left: Option<u64>,
+    }
+}
+
+wire_struct! {
+    /// How often a tenant was refused for one reason.
+    pub struct TenantRefusals {
+        /// The reason, a word.
+        pub reason: String,
+        /// How often.
+        pub n: u64,
+    }
+}
+
+wire_enum! {
+    /// What to do with a cap.
+    pub enum CapChange {
+        /// Leave it.
+        Keep,
+        /// No limit.
+        Clear,
+        /// This limit.
+        To(u64),
+    }
+}
+
+wire_enum! {
+    /// What to do with the models that a tenant may use.
+    pub enum ModelsChange {
+        /// Leave them.
+        Keep,
+        /// All.
+        All,
+        /// These.
+        To(Vec<String>),
+    }
+}
+
+wire_struct! {
+    /// Changes of a tenant's settings.
+    pub struct TenantPatch {
+        /// Its share; `None` leaves it.
+        pub weight: Option<u32>,
+        /// What its requests expect; `None` leaves it.
+        pub class: Option<TenantClass>,
+        /// Choices at once.
+        pub concurrency: CapChange,
+        /// Requests a minute.
+        pub requests_per_minute: CapChange,
+        /// Tokens a minute.
+        pub tokens_per_minute: CapChange,
+        /// Models it may use.
+        pub models: ModelsChange,
+    }
+}
+
+wire_struct! {
+    /// Adds a tenant. Answered by a [`TenantKeyReply`].
+    pub struct TenantAddRequest {
+        /// Its name.
+        pub name: String,
+        /// Its settings.
+        pub patch: TenantPatch,
+    }
+}
+
+wire_struct! {
+    /// Changes a tenant's settings. Answered by a [`TenantShowReply`].
+    pub struct TenantSetRequest {
+        /// Its name.
+        pub name: String,
+        /// What changes.
+        pub patch: TenantPatch,
+    }
+}
+
+wire_struct! {
+    /// Gives a tenant a new key instead of those it has. Answered by a [`TenantKeyReply`].
+    pub struct TenantRotateKeyRequest {
+        /// Its name.
+        pub name: String,
+        /// How long the old keys stay valid.
+        pub grace_s: u64,
+    }
+}
+
+wire_struct! {
+    /// A new key, which the node itself does not keep.
+    pub struct TenantKeyReply {
+        /// The tenant's name.
+        pub name: String,
+        /// The key.
+        pub key: String,
+    }
+}
+
+wire_struct! {
+    /// Removes a tenant; its keys are refused at once and its requests end as they would. Answered by
+    /// a [`TenantRemoveReply`].
+    pub struct TenantRemoveRequest {
+        /// Its name.
+        pub name: String,
+    }
+}
+
+wire_struct! {
+    /// The tenant is gone.
+    pub struct TenantRemoveReply {
+        /// Name it had.
+        pub name: String,
+        /// Choices that are still under way or wait.
+        pub n_open: u32,
     }
 }

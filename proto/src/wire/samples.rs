@@ -4,9 +4,13 @@ use crate::{
     code::Code,
     wire::{
         admin::{
-            ErrorReply, Finding, ModelEntry, ModelListReply, ModelListRequest, ModelLoadReply,
-            ModelLoadRequest, ModelState, ModelStatus, ModelUnloadReply, ModelUnloadRequest,
-            ModelVerifyReply, ModelVerifyRequest, Progress, StatusReply, StatusRequest,
+            CapChange, ErrorReply, Finding, ModelEntry, ModelListReply, ModelListRequest,
+            ModelLoadReply, ModelLoadRequest, ModelState, ModelStatus, ModelUnloadReply,
+            ModelUnloadRequest, ModelVerifyReply, ModelVerifyRequest, ModelsChange, Progress,
+            StatusReply, StatusRequest, TenantAddRequest, TenantCap, TenantClass, TenantEntry,
+            TenantKeyReply, TenantListReply, TenantListRequest, TenantPatch, TenantRefusals,
+            TenantRemoveReply, TenantRemoveRequest, TenantRotateKeyRequest, TenantSetRequest,
+            TenantShowReply, TenantShowRequest,
         },
         generate::{
             ChatMessage, Finish, GenerateDelta, GenerateDone, GenerateRequest, Input, Role,
@@ -148,6 +152,108 @@ pub(crate) fn progress() -> Progress {
         phase: "checking".into(),
         done: 512,
         total: 1024,
+    }
+}
+
+pub(crate) fn tenant_entry() -> TenantEntry {
+    TenantEntry {
+        name: "team-a".into(),
+        weight: 3,
+        class: TenantClass::Interactive,
+        n_keys: 2,
+        n_running: 4,
+        n_waiting: 1,
+        n_requests: 100,
+        n_refused: 7,
+        work_share: 0.75,
+    }
+}
+
+pub(crate) fn tenant_patch() -> TenantPatch {
+    TenantPatch {
+        weight: Some(3),
+        class: Some(TenantClass::Batch),
+        concurrency: CapChange::To(8),
+        requests_per_minute: CapChange::Clear,
+        tokens_per_minute: CapChange::Keep,
+        models: ModelsChange::To(vec!["tiny".into()]),
+    }
+}
+
+pub(crate) fn tenant_list_request() -> TenantListRequest {
+    TenantListRequest {}
+}
+
+pub(crate) fn tenant_list_reply() -> TenantListReply {
+    TenantListReply {
+        tenants: vec![tenant_entry()],
+    }
+}
+
+pub(crate) fn tenant_show_request() -> TenantShowRequest {
+    TenantShowRequest {
+        name: "team-a".into(),
+    }
+}
+
+pub(crate) fn tenant_show_reply() -> TenantShowReply {
+    let cap = |max, left| TenantCap { max, left };
+    TenantShowReply {
+        entry: tenant_entry(),
+        models: Some(vec!["tiny".into()]),
+        concurrency: cap(Some(8), Some(3)),
+        requests_per_minute: cap(None, None),
+        tokens_per_minute: cap(Some(60_000), Some(59_000)),
+        n_prompt_tokens: 1000,
+        n_cached_tokens: 300,
+        n_output_tokens: 500,
+        refusals: vec![TenantRefusals {
+            reason: "tokens".into(),
+            n: 7,
+        }],
+        queue_ms_p50: Some(1),
+        queue_ms_p95: Some(90),
+    }
+}
+
+pub(crate) fn tenant_add_request() -> TenantAddRequest {
+    TenantAddRequest {
+        name: "team-a".into(),
+        patch: tenant_patch(),
+    }
+}
+
+pub(crate) fn tenant_set_request() -> TenantSetRequest {
+    TenantSetRequest {
+        name: "team-a".into(),
+        patch: tenant_patch(),
+    }
+}
+
+pub(crate) fn tenant_rotate_key_request() -> TenantRotateKeyRequest {
+    TenantRotateKeyRequest {
+        name: "team-a".into(),
+        grace_s: 3600,
+    }
+}
+
+pub(crate) fn tenant_key_reply() -> TenantKeyReply {
+    TenantKeyReply {
+        name: "team-a".into(),
+        key: "sk-0123456789abcdef".into(),
+    }
+}
+
+pub(crate) fn tenant_remove_request() -> TenantRemoveRequest {
+    TenantRemoveRequest {
+        name: "team-a".into(),
+    }
+}
+
+pub(crate) fn tenant_remove_reply() -> TenantRemoveReply {
+    TenantRemoveReply {
+        name: "team-a".into(),
+        n_open: 2,
     }
 }
 

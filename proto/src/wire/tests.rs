@@ -32,6 +32,16 @@ macro_rules! for_each_sample {
         $check(&samples::model_verify_request() $(, $arg)*);
         $check(&samples::model_verify_reply() $(, $arg)*);
         $check(&samples::progress() $(, $arg)*);
+        $check(&samples::tenant_list_request() $(, $arg)*);
+        $check(&samples::tenant_list_reply() $(, $arg)*);
+        $check(&samples::tenant_show_request() $(, $arg)*);
+        $check(&samples::tenant_show_reply() $(, $arg)*);
+        $check(&samples::tenant_add_request() $(, $arg)*);
+        $check(&samples::tenant_set_request() $(, $arg)*);
+        $check(&samples::tenant_rotate_key_request() $(, $arg)*);
+        $check(&samples::tenant_key_reply() $(, $arg)*);
+        $check(&samples::tenant_remove_request() $(, $arg)*);
+        $check(&samples::tenant_remove_reply() $(, $arg)*);
         $check(&samples::generate_request() $(, $arg)*);
         $check(&samples::generate_delta() $(, $arg)*);
         $check(&samples::generate_done() $(, $arg)*);

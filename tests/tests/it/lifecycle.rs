@@ -147,6 +147,11 @@ fn systemd_is_told_of_readiness_life_and_stop() {
     for _ in 0..3 {
         expect_notice(&socket, "WATCHDOG=1");
     }
+    // A reload ends no node, one without a file to read again neither.
+    process::signal(node.pid(), "HUP");
+    expect_notice(&socket, "RELOADING=1");
+    expect_notice(&socket, "READY=1");
+    node.must_serve();
     node.terminate();
     expect_notice(&socket, "STOPPING=1");
     assert_eq!(node.exit().code(), Some(0));

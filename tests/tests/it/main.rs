@@ -18,4 +18,5 @@ mod ranks;
 mod same_tokens;
 mod start_up;
 mod state_folder;
+mod tenants;
 mod tidy;

@@ -1,7 +1,10 @@
 //! Requests that cannot be answered: each has its code, and the node goes on.
 
 use super::kit::{Client, Node, QUICK, config, model};
-use crate::gateway::{ApiKeys, GatewayConfig};
+use crate::{
+    gateway::GatewayConfig,
+    tenants::{Now, Source, Tenants},
+};
 
 async fn check(node: &Node, path: &str, body: &str, status: u16, code: &str, param: Option<&str>) {
     let reply = node.post(path, body).await;
@@ -204,8 +207,9 @@ async fn other_content_types_are_refused() {
 async fn keys_are_asked_for_where_users_call() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "sk-0123456789abcdef\n").unwrap();
-    let keys = ApiKeys::read(file.path()).unwrap();
-    let node = Node::start_with_keys(config(), keys, vec![model("tiny", &QUICK)]).await;
+    let source = Source::Keys(file.path().to_owned());
+    let tenants = Tenants::read(source, Now::read()).unwrap();
+    let node = Node::start_with_tenants(config(), tenants, vec![model("tiny", &QUICK)]).await;
     for path in ["/v1/models", "/v1/nothing"] {
         let reply = node.get(path).await;
         assert_eq!(reply.error(), (401, "unauthorized".into(), None));

@@ -16,16 +16,18 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::super::{ApiKeys, Gateway, GatewayConfig};
+use super::super::{Gateway, GatewayConfig};
 use crate::{
     catalog::{Catalog, ConfiguredModel, LoadError, MemoryFigures, Progress, ServedModel},
     config::HttpConfig,
     cost::CostModel,
     engine::EngineConfig,
+    flow::Class,
     replica::Replica,
     runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan},
     runtime::clock,
     telemetry::{self, Metrics},
+    tenants::Tenants,
     text::TextModel,
 };
 
@@ -80,6 +82,7 @@ pub(crate) fn model(name: &str, pace: &Pace) -> ServedModel {
         text: text_model(),
         replica: Replica::start(Box::new(executor), engine).unwrap(),
         stop_token_ids: [END_TOKEN].into(),
+        class: Class::Interactive,
         memory: MemoryFigures::default(),
         keeper: None,
     }
@@ -204,15 +207,15 @@ pub(super) struct Node {
 
 impl Node {
     pub(super) async fn start(config: GatewayConfig, models: Vec<ServedModel>) -> Self {
-        Self::start_with_keys(config, ApiKeys::default(), models).await
+        Self::start_with_tenants(config, Tenants::open(clock::now()), models).await
     }
 
-    pub(super) async fn start_with_keys(
+    pub(super) async fn start_with_tenants(
         config: GatewayConfig,
-        keys: ApiKeys,
+        tenants: Tenants,
         models: Vec<ServedModel>,
     ) -> Self {
-        Self::start_with_keys_and_configured(config, keys, models, Vec::new()).await
+        Self::start_with(config, tenants, models, Vec::new()).await
     }
 
     /// A node whose configuration names these models.
@@ -220,12 +223,13 @@ impl Node {
         models: Vec<ServedModel>,
         configured: Vec<ConfiguredModel>,
     ) -> Self {
-        Self::start_with_keys_and_configured(config(), ApiKeys::default(), models, configured).await
+        let tenants = Tenants::open(clock::now());
+        Self::start_with(config(), tenants, models, configured).await
     }
 
-    async fn start_with_keys_and_configured(
+    async fn start_with(
         config: GatewayConfig,
-        keys: ApiKeys,
+        tenants: Tenants,
         models: Vec<ServedModel>,
         configured: Vec<ConfiguredModel>,
     ) -> Self {
@@ -242,7 +246,7 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let gateway = Gateway::new(config, keys, Arc::clone(&catalog), metrics());
+        let gateway = Gateway::new(config, Arc::new(tenants), Arc::clone(&catalog), metrics());
         let mut tasks = JoinSet::new();
         tasks.spawn(gateway.serve(listener, shutdown.clone()));
         Self {

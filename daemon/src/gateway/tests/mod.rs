@@ -4,3 +4,4 @@ mod answers;
 mod bad_input;
 pub(crate) mod kit;
 mod limits;
+mod tenants;
