@@ -127,8 +127,8 @@ mod tests {
             cluster: "dsd".parse().unwrap(),
             node: "node-1".parse().unwrap(),
         };
-        // Made so long ago that they have three seconds left.
-        let past = clock::unix_seconds() - YEAR_S + 3;
+        // Made so long ago that they have five seconds left.
+        let past = clock::unix_seconds() - YEAR_S + 5;
         let (cluster, node) = (&certificates.cluster, &certificates.node);
         let identity = pki::ensure(folder.path(), cluster, node, past).unwrap();
         let operator = pki::load(folder.path(), Role::Admin, past).unwrap();
