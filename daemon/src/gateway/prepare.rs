@@ -28,7 +28,6 @@ use super::{
 };
 use crate::{
     catalog::{Catalog, ServedModel},
-    flow::Class,
     flow::{Class, SamplingParams},
     replica::SubmitError,
     runtime::clock,

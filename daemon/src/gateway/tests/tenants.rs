@@ -196,11 +196,11 @@ async fn deadlines_of_the_client_end_its_requests_and_senseless_ones_are_refused
             .await
     };
     let long = r#"{"prompt": "ab", "max_tokens": 200, "ignore_eos": true}"#;
-    let late = (504, "deadline_exceeded".into(), None);
+    let ended = r#""finish_reason":"deadline_exceeded""#;
     let start = clock::now();
     let reply = with_header("0.3", long).await;
-    assert_eq!(reply.error(), late);
-    assert_eq!(reply.header("x-should-retry"), Some("false"));
+    assert_eq!(reply.status, 200);
+    assert!(reply.body.contains(ended), "{}", reply.body);
     assert!(
         start.elapsed() < Duration::from_secs(3),
         "{:?}",
@@ -208,9 +208,11 @@ async fn deadlines_of_the_client_end_its_requests_and_senseless_ones_are_refused
     );
     // The field counts before the header.
     let field = r#"{"prompt": "ab", "max_tokens": 200, "ignore_eos": true, "deadline_s": 0.3}"#;
-    assert_eq!(with_header("100", field).await.error(), late);
+    assert!(with_header("100", field).await.body.contains(ended));
     let past = r#"{"prompt": "ab", "max_tokens": 2, "deadline_s": 1e-9}"#;
-    assert_eq!(node.post("/v1/completions", past).await.error(), late);
+    let reply = node.post("/v1/completions", past).await;
+    assert_eq!(reply.error(), (504, "deadline_exceeded".into(), None));
+    assert_eq!(reply.header("x-should-retry"), Some("false"));
     let param = Some("x-request-deadline-s".to_owned());
     for bad in ["0", "-1", "NaN", "inf", "-inf", "soon", "", "1 s"] {
         let expected = (400, "invalid_request".into(), param.clone());
@@ -234,7 +236,8 @@ async fn a_deadline_beyond_the_nodes_own_is_the_nodes_own() {
     let node = Node::start(limits, vec![model("tiny", &SLOW)]).await;
     let long = r#"{"prompt": "ab", "max_tokens": 200, "ignore_eos": true, "deadline_s": 1e6}"#;
     let reply = node.post("/v1/completions", long).await;
-    assert_eq!(reply.error(), (504, "deadline_exceeded".into(), None));
+    let ended = r#""finish_reason":"deadline_exceeded""#;
+    assert!(reply.body.contains(ended), "{}", reply.body);
 }
 
 #[tokio::test]
@@ -244,12 +247,15 @@ async fn a_busy_node_holds_nothing_against_the_caps_of_those_it_refuses() {
         waiting_max: 1,
         ..SLOW
     };
-    let tenants = tenants(&[("a", "caps = { requests_per_minute = 3 }"), ("b", "")]);
+    let caps = "caps = { requests_per_minute = 3 }";
+    let tenants = tenants(&[("a", caps), ("b", ""), ("c", "")]);
     let node = Node::start_with_tenants(config(), tenants, vec![model("tiny", &tiny)]).await;
     let long = r#"{"prompt": "ab", "max_tokens": 200, "ignore_eos": true}"#;
     let mut held = Vec::new();
-    for n in 1..=2 {
-        held.push(send(&node, "b", long).await);
+    // One runs; the others have the places of the waiting line that one account may have, and that
+    // all may have.
+    for (n, who) in [(1, "b"), (2, "b"), (3, "c")] {
+        held.push(send(&node, who, long).await);
         node.wait_for_sequences(n).await;
     }
     for _ in 0..5 {
