@@ -463,7 +463,18 @@ impl Generation {
     fn settle(&mut self) {
         let counts = self.counts;
         if let Some(mut lease) = self.lease.take() {
-            lease.used(counts.n_prompt, counts.n_cached, counts.n_output);
+            let TokenCounts {
+                n_prompt,
+                n_cached,
+                n_output,
+                ..
+            } = counts;
+            let replica = &self.model.replica;
+            let seconds = match self.admitted_at {
+                Some(_) => replica.seconds_of(n_cached, n_prompt, n_output),
+                None => 0.0,
+            };
+            lease.used(n_prompt, n_cached, n_output, seconds);
         }
     }
 

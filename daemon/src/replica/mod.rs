@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 
 use crate::{
     admission::{Admission, EngineState},
+    cost::{CostModel, StepShape},
     engine::{self, EngineConfig, EngineHandle, EngineLimits, PostError, StartError, StepExecutor},
     flow::{FinishReason, Request, StreamItem},
     group::{self, GroupConfig, GroupError, GroupHandle, GroupState},
@@ -22,6 +23,10 @@ use crate::{
 
 /// What a caller brings, and what it is told, so that it needs no arrow of its own.
 pub use crate::admission::{AdmissionConfig, Refusal};
+
+/// Rows of a prompt's chunks, and rows of the steps of decodes, where a request's work is told.
+const TYPICAL_CHUNK_ROWS: usize = 128;
+const TYPICAL_BATCH: usize = 8;
 
 /// Why a request was not taken. Nothing was spent on it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -179,10 +184,7 @@ impl Replica {
                 .send(StreamItem::Finished(FinishReason::Length));
         }
         let n_blocks_used = self.load().n_blocks_used;
-        let (cost, forming) = match &self.engine {
-            Engine::Thread(engine) => (engine.cost(), Duration::ZERO),
-            Engine::Group(group) => group.cost(),
-        };
+        let (cost, forming) = self.cost();
         let state = EngineState {
             cost,
             n_blocks_used,
@@ -232,6 +234,21 @@ impl Replica {
             is_dead: load.is_dead,
             is_forming: group == GroupState::Forming,
             is_stalled: group == GroupState::Stalled,
+        }
+    }
+
+    /// Seconds of the engine's time that a request takes by what is known of step times now.
+    pub fn seconds_of(&self, n_cached: usize, n_prompt: usize, n_output: usize) -> f64 {
+        let (cost, _) = self.cost();
+        let prompt = cost.prefill_seconds(n_cached, n_prompt, TYPICAL_CHUNK_ROWS);
+        let token = cost.share(StepShape::span(n_prompt, 1, 1), TYPICAL_BATCH);
+        prompt + token * n_output as f64
+    }
+
+    fn cost(&self) -> (CostModel, Duration) {
+        match &self.engine {
+            Engine::Thread(engine) => (engine.cost(), Duration::ZERO),
+            Engine::Group(group) => group.cost(),
         }
     }
 

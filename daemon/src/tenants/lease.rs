@@ -66,10 +66,6 @@ impl Ledger {
         self.lock().usage.work(second)
     }
 
-    pub(super) fn worked(&self, work: Work, second: u64) {
-        self.lock().usage.worked(work, second);
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -209,6 +205,7 @@ impl Caller {
             n_prompt: 0,
             n_cached: 0,
             n_output: 0,
+            seconds: 0.0,
             origin: self.origin,
         })
     }
@@ -225,6 +222,7 @@ pub struct Lease {
     n_prompt: u64,
     n_cached: u64,
     n_output: u64,
+    seconds: f64,
     origin: Instant,
 }
 
@@ -246,8 +244,9 @@ impl Lease {
         metrics::histogram!("dsd_tenant_queue_seconds", "tenant" => tenant).record(queued);
     }
 
-    /// What was really used; the last call counts.
-    pub fn used(&mut self, n_prompt: usize, n_cached: usize, n_output: usize) {
+    /// What was really used, `seconds` of the engine's time among it; the last call counts.
+    pub fn used(&mut self, n_prompt: usize, n_cached: usize, n_output: usize, seconds: f64) {
+        self.seconds = seconds;
         self.n_prompt = n_prompt as u64;
         self.n_cached = n_cached as u64;
         self.n_output = n_output as u64;
@@ -305,7 +304,7 @@ impl Lease {
         counter("output", self.n_output);
         let work = Work {
             tokens: as_f64(self.n_prompt + self.n_output),
-            seconds: 0.0,
+            seconds: self.seconds,
         };
         state.usage.worked(work, second);
     }

@@ -326,19 +326,6 @@ impl Tenants {
         self.set.load().everybody.is_some()
     }
 
-    /// Counts seconds of the engine for a tenant by its id. Work of one that is gone counts for nobody.
-    pub fn charge(&self, tenant: u64, seconds: f64, now: Instant) {
-        let set = self.set.load();
-        let member = set.members().find(|member| member.tenant.id == tenant);
-        if let Some(member) = member {
-            let work = Work {
-                tokens: 0.0,
-                seconds,
-            };
-            member.ledger.worked(work, self.second(now));
-        }
-    }
-
     /// All tenants, by name.
     pub fn reports(&self, now: Instant) -> Vec<TenantReport> {
         let set = self.set.load_full();

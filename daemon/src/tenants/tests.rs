@@ -190,7 +190,7 @@ fn counts_and_open_requests_outlive_a_change_and_a_removed_tenant() {
     assert_eq!(rig.who(KEY_B), Err(KeyError::Unknown));
     assert!(rig.tenants.report("b", now).is_none());
     lease.started(now);
-    lease.used(10, 4, 3);
+    lease.used(10, 4, 3, 0.1);
     drop(lease);
     let usage = b.member.ledger.usage();
     assert_eq!(
@@ -218,7 +218,7 @@ fn leases_are_counted_from_queue_to_end() {
         (report("a").usage.n_waiting, report("a").usage.n_running),
         (0, 3)
     );
-    lease.used(100, 20, 60);
+    lease.used(100, 20, 60, 1.0);
     drop(lease);
     a.take(1, 10, None, now).unwrap().void();
     let usage = report("a").usage;
@@ -229,10 +229,11 @@ fn leases_are_counted_from_queue_to_end() {
     assert_eq!(usage.n_output_tokens, 60);
     assert_eq!(usage.queue_time(95), Some(Duration::from_millis(50)));
     assert_eq!((report("a").share, report("b").share), (1.0, 0.0));
-    let (id_a, id_b) = (report("a").tenant.id, report("b").tenant.id);
-    rig.tenants.charge(id_a, 1.0, clock::now());
-    rig.tenants.charge(id_b, 3.0, clock::now());
-    rig.tenants.charge(42, 100.0, clock::now());
+    let b = rig.tenants.admit(Some(KEY_B), now).unwrap();
+    let mut lease = b.take(1, 10, None, now).unwrap();
+    lease.started(now);
+    lease.used(10, 0, 1, 3.0);
+    drop(lease);
     assert_eq!((report("a").share, report("b").share), (0.25, 0.75));
 }
 
