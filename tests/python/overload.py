@@ -3,11 +3,12 @@
 
     tests/python/overload.py [--rounds 3] [--minutes 90] [WORD...]     measure all, or what has a WORD in its name; one line per figure
     tests/python/overload.py --quick [WORD...]                         the same in a few minutes, with figures that say less
+    tests/python/overload.py --more WORD...                            measure these anew, of the same commit, and write the report with them
     tests/python/overload.py --report                                  write the report from the last results
 
 Starts `dsd dev` by itself, with its default configuration and a fresh state folder. Every round runs every measurement once, so that a slow
 spell of the machine falls on all alike; a figure is the median of its rounds, printed as `name value unit` on standard output. A full run, or
-one with --report, writes docs/performance/overload.json, the pictures beside it and the section in docs/PERFORMANCE.md.
+one with --more, writes docs/performance/overload.json, the pictures beside it and the section in docs/PERFORMANCE.md.
 """
 import argparse
 import asyncio
@@ -99,6 +100,7 @@ def measure(arguments, lengths):
     results = {"commit": machine.commit(), "machine": machine.describe(), "date": time.strftime("%Y-%m-%d", time.gmtime()), "is_quick": arguments.quick,
                "step_target_ms": arguments.step_target_ms, "baseline": bool(arguments.baseline), "n_rounds": lengths.rounds, "figures": {}, "failures": []}
     chosen = measurements(arguments)
+    results["measured"] = list(chosen)
     if not chosen:
         raise SystemExit("no measurement has one of these words in its name: " + ", ".join(measurements(argparse.Namespace(**vars(arguments) | {"words": [], "only": []}))))
     progress = Progress(list(chosen), lengths.rounds, arguments.minutes or lengths.minutes)
@@ -111,6 +113,13 @@ def measure(arguments, lengths):
     return results
 
 
+def added(last, results):
+    """The last results with figures, and failures, of these in their place."""
+    measured = {failure.partition(":")[0] for failure in results["failures"]}
+    failures = [f for f in last["failures"] if f.partition(":")[0] not in measured | set(results["measured"])]
+    return last | {"figures": last["figures"] | results["figures"], "failures": failures + results["failures"]}
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="measurements whose name holds one of these")
@@ -118,6 +127,7 @@ def parse():
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--minutes", type=float, help="time for all; what is not measured then is left out")
     parser.add_argument("--quick", action="store_true", help="one short round, without a report")
+    parser.add_argument("--more", action="store_true", help="figures of this run take the place of those in the last results, of the same commit")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dsd", type=Path, default=serving.DSD, metavar="PATH", help="the program that is measured")
     parser.add_argument("--baseline", type=Path, metavar="PATH", help="another dsd, whose throughput is measured in turn with ours")
@@ -139,10 +149,14 @@ def main():
     for path in filter(None, (arguments.dsd, arguments.model, arguments.baseline, arguments.llama_server)):
         if not path.exists():
             raise SystemExit(f"{path} is missing")
+    if arguments.more and (arguments.quick or json.loads(RESULTS.read_text())["commit"] != machine.commit()):
+        raise SystemExit("figures of another commit, or of a quick run, do not stand beside the last ones")
     lengths = overload_bench.lengths(arguments.quick, arguments.rounds)
     results = measure(arguments, lengths)
     is_whole = not (arguments.quick or arguments.words or arguments.only)
-    if is_whole and not arguments.no_report:
+    if arguments.more:
+        results = added(json.loads(RESULTS.read_text()), results)
+    if (is_whole or arguments.more) and not arguments.no_report:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         overload_report.write(results)

@@ -180,11 +180,14 @@ def say(text):
 
 
 def outcomes(answers):
-    """How often each outcome came, as text."""
-    counts = {}
+    """How often each outcome came, as text, with the words of those that nobody wants."""
+    counts, words = {}, {}
     for answer in answers:
         counts[answer.outcome] = counts.get(answer.outcome, 0) + 1
-    return ", ".join(f"{outcome} {n}" for outcome, n in sorted(counts.items(), key=lambda item: -item[1]))
+        words.setdefault(answer.outcome, answer.detail)
+    def told(outcome):
+        return "" if outcome in ("ok", "429", "unfinished") or not words[outcome] else f" ({words[outcome][:200].strip()})"
+    return ", ".join(f"{outcome} {n}{told(outcome)}" for outcome, n in sorted(counts.items(), key=lambda item: -item[1])) or "none"
 
 
 def run_checked(command, timeout_s):

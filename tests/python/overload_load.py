@@ -151,8 +151,6 @@ async def offered_load(served, bench):
     if refusals:
         found["refusal_p99_s"] = (percentile(refusals, 99), "s")
     failed = [a for _, answers, _ in loads.values() for a in answers if not (a.is_whole or a.is_refusal or a.outcome == "unfinished")]
-    for a in failed[:3]:
-        say(f"  failed: {a.outcome} {a.detail}")
     return found | {"load_failed_answers": (len(failed), "answers"), "generator_lag_10x_p99_s": (lag_p99, "s")}
 
 
@@ -350,7 +348,7 @@ async def churn(bench):
     finally:
         await end_tasks(coming + leaving + long)
     unexpected = [a for a in new if not (a.is_whole or a.is_refusal)]
-    say(f"  left: {outcomes(left)}; new: {outcomes(new)}" + "".join(f"; {a.detail}" for a in unexpected[:1]))
+    say(f"  left: {outcomes(left)}; new: {outcomes(new)}")
     return {"cancel_churn_unexpected_errors": (len(unexpected), "answers"), "cancel_churn_answered": (sum(a.is_whole for a in new), "answers")}
 
 

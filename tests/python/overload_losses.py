@@ -1,7 +1,5 @@
 """Measurements of a node that loses something: ranks, its agent, memory to bodies that do not end, its weights."""
 import asyncio
-import contextlib
-import os
 import random
 import resource
 import signal
@@ -33,8 +31,9 @@ LANES, KILL_S_MAX = 4, 2.0
 GONE_S, AGENT_S_MAX = 2, 60
 TP_OF_STARTS = (1, 2, 4)
 PACK_S_MAX = 120
-WRONG_S_MAX = 20
-WRONG_CLIENTS = 2
+SPOILED_S_MAX = 20
+SPOILED_CLIENTS = 2
+LOWEST_BIT_FLIPPED = bytes(i ^ 1 for i in range(256))
 
 
 async def kills(bench):
@@ -195,39 +194,53 @@ async def orphans_of(bench, tp, after_s, sign):
             agent.wait()
 
 
-async def wrong_weights(bench):
+def spoiled_weights(name, spoil):
     """A pack is overwritten while its node serves: seconds of traffic until `/ready` says 503."""
-    with tempfile.TemporaryDirectory(prefix="dsd-overload-") as folder:
-        pack = Path(folder) / "pack"
-        run_checked([bench.program, "pack", "--model", bench.model, "--out", pack], PACK_S_MAX)
-        node = bench.node()
-        node.command[node.command.index("--model") + 1] = str(pack)
-        with node:
-            async with closed_loop(node.port, WRONG_CLIENTS, lambda: bench.request(n_output=8)) as answers:
-                await asyncio.sleep(2)
-                if not any(a.is_whole for a in answers):
-                    raise Failed(f"a pack is not served: {outcomes(answers)} {node.last_words()}")
-                overwrite(max((f for f in pack.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size), bench.seed)
-                start = time.monotonic()
-                while await asyncio.to_thread(node.is_ready):
-                    if start + WRONG_S_MAX < time.monotonic():
-                        break
-                    await asyncio.sleep(0.02)
-                seconds = time.monotonic() - start
-                n_wrong = sum(start <= a.end and a.is_whole for a in answers)
-        say(f"  not ready {seconds:.2f} s after weights were overwritten, {n_wrong} answers meanwhile")
-    return {"wrong_weights_until_unready_s": (seconds, "s"), "wrong_weights_answers": (float(n_wrong), "answers")}
+    async def measure(bench):
+        with tempfile.TemporaryDirectory(prefix="dsd-overload-") as folder:
+            pack = Path(folder) / "pack"
+            run_checked([bench.program, "pack", "--model", bench.model, "--out", pack], PACK_S_MAX)
+            node = bench.node()
+            node.command[node.command.index("--model") + 1] = str(pack)
+            with node:
+                async with closed_loop(node.port, SPOILED_CLIENTS, lambda: bench.request(n_output=8)) as answers:
+                    await asyncio.sleep(2)
+                    if not any(a.is_whole for a in answers):
+                        raise Failed(f"a pack is not served: {outcomes(answers)} {node.last_words()}")
+                    overwrite(max((f for f in pack.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size), spoil)
+                    start = time.monotonic()
+                    while await asyncio.to_thread(node.is_ready):
+                        if start + SPOILED_S_MAX < time.monotonic():
+                            break
+                        await asyncio.sleep(0.02)
+                    seconds = time.monotonic() - start
+                    after = [a for a in answers if start <= a.start]
+        say(f"  not ready {seconds:.2f} s after the weights were {name}; meanwhile: {outcomes(after)}")
+        return {f"{name}_weights_until_unready_s": (seconds, "s"), f"{name}_weights_answers": (float(sum(a.is_whole for a in after)), "answers")}
+    return measure
 
 
-def overwrite(path, seed):
+def nudged(part):
+    """The same numbers but for their lowest bits, so that answers stay text."""
+    return part.translate(LOWEST_BIT_FLIPPED)
+
+
+def noise(part):
+    """Bytes that make sums infinite."""
+    return random.Random(len(part)).randbytes(len(part))
+
+
+def overwrite(path, spoil):
     """Other bytes over the middle half of a file, in place."""
-    size, block = path.stat().st_size, random.Random(seed).randbytes(1 << 20)
-    with contextlib.closing(os.fdopen(os.open(path, os.O_WRONLY), "wb")) as file:
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
         file.seek(size // 4)
-        for _ in range(size // 2 // len(block)):
-            file.write(block)
+        part = file.read(size // 2)
+        file.seek(size // 4)
+        file.write(spoil(part))
 
 
 def cases():
     """Name to coroutine, in the order of a round."""
-    return {"kills": kills, "bodies": bodies, "orphans": orphans, "wrong-weights": wrong_weights}
+    return {"kills": kills, "bodies": bodies, "orphans": orphans,
+            "wrong-weights": spoiled_weights("wrong", nudged), "noise-weights": spoiled_weights("noise", noise)}

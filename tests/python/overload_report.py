@@ -81,7 +81,8 @@ def rows(r):
               Row("pause after a kill, p95", "kills_pause_p95_s", 1, 0.5, "1 s", "0.5 s"),
               Row("processes alive 2 s after their agent, all kills", "orphans_after_agent_kill", 0, 0, "0", "0"),
               Row("half-sent bodies of 4.1 MB: growth beyond the budget", "bodies_growth_over_budget_mb", 50, None, "50 MB", "-"),
-              Row("wrong weights under load, until `/ready` is 503", "wrong_weights_until_unready_s", 2, 1, "2 s", "1 s")]
+              Row("wrong weights under load, until `/ready` is 503", "wrong_weights_until_unready_s", 2, 1, "2 s", "1 s"),
+              Row("weights that make no numbers, until `/ready` is 503", "noise_weights_until_unready_s", 2, 1, "2 s", "1 s")]
     return found
 
 
@@ -120,7 +121,7 @@ def load_table(r):
                 out.append(f"| {factor} | {server} | {100 * goodput:.0f} % | {100 * refused:.0f} % | {exact(p50)} / {exact(p99)} s |")
     peak = r.median("llama_server_peak_requests_per_s")
     if peak:
-        out += ["", f"llama-server's peak is {show(peak)} requests/s; what it has not begun when its clients leave, {15} s after the last arrival, counts with the time that it waited."]
+        out += ["", f"llama-server's peak is {show(peak)} requests/s; what it has not begun when its clients leave, 15 s after the last arrival, counts with the time that it waited."]
     return "\n".join(out + [""])
 
 
