@@ -1,5 +1,5 @@
 # The two commands of the README, and their parts.
-.PHONY: demo test test-setup lint build release quant-table bench bench-peers soak
+.PHONY: demo test test-setup lint build release quant-table bench bench-peers bench-overload soak
 
 STATE ?= $(CURDIR)/target/demo
 DEMO_ARGS ?=
@@ -41,6 +41,14 @@ PEERS_ARGS ?=
 
 bench-peers: release
 	python3 tests/python/bench_peers.py $(PEERS_ARGS)
+
+# More load than a node can do, and losses; writes docs/PERFORMANCE.md, but not with --quick or words of measurements. OVERLOAD_ARGS: words of
+# measurements, --quick, --rounds N, --minutes N, --baseline PROGRAM, --llama-server PROGRAM, --report.
+OVERLOAD_ARGS ?=
+
+bench-overload: release
+	python3 tests/setup.py smollm2
+	python3 tests/python/overload.py $(OVERLOAD_ARGS)
 
 # Mixed load with cancels; memory and blocks must stay flat.
 SOAK_MINUTES ?= 10

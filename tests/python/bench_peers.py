@@ -195,19 +195,6 @@ def shared_core_llama():
     return {"alone": alone["decode"], "beside": beside["decode"], "fall": alone["decode"] / beside["decode"]}, max(first.others, others)
 
 
-def rank_pids(pid):
-    """The rank processes below a node."""
-    found = []
-    for each in machine.tree(pid):
-        try:
-            words = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if len(words) > 1 and words[1] == b"rank":
-            found.append(each)
-    return sorted(found)
-
-
 def read_bytes(pids):
     """Bytes that each process had fetched from disks."""
     return {pid: machine.field_sum([pid], "io", "read_bytes") for pid in pids}
@@ -245,7 +232,7 @@ def killed_rank():
         checked(machine.run([DSD, "pack", "--model", peers.model("dsv3-q4_0"), "--out", packed, "--tp", 2],
                             PROGRAM_S_MAX), "dsd pack")
         with serving.dsd(packed, "--tp", 2, *KV_TYPE) as running:
-            before, old = read_bytes(machine.tree(running.pid)), rank_pids(running.pid)
+            before, old = read_bytes(machine.tree(running.pid)), machine.rank_pids(running.pid)
             if not old:
                 raise Failed("the node has no rank processes")
             # The way up takes a moment only: who else is there is seen before.
@@ -254,7 +241,7 @@ def killed_rank():
             taken = others.cores(machine.cpu_of(running.pid) - own)
             start = time.monotonic()
             os.kill(old[-1], signal.SIGKILL)
-            while not (old[-1] not in rank_pids(running.pid) and len(rank_pids(running.pid)) == len(old) and running.is_ready()):
+            while not (old[-1] not in machine.rank_pids(running.pid) and len(machine.rank_pids(running.pid)) == len(old) and running.is_ready()):
                 if start + serving.START_S_MAX < time.monotonic():
                     raise Failed(f"not ready again: {running.last_words()}")
                 time.sleep(0.005)

@@ -5,6 +5,8 @@ from html import escape
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 66, 132, 46, 50
+# How the y axis counts.
+EVEN, LOGARITHMIC = "even", "logarithmic"
 # Told apart by people who see colours differently (Okabe and Ito), with enough contrast on both grounds.
 COLOURS = ("#0072b2", "#c24f00", "#00805d", "#b0568b")
 COLOURS_ON_DARK = ("#56b4e9", "#f0904a", "#3fc79a", "#e39ac4")
@@ -43,19 +45,29 @@ def ticks(top, n=5):
     return [step * i for i in range(math.ceil(top / step) + 1)]
 
 
+def powers(curves):
+    """The powers of ten around all that the curves show."""
+    ys = [y for curve in curves for _, y in curve.points if 0 < y]
+    low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
+    return [10.0 ** e for e in range(low, max(high, low + 1) + 1)]
+
+
 def number(value):
     """A tick's label."""
     return f"{value:,.0f}" if value == round(value) else f"{value:g}"
 
 
-def lines(title, x_label, y_label, curves):
+def lines(title, x_label, y_label, curves, scale=EVEN):
     """The picture's text. The x axis has a place for each x that occurs, as doubling counts want it."""
     xs = sorted({x for curve in curves for x, _ in curve.points})
-    marks = ticks(max(y for curve in curves for _, y in curve.points))
+    marks = powers(curves) if scale == LOGARITHMIC else ticks(max(y for curve in curves for _, y in curve.points))
     def at_x(x):
         return LEFT + xs.index(x) * (WIDTH - LEFT - RIGHT) / max(1, len(xs) - 1)
     def at_y(y):
-        return HEIGHT - BOTTOM - y / marks[-1] * (HEIGHT - TOP - BOTTOM)
+        share = y / marks[-1]
+        if scale == LOGARITHMIC:
+            share = math.log(max(y, marks[0]) / marks[0]) / math.log(marks[-1] / marks[0])
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
            f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>",
            f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="6"/>',

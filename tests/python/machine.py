@@ -100,6 +100,19 @@ def tree(pid):
     return found
 
 
+def rank_pids(pid):
+    """The rank processes below a node."""
+    found = []
+    for each in tree(pid):
+        try:
+            words = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if len(words) > 1 and words[1] == b"rank":
+            found.append(each)
+    return sorted(found)
+
+
 def field_sum(pids, file, field):
     """Sum over processes of the number behind `field:` in a file of /proc; processes that ended count nothing."""
     total = 0

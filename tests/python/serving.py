@@ -41,16 +41,20 @@ def free_port():
 class Server:
     """A server program in a `with` block; inside, it has said that it is ready."""
 
-    def __init__(self, command, ready_path, folder=None):
+    # Seconds that it has to end by itself.
+    stop_s_max = STOP_S_MAX
+
+    def __init__(self, command, ready_path, folder=None, env=None):
         self.port = free_port()
         self.folder = folder
+        self.env = env
         self.ready_path = ready_path
         self.command = [str(c).replace("{port}", str(self.port)) for c in command]
 
     def __enter__(self):
         self.log = tempfile.TemporaryFile()
         start = time.monotonic()
-        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL, env=self.env)
         try:
             while not self.is_ready():
                 if self.process.poll() is not None:
@@ -104,7 +108,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(STOP_S_MAX)
+                self.process.wait(self.stop_s_max)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
