@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import machine
@@ -58,7 +59,10 @@ async def one_round(index, chosen, arguments, lengths, results, progress):
             try:
                 async with asyncio.timeout(min(left, CASE_S_MAX)):
                     figures = await case(bench)
-            except (Failed, OSError, TimeoutError) as failure:
+            except Exception as failure:
+                # Whatever it is, it must not cost the figures of an hour.
+                if not isinstance(failure, (Failed, OSError, TimeoutError)):
+                    traceback.print_exc()
                 say(f"  FAILED: {type(failure).__name__} {failure}")
                 results["failures"].append(f"{name}: {type(failure).__name__} {failure}"[:300])
                 bench.served.stop()
@@ -67,6 +71,8 @@ async def one_round(index, chosen, arguments, lengths, results, progress):
             finally:
                 progress.took(name, time.monotonic() - start)
             for figure, (value, unit) in figures.items():
+                if value is None:
+                    continue
                 entry = results["figures"].setdefault(figure, {"unit": unit, "values": []})
                 entry["values"].append(value)
     finally:

@@ -144,6 +144,8 @@ async def offered_load(served, bench):
     found = {"peak_requests_per_s": (peak, "requests/s"), "ttft_unloaded_p50_s": (percentile(unloaded, 50), "s"), "ttft_unloaded_p99_s": (unloaded_p99, "s")}
     for factor, (rate, answers, lag_p99) in loads.items():
         x, waits = f"{factor:g}x", waited(answers)
+        if not waits:
+            raise Failed(f"{served.name} lets nobody in at {x}: {outcomes(answers)}")
         found |= {f"goodput_{x}_of_peak": (rate / peak, "ratio"), f"ttft_{x}_p50_s": (percentile(waits, 50), "s"), f"ttft_{x}_p99_s": (percentile(waits, 99), "s"),
                   f"ttft_{x}_p99_over_unloaded": (percentile(waits, 99) / unloaded_p99, "ratio"), f"refused_{x}_ratio": (share(a.is_refusal for a in answers), "ratio")}
     _, answers, lag_p99 = loads[max(loads)]
@@ -181,11 +183,14 @@ async def obey(bench):
     start, tasks = await open_loop(moments, lambda: pursue(port, bench.request(), TRIES_MAX, answers=answers), 8 * work_s)
     pursuits = [task.result() for task in tasks if not task.cancelled()]
     answered = [p for p in pursuits if p.last.is_whole]
-    say(f"  {len(answered)} of {len(moments)} answered, {len(answers)} tries: {outcomes(answers)}")
+    told = [a.retry_after or 0 for a in answers if a.is_refusal]
+    say(f"  {len(answered)} of {len(moments)} answered, {len(answers)} tries: {outcomes(answers)}; told to wait p50 {percentile(told, 50) or 0:.0f} s, "
+        f"at most {max(told, default=0):.0f} s; work for {work_s:.1f} s")
     end = max((p.last.end for p in pursuits), default=time.monotonic()) if len(pursuits) == len(tasks) else time.monotonic()
     ttfts = [p.last.ttft for p in answered]
     return {"obey_answered_ratio": (len(answered) / max(1, len(moments)), "ratio"), "obey_tries_p95": (percentile([p.n_tries for p in pursuits], 95), "tries"),
-            "obey_time_over_work": ((end - start) / work_s, "ratio"), "obey_admitted_ttft_p99_s": (percentile(ttfts, 99), "s")}
+            "obey_time_over_work": ((end - start) / work_s, "ratio"), "obey_admitted_ttft_p99_s": (percentile(ttfts, 99), "s"),
+            "obey_retry_after_max_s": (max(told, default=0), "s")}
 
 
 async def light_tenant(port, seconds, bench, user):
