@@ -438,7 +438,7 @@ impl Books {
         let (n_own, n_pending) = self.ledger.n_own(account);
         let is_modest = n_own < n_free && n_pending < n_free / 2;
         let has_full_target =
-            standing == Standing::Due || is_modest || (!refused_lately && (in_burst || is_below));
+            standing == Standing::Due || (!refused_lately && (is_modest || in_burst || is_below));
         if has_full_target {
             return full;
         }

@@ -51,6 +51,8 @@ pub(super) struct StepLoop {
     scheduler: Scheduler,
     canary: Canary,
     cost: CostModel,
+    /// A step failed: the canary has to show whether others would.
+    is_canary_due: bool,
     /// False when nothing was known of step times at the start.
     is_calibrated: bool,
     limits: EngineLimits,
@@ -140,6 +142,7 @@ impl StepLoop {
             sampled: Vec::with_capacity(limits.running_max),
             ended: Vec::with_capacity(scheduler.n_slots()),
             draws: Draws::new(executor.workers(), limits.vocab_len, limits.running_max),
+            is_canary_due: false,
             is_calibrated: cfg.cost.is_some(),
             cost: cfg.cost.unwrap_or_default(),
             model: cfg.model,
@@ -185,7 +188,8 @@ impl StepLoop {
             let is_due = |due| due <= clock::now();
             let is_silent = self.canary.due_at(self.last_token_at).is_some_and(is_due);
             let is_busy_due = self.canary.due_when_busy_at().is_some_and(is_due);
-            if !self.is_stopping && (is_silent || is_busy_due) {
+            let is_suspect = std::mem::take(&mut self.is_canary_due);
+            if !self.is_stopping && (is_silent || is_busy_due || is_suspect) {
                 // The failure is logged and counted; the next silence brings the next try.
                 if let Err(e @ StepError::Missing(_)) = self.run_canary() {
                     return Err(e);
@@ -241,6 +245,11 @@ impl StepLoop {
             }
             Err(e) => {
                 self.meter.canaries_failed.increment(1);
+                // Logits that are no numbers are wrong ones. A lost group is not this engine's any more.
+                let is_wrong = !matches!(e, StepError::Missing(_));
+                self.shared
+                    .is_canary_wrong
+                    .fetch_or(is_wrong, Ordering::AcqRel);
                 tracing::error!(model = %self.model, error = %e, "the canary step failed");
             }
         }
@@ -411,6 +420,8 @@ impl StepLoop {
                 tracing::error!(model = %self.model, n_sequences, error = %e, "a step failed");
                 self.scheduler.fail_step(&mut self.ended);
                 self.settle(Some(&e));
+                // Whether it was these sequences or everything shows at once.
+                self.is_canary_due = true;
             }
         }
     }

@@ -404,6 +404,8 @@ impl Engine {
             let (agent, lost) = (agent.clone(), Arc::clone(&lost));
             let is_ending = Arc::clone(is_ending);
             move |e: StepError| {
+                // Before the outbox is closed.
+                agent.send(&fault(&e));
                 is_ending.store(true, Ordering::Release);
                 *lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
                 agent.close();
