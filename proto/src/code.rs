@@ -103,6 +103,8 @@ codes! {
     TooManyCalls = 28, "too_many_calls", 429, retry;
     /// The first line and the header fields of a request are longer than their limit.
     HeadTooLarge = 29, "head_too_large", 431, final;
+    /// Too many long request bodies arrive at once.
+    BodyBudgetFull = 36, "body_budget_full", 503, retry;
 }
 
 impl Code {

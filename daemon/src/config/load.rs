@@ -133,6 +133,16 @@ pub enum ConfigError {
     /// Two ways to say how large the KV cache is.
     #[error("`engine.kv_tokens` and `engine.kv_bytes` are both set; keep one")]
     KvTwice,
+    /// A budget that the longest body does not fit into.
+    #[error(
+        "`http.body_budget_bytes` is {budget}, less than one body (`http.body_bytes_max`, {body})"
+    )]
+    BodyBudget {
+        /// The budget.
+        budget: usize,
+        /// The longest body.
+        body: usize,
+    },
     /// A KV cache without room.
     #[error("`engine.{key}` is 0")]
     KvEmpty {
@@ -310,6 +320,10 @@ impl Config {
         check_models(&self.models)?;
         let name: Result<NodeName, _> = self.node.name.parse();
         name.map_err(ConfigError::NodeName)?;
+        let (budget, body) = (self.http.body_budget_bytes, self.http.body_bytes_max);
+        if budget < body {
+            return Err(ConfigError::BodyBudget { budget, body });
+        }
         match (self.engine.kv_tokens, self.engine.kv_bytes) {
             (Some(_), Some(_)) => Err(ConfigError::KvTwice),
             (Some(0), _) => Err(ConfigError::KvEmpty { key: "kv_tokens" }),
@@ -500,6 +514,10 @@ mod tests {
             (
                 "version = 1\n[[models]]\nname = \"a\"\npath = \"/a\"\n[[models]]\nname = \"a\"\npath = \"/b\"\n",
                 "two models are called `a`",
+            ),
+            (
+                "version = 1\n[http]\nbody_budget_bytes = 4194303\n",
+                "`http.body_budget_bytes` is 4194303, less than one body (`http.body_bytes_max`, 4194304)",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",

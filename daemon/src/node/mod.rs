@@ -6,8 +6,12 @@
 //!
 //! Called by `dsd dev` and `dsd serve`.
 
+mod descriptors;
+mod drain;
 mod loader;
 mod watchdog;
+
+pub use descriptors::TooFewFiles;
 
 use std::{
     fs, io,
@@ -27,14 +31,13 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
     admin::{Admin, AdminConfig},
     catalog::{Catalog, LoadError},
     config::{Config, ModelConfig},
-    gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig},
+    gateway::{ApiKeys, ApiKeysError, Gateway, GatewayConfig, Stop},
     runtime::clock,
     telemetry::{self, Metrics},
 };
@@ -43,7 +46,7 @@ use crate::{
 const CLUSTER: &str = "dsd";
 /// How often histogram samples are folded together, whether anybody scrapes or not.
 const METRICS_TIDY_INTERVAL: Duration = Duration::from_secs(5);
-/// What a stop may take beyond the drain time before connections are cut.
+/// What models may take beyond the drain time to stop, and then clients to take their last bytes.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a node does not come up.
@@ -97,6 +100,9 @@ pub enum NodeError {
     /// The file of API keys cannot be used.
     #[error(transparent)]
     ApiKeys(#[from] ApiKeysError),
+    /// Too few files may be open.
+    #[error(transparent)]
+    TooFewFiles(#[from] TooFewFiles),
     /// Counters cannot be set up.
     #[error(transparent)]
     Telemetry(#[from] telemetry::TelemetryError),
@@ -141,7 +147,8 @@ impl Node {
     ///
     /// # Errors
     /// [`NodeError`].
-    pub fn bind(config: Config) -> Result<Self, NodeError> {
+    pub fn bind(mut config: Config) -> Result<Self, NodeError> {
+        config.http.connections_max = descriptors::connections(&config)?;
         let state = &config.node.state_dir;
         probe_writable(state).map_err(|source| NodeError::StateFolder {
             path: state.clone(),
@@ -229,42 +236,44 @@ impl Node {
         } = self;
         let drain = Duration::from_secs(config.node.drain_timeout_s);
         let outcome = runtime.block_on(async {
-            let shutdown = CancellationToken::new();
+            let stop = Stop::default();
             let mut services = JoinSet::new();
             let listener = tokio::net::TcpListener::from_std(http).map_err(NodeError::Runtime)?;
             let gateway = Gateway::new(
-                GatewayConfig::new(&config.http, drain),
+                GatewayConfig::new(&config.http, STOP_GRACE),
                 keys,
                 Arc::clone(&catalog),
                 metrics.clone(),
+                stop.clone(),
             );
-            services.spawn(gateway.serve(listener, shutdown.clone()));
+            services.spawn(gateway.serve(listener));
             let admin = Admin::new(admin_config(&config, addresses), Arc::clone(&catalog));
             let limits = ServerLimits {
-                drain_timeout: drain,
+                // Calls end when their model stops.
+                drain_timeout: drain + STOP_GRACE,
                 ..ServerLimits::default()
             };
             let server = Server::new(quic, &identity, admin, limits)?;
-            services.spawn(server.run(shutdown.clone().cancelled_owned()));
+            services.spawn(server.run(stop.draining.clone().cancelled_owned()));
             let mut upkeep = JoinSet::new();
             upkeep.spawn(tidy_metrics(metrics));
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
-            let mut stop = StopSignals::new().map_err(NodeError::Runtime)?;
+            let mut signals = StopSignals::new().map_err(NodeError::Runtime)?;
             tokio::select! {
                 loaded = load_models(&catalog, &config.models) => loaded?,
-                () = stop.wait() => {
+                () = signals.wait() => {
                     info!("stopped while loading");
                     return Ok(());
                 }
             }
             let token_age_max = Duration::from_secs(config.http.token_age_max_s);
-            upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
+            let feeder = upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
             notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
             on_ready(&catalog);
 
             let broken = tokio::select! {
-                () = stop.wait() => None,
+                () = signals.wait() => None,
                 model = watchdog::broken_engine(&catalog) => Some(model),
             };
             let drain_s = drain.as_secs();
@@ -277,12 +286,11 @@ impl Node {
                     );
                 }
             }
-            notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
-            shutdown.cancel();
+            // Models that have stopped give no tokens; the drain feeds by itself.
+            feeder.abort();
             tokio::select! {
-                () = async { while services.join_next().await.is_some() {} } => {}
-                () = stop.wait() => warn!("stopped at once by a second signal"),
-                () = tokio::time::sleep(drain + STOP_GRACE) => warn!("drain time is over"),
+                () = drain::drain(&catalog, &stop, &mut services, drain) => {}
+                () = signals.wait() => warn!("stopped at once by a second signal"),
             }
             broken.map_or(Ok(()), |model| Err(NodeError::EngineBroken { model }))
         });
