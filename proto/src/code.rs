@@ -105,6 +105,8 @@ codes! {
     HeadTooLarge = 29, "head_too_large", 431, final;
     /// The tenant is over one of its own caps; the answer says when there is room under it again.
     RateLimited = 30, "rate_limited", 429, retry;
+    /// Too many long request bodies arrive at once.
+    BodyBudgetFull = 36, "body_budget_full", 503, retry;
 }
 
 impl Code {

@@ -364,10 +364,14 @@ sections! {
         listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)), "`127.0.0.1:8000`";
         /// Bytes of a request body; longer ones are refused with 413.
         body_bytes_max: usize = 4_194_304, "4194304", 1024..=1_073_741_824;
-        /// Connections at once; while all are taken, 16 more get one request each and a second for its head, and further ones wait. Times `body_bytes_max` it bounds what bodies take up.
+        /// Bytes of all request bodies in flight, at least `body_bytes_max`; the first 16 KiB of each do not count. Without room a body waits up to 10 s, then gets 503; one that holds room and stands still for 2 s while others wait gets 408.
+        body_budget_bytes: usize = 268_435_456, "268435456", 1024..=1_099_511_627_776;
+        /// Connections at once; while all are taken, 16 more get one request each and a second for its head, and further ones wait. Fewer when the limit of open files leaves no room for them.
         connections_max: usize = 1024, "1024", 1..=1_000_000;
-        /// Seconds for a request's head to arrive, and for a connection to stay idle.
+        /// Seconds for a request's head to arrive once its first byte has.
         header_timeout_s: u64 = 15, "15", 1..=3600;
+        /// Seconds for a connection to stay open without a request.
+        idle_timeout_s: u64 = 75, "75", 1..=86_400;
         /// Seconds for a request's body to arrive, else 408.
         body_timeout_s: u64 = 60, "60", 1..=3600;
         /// Seconds for a client to take what is sent to it before it counts as gone.

@@ -138,6 +138,16 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// A budget that the longest body does not fit into.
+    #[error(
+        "`http.body_budget_bytes` is {budget}, less than one body (`http.body_bytes_max`, {body})"
+    )]
+    BodyBudget {
+        /// The budget.
+        budget: usize,
+        /// The longest body.
+        body: usize,
+    },
     /// Two ways to say who may call.
     #[error("`http.api_keys_file` and `service.tenants_file` are both set; keep one")]
     KeysTwice,
@@ -388,6 +398,10 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let name: Result<NodeName, _> = self.node.name.parse();
         name.map_err(ConfigError::NodeName)?;
+        let (budget, body) = (self.http.body_budget_bytes, self.http.body_bytes_max);
+        if budget < body {
+            return Err(ConfigError::BodyBudget { budget, body });
+        }
         if self.http.api_keys_file.is_some() && self.service.tenants_file.is_some() {
             return Err(ConfigError::KeysTwice);
         }
@@ -887,6 +901,10 @@ mod tests {
             (
                 "version = 1\n[[models]]\nname = \"a\"\npath = \"/a\"\n[[models]]\nname = \"a\"\npath = \"/b\"\n",
                 "dsd.toml:6: two models are called `a`",
+            ),
+            (
+                "version = 1\n[http]\nbody_budget_bytes = 4194303\n",
+                "`http.body_budget_bytes` is 4194303, less than one body (`http.body_bytes_max`, 4194304)",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",

@@ -26,6 +26,16 @@ use crate::{
 /// that takes.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
+/// Read by OpenAI's clients, which otherwise come back twice by themselves.
+const SHOULD_RETRY: &str = "x-should-retry";
+
+/// Whether clients would repeat a request that was answered with `code` at once, and in vain. They
+/// do so after 408, 409, 429 and 5xx; only a body that came too late may come in time.
+fn is_retried_for_nothing(code: Code) -> bool {
+    let is_retried = matches!(code.http_status(), 408 | 409 | 429 | 500..);
+    is_retried && code != Code::RequestTimeout
+}
+
 /// A refused or failed request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -57,6 +67,12 @@ impl ApiError {
             retry_after: Some(RETRY_AFTER),
             ..Self::new(code, message)
         }
+    }
+
+    /// What is said to new requests while the node goes down.
+    pub(super) fn shutting_down() -> Self {
+        let message = "the node is shutting down and takes no new requests";
+        Self::retry_later(Code::ShuttingDown, message)
     }
 
     /// Names the field to blame.
@@ -152,6 +168,8 @@ impl ApiError {
             // Whole seconds, rounded up: coming back early only meets the same refusal.
             let seconds = retry_after.as_secs() + u64::from(retry_after.subsec_nanos() != 0);
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        } else if is_retried_for_nothing(self.code) {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         // Official clients try again twice by themselves, also after answers that stay the same; and
         // who waited for a deadline has nothing from a second wait.
@@ -198,7 +216,20 @@ impl From<LookupError> for ApiError {
 
 impl From<NotReady> for ApiError {
     fn from(reason: NotReady) -> Self {
-        Self::retry_later(Code::NotReady, reason.to_string())
+        let code = match reason {
+            NotReady::Draining => Code::ShuttingDown,
+            NotReady::NoModel
+            | NotReady::Loading { .. }
+            | NotReady::NotServed { .. }
+            | NotReady::Stalled { .. }
+            | NotReady::Dead { .. }
+            | NotReady::Forming { .. }
+            | NotReady::NoToken { .. }
+            | NotReady::TokenTooOld { .. }
+            | NotReady::DamagedWeights { .. }
+            | NotReady::WrongToken { .. } => Code::NotReady,
+        };
+        Self::retry_later(code, reason.to_string())
     }
 }
 
@@ -243,6 +274,24 @@ mod tests {
         let response = ApiError::from(error).into_response();
         assert_eq!(response.status(), 429);
         assert_eq!(response.headers()["retry-after"], "2");
+    }
+
+    /// OpenAI's clients repeat 408, 409, 429 and 5xx twice by themselves.
+    #[test]
+    fn clients_are_told_not_to_repeat_what_is_final() {
+        let check = |error: ApiError, expected: Option<&str>| {
+            let response = error.clone().into_response();
+            let found = response.headers().get(SHOULD_RETRY);
+            assert_eq!(found.map(|v| v.to_str().unwrap()), expected, "{error:?}");
+        };
+        let plain = |code| ApiError::new(code, "words");
+        check(plain(Code::DeadlineExceeded), Some("false"));
+        check(plain(Code::Internal), Some("false"));
+        check(plain(Code::QueueFull), Some("false"));
+        check(plain(Code::RequestTimeout), None);
+        check(plain(Code::InvalidRequest), None);
+        check(plain(Code::PayloadTooLarge), None);
+        check(ApiError::shutting_down(), None);
     }
 
     #[test]

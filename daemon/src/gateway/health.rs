@@ -11,6 +11,9 @@ const SILENCE_FACTOR: u32 = 4;
 /// Why the node is not ready.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NotReady {
+    /// The node goes down.
+    #[error("draining: the node is shutting down, running requests may finish")]
+    Draining,
     /// Nothing to serve.
     #[error("no model is loaded")]
     NoModel,

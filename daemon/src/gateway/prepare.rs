@@ -6,7 +6,7 @@ use std::{
 };
 
 use axum::{
-    body::{Body, Bytes},
+    body::Body,
     http::{HeaderMap, HeaderValue, Request, Response, header},
 };
 use dsd_proto::{
@@ -21,7 +21,7 @@ use tokio::{task, time};
 use super::{
     Gateway,
     auth::{self, Entered},
-    body,
+    body::{self, BodyLimits},
     error::ApiError,
     generation::{self, ChoiceEnd, Generation, GenerationParams, PreparedPrompt},
     health,
@@ -107,11 +107,16 @@ pub(super) async fn read_and<T: Send + 'static>(
         }
     };
     let config = &gateway.config;
-    let bytes: Bytes = body::read(
+    let limits = BodyLimits {
+        len_max: config.body_len_max,
+        timeout: config.body_timeout,
+    };
+    let received = body::read(
         &head.headers,
         body,
-        config.body_len_max,
-        config.body_timeout,
+        limits,
+        &gateway.body_budget,
+        &gateway.stop.draining,
     )
     .await?;
     let terms = Terms {
@@ -119,7 +124,7 @@ pub(super) async fn read_and<T: Send + 'static>(
         deadline: clock::now() + config.request_timeout,
         patience_s,
     };
-    let n_places = places(bytes.len(), config.body_len_max, config.encoders_max);
+    let n_places = places(received.len(), config.body_len_max, config.encoders_max);
     let place = Arc::clone(&gateway.encoders).acquire_many_owned(n_places);
     let permit = match time::timeout(config.request_timeout, place).await {
         Ok(Ok(permit)) => permit,
@@ -130,8 +135,9 @@ pub(super) async fn read_and<T: Send + 'static>(
     // Ends by itself within the limits of a body, so it may outlive a client that goes away; its
     // place is free only then.
     let prepared = task::spawn_blocking(move || {
+        let (bytes, share) = received.into_bytes();
         let prepared = prepare(&catalog, &bytes, terms);
-        drop(permit);
+        drop((bytes, share, permit));
         prepared
     });
     match prepared.await {
@@ -155,6 +161,10 @@ fn places(body_len: usize, body_len_max: usize, encoders_max: usize) -> u32 {
 
 /// Hands what was prepared to the engine, if the model is fit to answer.
 pub(super) fn start(gateway: &Gateway, prepared: &mut Prepared) -> Result<Generation, ApiError> {
+    // Its body may have been on the way since before.
+    if gateway.stop.draining.is_cancelled() {
+        return Err(ApiError::shutting_down());
+    }
     health::admission(&prepared.model, gateway.config.token_age_max)?;
     let prompts = std::mem::take(&mut prepared.prompts);
     let n_choices = prompts.len().saturating_mul(prepared.params.n);

@@ -18,7 +18,7 @@ use tokio::{
     time,
 };
 
-use super::{body::DRAIN_TIME_MAX, error::ApiError, serve::HEAD_LEN_MAX};
+use super::{body::DRAIN_TIME_MAX, error::ApiError, serve::HEAD_LEN_MAX, stage::Stage};
 
 /// A connection as the HTTP reader sees it.
 pub(super) struct Reader<T> {
@@ -27,19 +27,25 @@ pub(super) struct Reader<T> {
     refused: Option<u16>,
     /// Whether bytes came since something was last sent.
     is_inside_request: bool,
+    stage: Stage,
 }
 
+/// Bytes of one read. A body that waits for room keeps one read in hand and one in the HTTP
+/// reader's buffer: with 64 KiB, a thousand of them would take 128 MB.
+const READ_LEN_MAX: usize = 8 * 1024;
+
 impl<T> Reader<T> {
-    pub(super) fn new(inner: T) -> Self {
+    pub(super) fn new(inner: T, stage: Stage) -> Self {
         Self {
             inner,
             refused: None,
             is_inside_request: false,
+            stage,
         }
     }
 
     /// What the client is to be told after the reader gave up with `error`, if anything.
-    fn refusal(&self, error: &hyper::Error, header_timeout: Duration) -> Option<ApiError> {
+    fn refusal(&self, error: &hyper::Error) -> Option<ApiError> {
         match self.refused {
             Some(414 | 431) => {
                 let message = format!(
@@ -50,11 +56,6 @@ impl<T> Reader<T> {
             }
             Some(_) => Some(not_http()),
             None if !self.is_inside_request => None,
-            None if error.is_timeout() => {
-                let seconds = header_timeout.as_secs_f32();
-                let message = format!("the head did not arrive within {seconds} s");
-                Some(ApiError::new(Code::RequestTimeout, message))
-            }
             None => error.is_parse().then(not_http),
         }
     }
@@ -65,16 +66,32 @@ fn not_http() -> ApiError {
     ApiError::new(Code::InvalidRequest, message)
 }
 
-/// Answers a head that the reader refused with `error`, and waits a while for the client to take
-/// it. Does nothing for a connection that ended otherwise.
+/// Answers a head that the reader refused with `error`. Does nothing for a connection that ended
+/// otherwise.
 pub(super) async fn answer<T: AsyncRead + AsyncWrite + Unpin>(
-    mut connection: Reader<T>,
+    connection: Reader<T>,
     error: &hyper::Error,
+) {
+    if let Some(refusal) = connection.refusal(error) {
+        farewell(connection, &refusal).await;
+    }
+}
+
+/// Answers a head that did not arrive in time.
+pub(super) async fn answer_late<T: AsyncRead + AsyncWrite + Unpin>(
+    connection: Reader<T>,
     header_timeout: Duration,
 ) {
-    let Some(refusal) = connection.refusal(error, header_timeout) else {
-        return;
-    };
+    let seconds = header_timeout.as_secs_f32();
+    let message = format!("the head did not arrive within {seconds} s");
+    farewell(connection, &ApiError::new(Code::RequestTimeout, message)).await;
+}
+
+/// Sends a refusal as the last answer, and waits a while for the client to take it.
+async fn farewell<T: AsyncRead + AsyncWrite + Unpin>(
+    mut connection: Reader<T>,
+    refusal: &ApiError,
+) {
     let status = refusal.code.http_status();
     let body = refusal.json();
     let reason = hyper::StatusCode::from_u16(status).unwrap_or_default();
@@ -113,9 +130,15 @@ impl<T: AsyncRead + Unpin> AsyncRead for Reader<T> {
         ctx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let n_before = buf.filled().len();
-        let read = Pin::new(&mut self.inner).poll_read(ctx, buf);
-        self.is_inside_request |= n_before < buf.filled().len();
+        let len = buf.remaining().min(READ_LEN_MAX);
+        let mut part = ReadBuf::new(buf.initialize_unfilled_to(len));
+        let read = Pin::new(&mut self.inner).poll_read(ctx, &mut part);
+        let n_read = part.filled().len();
+        buf.advance(n_read);
+        if 0 < n_read {
+            self.is_inside_request = true;
+            self.stage.bytes_came();
+        }
         read
     }
 }

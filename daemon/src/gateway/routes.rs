@@ -6,7 +6,7 @@ use axum::{
     Extension, Router,
     body::Body,
     extract::{Path, Request, State, rejection::PathRejection},
-    http::{HeaderValue, Response, header},
+    http::{HeaderMap, HeaderValue, Response, Version, header, uri::Authority},
     middleware::{self, Next},
     routing::{get, post},
 };
@@ -21,7 +21,8 @@ use super::{
     auth::{self, Entered},
     body, chat, completions,
     error::ApiError,
-    generation, health,
+    generation,
+    health::{self, NotReady},
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
@@ -49,7 +50,8 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .with_state(gateway)
 }
 
-/// Around every request: who calls, how long it takes, which id it has.
+/// Around every request: whether it may be read at all, who calls, how long it takes, which id it
+/// has.
 async fn around(
     State(gateway): State<Arc<Gateway>>,
     mut request: Request,
@@ -58,9 +60,17 @@ async fn around(
     let started = clock::now();
     let route = route_label(request.uri().path());
     let id = request_id(&request);
-    let entered = (!is_open(route))
-        .then(|| auth::admit(&gateway.tenants, request.headers(), started))
-        .transpose();
+    let is_draining = gateway.stop.draining.is_cancelled();
+    let entered = check_host(request.version(), request.headers()).and_then(|()| {
+        if is_open(route) {
+            return Ok(None);
+        }
+        let entered = auth::admit(&gateway.tenants, request.headers(), started)?;
+        if is_draining && is_generation(route) {
+            return Err(ApiError::shutting_down());
+        }
+        Ok(Some(entered))
+    });
     let mut response = match entered {
         Ok(entered) => {
             if let Some(entered) = entered {
@@ -76,6 +86,11 @@ async fn around(
     let status = response.status().as_u16();
     tracing::debug!(request = ?id, route, status, "answered");
     response.headers_mut().insert(REQUEST_ID, id);
+    if is_draining {
+        // The next request of this client goes to another node.
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+    }
     metrics::counter!("dsd_http_requests_total", "route" => route, "status" => status.to_string())
         .increment(1);
     metrics::histogram!("dsd_http_request_seconds", "route" => route)
@@ -95,6 +110,27 @@ fn route_label(path: &str) -> &'static str {
         other if other.starts_with("/models/") => "/v1/models/{name}",
         _ => "other",
     }
+}
+
+/// Refuses what two readers on the way could take for requests to different hosts (RFC 9112, 3.2).
+fn check_host(version: Version, headers: &HeaderMap) -> Result<(), ApiError> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let message = match (hosts.next(), hosts.next()) {
+        (_, Some(_)) => "there is more than one Host field",
+        (None, None) if version == Version::HTTP_11 => "the Host field is missing",
+        (None, None) => return Ok(()),
+        (Some(host), None) if host.is_empty() => return Ok(()),
+        (Some(host), None) => match Authority::try_from(host.as_bytes()) {
+            Ok(host) if !host.as_str().contains('@') => return Ok(()),
+            _ => "the Host field is no host and port",
+        },
+    };
+    Err(ApiError::new(Code::InvalidRequest, message))
+}
+
+/// Routes that make the engine work.
+fn is_generation(route: &str) -> bool {
+    matches!(route, "/v1/chat/completions" | "/v1/completions")
 }
 
 /// Routes that load balancers and scrapers ask without a key; they tell nothing about users.
@@ -190,6 +226,9 @@ async fn health() -> Response<Body> {
 }
 
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
+    if gateway.stop.draining.is_cancelled() {
+        return ApiError::from(NotReady::Draining).into_response();
+    }
     match health::readiness(&gateway.catalog, gateway.config.token_age_max) {
         Ok(()) => json(&serde_json::json!({"status": "ready"})),
         Err(reason) => ApiError::from(reason).into_response(),

@@ -3,14 +3,18 @@
 //! HTTP/1.1 only: no client of this API needs more without TLS, and guessing the version would wait
 //! without limit for the first bytes of a silent client.
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
+use hyper::{
+    server::conn::http1,
+    service::{Service, service_fn},
 };
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use tokio::{
     net::{TcpListener, TcpStream},
     select,
@@ -21,7 +25,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, warn};
 
-use super::{refused_head, write_timeout::WriteTimeout};
+use super::{
+    refused_head,
+    stage::{At, Stage, StageLimits},
+    write_timeout::WriteTimeout,
+};
 
 /// Bytes of a request head, and of one read.
 pub(super) const HEAD_LEN_MAX: usize = 64 * 1024;
@@ -30,33 +38,33 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections beyond the limit that get one hurried request each, so that probes and people still
 /// find the node when someone holds every place.
-const HURRIED_MAX: usize = 16;
-/// Time for the head of a hurried request.
+pub(super) const HURRIED_MAX: usize = 16;
+/// Time for the head of a hurried request, and for it to begin.
 const HURRIED_HEADER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Limits of connections.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ConnectionLimits {
     pub(super) connections_max: usize,
-    pub(super) header_timeout: Duration,
+    pub(super) stages: StageLimits,
     pub(super) write_timeout: Duration,
-    pub(super) drain_timeout: Duration,
+    pub(super) flush_timeout: Duration,
 }
 
-/// Serves until `shutdown`; then takes no more connections, lets requests finish within the drain
+/// Serves until `closing`; then takes no more connections, lets answers be sent within the flush
 /// time and cuts off the rest.
 pub(super) async fn serve(
     listener: TcpListener,
     router: Router,
     limits: ConnectionLimits,
-    shutdown: CancellationToken,
+    closing: CancellationToken,
 ) {
     let places = Places {
         regular: Arc::new(Semaphore::new(limits.connections_max)),
         hurried: Arc::new(Semaphore::new(HURRIED_MAX)),
     };
     let mut connections = JoinSet::new();
-    while let Some((stream, place)) = accept(&listener, &places, &shutdown).await {
+    while let Some((stream, place)) = accept(&listener, &places, &closing).await {
         while let Some(ended) = connections.try_join_next() {
             report_panic(ended);
         }
@@ -65,19 +73,19 @@ pub(super) async fn serve(
             place,
             router.clone(),
             limits,
-            shutdown.clone(),
+            closing.clone(),
         ));
     }
     drop(listener);
-    let drained = time::timeout(limits.drain_timeout, async {
+    let flushed = time::timeout(limits.flush_timeout, async {
         while let Some(ended) = connections.join_next().await {
             report_panic(ended);
         }
     });
-    if drained.await.is_err() {
+    if flushed.await.is_err() {
         warn!(
             n_connections = connections.len(),
-            "requests were cut off at the end of the drain time"
+            "clients that did not take their answers were cut off"
         );
         connections.shutdown().await;
     }
@@ -116,19 +124,19 @@ impl Places {
     }
 }
 
-/// The next connection and its place; `None` on shutdown.
+/// The next connection and its place; `None` when the node closes.
 async fn accept(
     listener: &TcpListener,
     places: &Places,
-    shutdown: &CancellationToken,
+    closing: &CancellationToken,
 ) -> Option<(TcpStream, Place)> {
     let place = select! {
-        () = shutdown.cancelled() => return None,
+        () = closing.cancelled() => return None,
         place = places.next() => place?,
     };
     loop {
         select! {
-            () = shutdown.cancelled() => return None,
+            () = closing.cancelled() => return None,
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => return Some((stream, place)),
                 Err(e) => {
@@ -145,36 +153,70 @@ async fn connection(
     place: Place,
     router: Router,
     limits: ConnectionLimits,
-    shutdown: CancellationToken,
+    closing: CancellationToken,
 ) {
     let _open = Open::new();
-    let header_timeout = if place.hurried {
-        limits.header_timeout.min(HURRIED_HEADER_TIMEOUT)
-    } else {
-        limits.header_timeout
+    let hurry = |limit: Duration| {
+        if place.hurried {
+            limit.min(HURRIED_HEADER_TIMEOUT)
+        } else {
+            limit
+        }
+    };
+    let stages = StageLimits {
+        idle: hurry(limits.stages.idle),
+        head: hurry(limits.stages.head),
     };
     // Events are small and must not wait for each other.
     let _ = stream.set_nodelay(true);
     let stream = WriteTimeout::new(stream, limits.write_timeout);
-    let io = TokioIo::new(refused_head::Reader::new(stream));
+    let stage = Stage::new();
+    let io = TokioIo::new(refused_head::Reader::new(stream, stage.clone()));
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|request| {
+        stage.request_began();
+        let answering = router.call(request);
+        let stage = stage.clone();
+        async move {
+            let answer = answering.await;
+            answer.map(|answer| answer.map(|body| stage.until_end_of(body)))
+        }
+    });
     let mut connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
+        // The stages have timers of their own.
+        .header_read_timeout(None)
         .keep_alive(!place.hurried)
         .max_buf_size(HEAD_LEN_MAX)
-        .serve_connection(io, TowerToHyperService::new(router));
+        .serve_connection(io, service);
     let mut running = Pin::new(&mut connection);
-    let ended = select! {
-        ended = running.as_mut() => ended,
-        () = shutdown.cancelled() => {
-            running.as_mut().graceful_shutdown();
-            running.await
+    let ended = {
+        let mut overstayed = pin!(stage.overstayed(stages));
+        let mut closed = pin!(closing.cancelled());
+        let mut is_closing = false;
+        loop {
+            select! {
+                biased;
+                ended = running.as_mut() => break Ok(ended),
+                at = overstayed.as_mut() => break Err(at),
+                () = closed.as_mut(), if !is_closing => {
+                    is_closing = true;
+                    running.as_mut().graceful_shutdown();
+                }
+            }
         }
     };
-    if let Err(e) = ended {
-        debug!(error = %e, "connection ended");
-        let stream = connection.into_parts().io.into_inner();
-        refused_head::answer(stream, &e, header_timeout).await;
+    match ended {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => {
+            debug!(error = %e, "connection ended");
+            refused_head::answer(connection.into_parts().io.into_inner(), &e).await;
+        }
+        Err(At::Head) => {
+            let stream = connection.into_parts().io.into_inner();
+            refused_head::answer_late(stream, stages.head).await;
+        }
+        // Nobody waits for an answer.
+        Err(At::Idle | At::Exchange) => {}
     }
 }
 

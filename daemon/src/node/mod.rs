@@ -7,12 +7,15 @@
 //! Called by `dsd dev` and `dsd serve`.
 
 mod certificates;
+mod descriptors;
+mod drain;
 mod explain;
 mod loader;
 mod ledger;
 mod state_folder;
 mod watchdog;
 
+pub use descriptors::TooFewFiles;
 pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
 
 use std::{
@@ -36,14 +39,13 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
     admin::{Admin, AdminConfig},
     catalog::{Catalog, ConfiguredModel, LoadError},
     config::{Config, ModelConfig},
-    gateway::{Gateway, GatewayConfig},
+    gateway::{Gateway, GatewayConfig, Stop},
     runtime::clock,
     telemetry::{self, Metrics},
     tenants::{Now, Source, Tenants, TenantsError},
@@ -57,7 +59,7 @@ pub use state_folder::StateFolderError;
 const CLUSTER: &str = "dsd";
 /// How often histogram samples are folded together, whether anybody scrapes or not.
 const METRICS_TIDY_INTERVAL: Duration = Duration::from_secs(5);
-/// What a stop may take beyond the drain time before connections are cut.
+/// What models may take beyond the drain time to stop, and then clients to take their last bytes.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a node does not come up.
@@ -105,6 +107,9 @@ pub enum NodeError {
     /// The file of tenants or API keys cannot be used.
     #[error("it is not known who may call")]
     Tenants(#[from] TenantsError),
+    /// Too few files may be open.
+    #[error(transparent)]
+    TooFewFiles(#[from] TooFewFiles),
     /// Counters cannot be set up.
     #[error(transparent)]
     Telemetry(#[from] telemetry::TelemetryError),
@@ -152,7 +157,8 @@ impl Node {
     ///
     /// # Errors
     /// [`NodeError`].
-    pub fn bind(config: Config) -> Result<Self, NodeError> {
+    pub fn bind(mut config: Config) -> Result<Self, NodeError> {
+        config.http.connections_max = descriptors::connections(&config)?;
         let state = &config.node.state_dir;
         // Before anything else is written: two first starts at once would mix their certificates.
         let state_folder = StateFolder::lock(state)?;
@@ -240,29 +246,31 @@ impl Node {
         } = self;
         let drain = Duration::from_secs(config.node.drain_timeout_s);
         let outcome = runtime.block_on(async {
-            let shutdown = CancellationToken::new();
+            let stop = Stop::default();
             let mut services = JoinSet::new();
             let listener = tokio::net::TcpListener::from_std(http).map_err(NodeError::Runtime)?;
             let gateway = Gateway::new(
-                GatewayConfig::new(&config.http, drain),
+                GatewayConfig::new(&config.http, STOP_GRACE),
                 Arc::clone(&tenants),
                 Arc::clone(&catalog),
                 metrics.clone(),
+                stop.clone(),
             );
-            services.spawn(gateway.serve(listener, shutdown.clone()));
+            services.spawn(gateway.serve(listener));
             let admin = Admin::new(
                 admin_config(&config, addresses),
                 Arc::clone(&catalog),
                 Arc::clone(&tenants),
             );
             let limits = ServerLimits {
-                drain_timeout: drain,
+                // Calls end when their model stops.
+                drain_timeout: drain + STOP_GRACE,
                 ..ServerLimits::default()
             };
             let server = Server::new(quic, &identity, admin, limits)?;
             let mut upkeep = JoinSet::new();
             upkeep.spawn(certificates.keep(server.identity_handle()));
-            services.spawn(server.run(shutdown.clone().cancelled_owned()));
+            services.spawn(server.run(stop.draining.clone().cancelled_owned()));
             upkeep.spawn(tidy_metrics(metrics, Arc::clone(&tenants)));
             let is_serving = Arc::<AtomicBool>::default();
             if let Some(hangups) = hangups(&tenants).map_err(NodeError::Runtime)? {
@@ -270,22 +278,22 @@ impl Node {
             }
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
-            let mut stop = StopSignals::new().map_err(NodeError::Runtime)?;
+            let mut signals = StopSignals::new().map_err(NodeError::Runtime)?;
             tokio::select! {
                 loaded = load_models(&catalog, &config.models) => loaded?,
-                () = stop.wait() => {
+                () = signals.wait() => {
                     info!("stopped while loading");
                     return Ok(());
                 }
             }
             let token_age_max = Duration::from_secs(config.http.token_age_max_s);
-            upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
+            let feeder = upkeep.spawn(watchdog::feed(Arc::clone(&catalog), token_age_max));
             is_serving.store(true, Ordering::Release);
             notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
             on_ready(&catalog);
 
             let broken = tokio::select! {
-                () = stop.wait() => None,
+                () = signals.wait() => None,
                 model = watchdog::broken_engine(&catalog) => Some(model),
             };
             let drain_s = drain.as_secs();
@@ -299,12 +307,11 @@ impl Node {
                 }
             }
             is_serving.store(false, Ordering::Release);
-            notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
-            shutdown.cancel();
+            // Models that have stopped give no tokens; the drain feeds by itself.
+            feeder.abort();
             tokio::select! {
-                () = async { while services.join_next().await.is_some() {} } => {}
-                () = stop.wait() => warn!("stopped at once by a second signal"),
-                () = tokio::time::sleep(drain + STOP_GRACE) => warn!("drain time is over"),
+                () = drain::drain(&catalog, &stop, &mut services, drain) => {}
+                () = signals.wait() => warn!("stopped at once by a second signal"),
             }
             broken.map_or(Ok(()), |model| Err(NodeError::EngineBroken { model }))
         });

@@ -92,6 +92,11 @@ pub const METRICS: &[(&str, MetricKind, &str)] = &[
         "Event streams being sent.",
     ),
     (
+        "dsd_http_bodies_refused_total",
+        MetricKind::Counter,
+        "Bodies without room in the budget, or stalled while others waited for it, by cause.",
+    ),
+    (
         "dsd_generations_total",
         MetricKind::Counter,
         "Choices by model and how they ended.",

@@ -327,3 +327,45 @@ async fn heads_that_are_no_http_are_refused_in_the_shape_of_all_errors() {
     }
     node.must_serve().await;
 }
+
+/// Two readers on the way could take such a request for one to either host.
+#[tokio::test]
+async fn a_request_names_one_host() {
+    let node = Node::quick().await;
+    let bad = (400, "invalid_request".to_owned(), None);
+    let body = "{\"prompt\": \"a\", \"max_tokens\": 1}";
+    for (version, hosts, is_good) in [
+        ("1.1", "host: node\r\n", true),
+        ("1.1", "host: my_node.example:8000\r\n", true),
+        ("1.1", "host: [::1]:8000\r\n", true),
+        ("1.1", "host:\r\n", true),
+        ("1.0", "", true),
+        ("1.1", "", false),
+        ("1.1", "host: node\r\nhost: node\r\n", false),
+        ("1.1", "Host: node\r\nHOST: other\r\n", false),
+        ("1.0", "host: node\r\nhost: node\r\n", false),
+        ("1.1", "host: a b\r\n", false),
+        ("1.1", "host: user@node\r\n", false),
+        ("1.1", "host: node/path\r\n", false),
+    ] {
+        let rest = format!(
+            "HTTP/{version}\r\n{hosts}connection: close\r\ncontent-type: application/json\r\n"
+        );
+        for request in [
+            format!("GET /health {rest}\r\n"),
+            format!(
+                "POST /v1/completions {rest}content-length: {}\r\n\r\n{body}",
+                body.len()
+            ),
+        ] {
+            let mut client = Client::connect(node.addr).await;
+            client.send(request.as_bytes()).await;
+            let reply = client.reply().await;
+            if is_good {
+                assert_eq!(reply.status, 200, "{request:?}: {}", reply.body);
+            } else {
+                assert_eq!(reply.error(), bad, "{request:?}");
+            }
+        }
+    }
+}

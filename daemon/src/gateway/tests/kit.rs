@@ -14,9 +14,8 @@ use tokio::{
     task::JoinSet,
     time,
 };
-use tokio_util::sync::CancellationToken;
 
-use super::super::{Gateway, GatewayConfig};
+use super::super::{Gateway, GatewayConfig, Stop};
 use crate::{
     catalog::{Catalog, ConfiguredModel, LoadError, MemoryFigures, Progress, ServedModel},
     config::HttpConfig,
@@ -201,7 +200,7 @@ fn byte_vocab() -> Value {
 pub(super) struct Node {
     pub(super) addr: SocketAddr,
     pub(super) catalog: Arc<Catalog>,
-    pub(super) shutdown: CancellationToken,
+    pub(super) stop: Stop,
     pub(super) tasks: JoinSet<()>,
 }
 
@@ -245,14 +244,21 @@ impl Node {
         }
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        let shutdown = CancellationToken::new();
-        let gateway = Gateway::new(config, Arc::new(tenants), Arc::clone(&catalog), metrics());
+        let stop = Stop::default();
+        let tenants = Arc::new(tenants);
+        let gateway = Gateway::new(
+            config,
+            tenants,
+            Arc::clone(&catalog),
+            metrics(),
+            stop.clone(),
+        );
         let mut tasks = JoinSet::new();
-        tasks.spawn(gateway.serve(listener, shutdown.clone()));
+        tasks.spawn(gateway.serve(listener));
         Self {
             addr,
             catalog,
-            shutdown,
+            stop,
             tasks,
         }
     }

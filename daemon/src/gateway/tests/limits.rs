@@ -34,6 +34,7 @@ async fn a_head_that_does_not_arrive_is_answered_with_408_and_silence_with_nothi
     let node = Node::start(
         GatewayConfig {
             header_timeout: Duration::from_millis(100),
+            idle_timeout: Duration::from_millis(100),
             ..config()
         },
         vec![model("tiny", &QUICK)],
@@ -52,6 +53,116 @@ async fn a_head_that_does_not_arrive_is_answered_with_408_and_silence_with_nothi
         let expected = (408, "request_timeout".into(), None);
         assert_eq!(client.reply().await.error(), expected);
     }
+    node.must_serve().await;
+}
+
+/// Heads and idle connections used to share one limit, shorter than what proxies keep connections
+/// for.
+#[tokio::test]
+async fn an_idle_connection_outlives_a_slow_head() {
+    let limits = GatewayConfig {
+        header_timeout: Duration::from_millis(150),
+        idle_timeout: Duration::from_millis(900),
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &SLOW)]).await;
+    let request = b"GET /health HTTP/1.1\r\nhost: node\r\n\r\n";
+    let mut idle = Client::connect(node.addr).await;
+    for _ in 0..3 {
+        // Longer than a head may take, also before the first request.
+        time::sleep(Duration::from_millis(300)).await;
+        idle.send(request).await;
+        idle.read_until("alive").await;
+    }
+    let start = time::Instant::now();
+    assert_eq!(idle.read_to_end().await, b"");
+    assert!(
+        Duration::from_millis(700) < start.elapsed(),
+        "{:?}",
+        start.elapsed()
+    );
+    // Late in its idle time a head still has all of its own.
+    let mut late = Client::connect(node.addr).await;
+    time::sleep(Duration::from_millis(800)).await;
+    late.send(&request[..10]).await;
+    let start = time::Instant::now();
+    let expected = (408, "request_timeout".into(), None);
+    assert_eq!(late.reply().await.error(), expected);
+    assert!(
+        Duration::from_millis(140) < start.elapsed(),
+        "{:?}",
+        start.elapsed()
+    );
+    // An answer takes as long as it takes.
+    let body = r#"{"prompt": "a", "max_tokens": 100, "stream": true, "ignore_eos": true}"#;
+    send(&node, body).await.read_until("[DONE]").await;
+}
+
+/// The first `n_sent` bytes of bodies of `len` bytes, each on a connection of its own.
+async fn part_bodies<const N: usize>(node: &Node, len: usize, n_sent: usize) -> [Client; N] {
+    let mut clients = Vec::new();
+    for _ in 0..N {
+        let mut client = Client::connect(node.addr).await;
+        let head = format!("{POST}content-length: {len}\r\n\r\n");
+        client.send(head.as_bytes()).await;
+        client.send(&vec![b' '; n_sent]).await;
+        clients.push(client);
+    }
+    let Ok(clients) = clients.try_into() else {
+        panic!("as many as were asked for");
+    };
+    clients
+}
+
+#[tokio::test]
+async fn bodies_that_stand_still_make_room_for_others_and_short_ones_always_pass() {
+    const LEN: usize = 100 * 1024;
+    let limits = GatewayConfig {
+        body_len_max: 128 * 1024,
+        body_budget_len: 200 * 1024,
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &QUICK)]).await;
+    let [mut first, mut second, mut third] = part_bodies(&node, LEN, LEN - 1).await;
+    // The third one waits behind the first two; short requests do not.
+    let start = time::Instant::now();
+    node.must_serve().await;
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    for client in [&mut first, &mut second] {
+        let reply = client.reply().await;
+        assert_eq!(reply.error(), (408, "request_timeout".into(), None));
+        assert!(reply.body.contains("while others waited"), "{reply:?}");
+    }
+    // Nobody waits any more, so the last one may take its time.
+    time::sleep(Duration::from_millis(2500)).await;
+    third.send(b"x").await;
+    let answer = third.read_until("invalid_json").await;
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+}
+
+/// Each would wait for the room that the other one holds.
+#[tokio::test]
+async fn of_bodies_that_all_wait_for_room_the_youngest_is_sent_away() {
+    const LEN: usize = 128 * 1024;
+    const HALF: usize = 80 * 1024;
+    let limits = GatewayConfig {
+        body_len_max: LEN,
+        body_budget_len: LEN,
+        ..config()
+    };
+    let node = Node::start(limits, vec![model("tiny", &QUICK)]).await;
+    // Beyond the allowances of 16 KiB they take the whole budget.
+    let [mut older, mut younger] = part_bodies(&node, LEN, HALF).await;
+    time::sleep(Duration::from_millis(300)).await;
+    for client in [&mut younger, &mut older] {
+        client.send(&[b' '; LEN - HALF]).await;
+    }
+    let reply = younger.reply().await;
+    assert_eq!(reply.error(), (503, "body_budget_full".into(), None));
+    assert_eq!(reply.header("retry-after"), Some("5"));
+    let answer = older.read_until("invalid_json").await;
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
     node.must_serve().await;
 }
 
@@ -91,6 +202,7 @@ async fn slow_clients_do_not_keep_others_out() {
     let limits = GatewayConfig {
         connections_max: 4,
         header_timeout: Duration::from_millis(200),
+        idle_timeout: Duration::from_millis(200),
         ..config()
     };
     let node = Node::start(limits, vec![model("tiny", &QUICK)]).await;
@@ -234,18 +346,41 @@ async fn a_deadline_ends_an_answer_with_what_it_has() {
 }
 
 #[tokio::test]
-async fn shutdown_lets_running_answers_finish() {
+async fn a_draining_node_says_so_refuses_generations_and_lets_answers_finish() {
     let mut node = Node::start(config(), vec![model("tiny", &SLOW)]).await;
     let mut idle = Client::connect(node.addr).await;
-    let mut client = send(
-        &node,
-        r#"{"prompt": "a", "max_tokens": 20, "stream": true}"#,
-    )
-    .await;
+    let mut uploading = Client::connect(node.addr).await;
+    uploading
+        .send(format!("{POST}content-length: 100\r\n\r\n{{").as_bytes())
+        .await;
+    let body = r#"{"prompt": "a", "max_tokens": 100, "stream": true, "ignore_eos": true}"#;
+    let mut client = send(&node, body).await;
     client.read_until("data: ").await;
-    node.shutdown.cancel();
+    node.stop.draining.cancel();
+    let refused = (503, "shutting_down".into(), None);
+    let reply = node.get("/ready").await;
+    assert_eq!(reply.error(), refused);
+    assert!(reply.body.contains("draining"), "{}", reply.body);
+    for path in ["/v1/chat/completions", "/v1/completions"] {
+        let reply = node.post(path, r#"{"prompt": "a"}"#).await;
+        assert_eq!(reply.error(), refused);
+        assert_eq!(reply.header("retry-after"), Some("5"));
+        assert_eq!(reply.header("connection"), Some("close"));
+    }
+    // One whose body was on its way, and a connection that was open already.
+    assert_eq!(uploading.reply().await.error(), refused);
+    idle.send(b"GET /health HTTP/1.1\r\nhost: node\r\n\r\n")
+        .await;
+    let reply = idle.reply().await;
+    assert_eq!(
+        (reply.status, reply.header("connection")),
+        (200, Some("close"))
+    );
+    // Nothing of this has touched what runs.
     client.read_until("[DONE]").await;
-    idle.read_to_end().await;
+    let mut late = Client::connect(node.addr).await;
+    node.stop.closing.cancel();
+    assert_eq!(late.read_to_end().await, b"");
     time::timeout(super::kit::PATIENCE, node.tasks.join_next())
         .await
         .expect("serving goes on")
@@ -254,9 +389,9 @@ async fn shutdown_lets_running_answers_finish() {
 }
 
 #[tokio::test]
-async fn shutdown_cuts_off_what_does_not_finish() {
+async fn closing_cuts_off_what_does_not_end() {
     let limits = GatewayConfig {
-        drain_timeout: Duration::from_millis(50),
+        flush_timeout: Duration::from_millis(50),
         ..config()
     };
     let mut node = Node::start(limits, vec![model("tiny", &SLOW)]).await;
@@ -266,7 +401,7 @@ async fn shutdown_cuts_off_what_does_not_finish() {
     )
     .await;
     client.read_until("data: ").await;
-    node.shutdown.cancel();
+    node.stop.closing.cancel();
     time::timeout(super::kit::PATIENCE, node.tasks.join_next())
         .await
         .expect("serving goes on")
