@@ -24,7 +24,7 @@ use crate::runtime::clock;
 pub(super) const DRAIN_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Bytes of a refused body that are read and thrown away at most.
-const DRAIN_LEN_MAX: usize = 64 << 20;
+const DRAIN_LEN_MAX: usize = 256 << 20;
 /// Bytes of a piece in which bodies are kept: grown as one, a long body would be copied again and
 /// again and leave holes behind as large as itself.
 const PIECE_LEN: usize = 16 * 1024;

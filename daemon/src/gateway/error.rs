@@ -171,10 +171,9 @@ impl ApiError {
         } else if is_retried_for_nothing(self.code) {
             headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
-        // Official clients try again twice by themselves, also after answers that stay the same; and
-        // who waited for a deadline has nothing from a second wait.
-        if !self.code.may_be_retried() || self.code == Code::DeadlineExceeded {
-            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        if !self.code.may_be_retried() {
+            // Final, whatever a client thinks of its status.
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if self.code == Code::Unauthorized {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -289,8 +288,8 @@ mod tests {
         check(plain(Code::Internal), Some("false"));
         check(plain(Code::QueueFull), Some("false"));
         check(plain(Code::RequestTimeout), None);
-        check(plain(Code::InvalidRequest), None);
-        check(plain(Code::PayloadTooLarge), None);
+        check(plain(Code::InvalidRequest), Some("false"));
+        check(plain(Code::PayloadTooLarge), Some("false"));
         check(ApiError::shutting_down(), None);
     }
 
