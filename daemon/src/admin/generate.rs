@@ -55,7 +55,7 @@ pub(super) async fn run(
         .map_err(|e| error_reply(&e))?;
     gateway::admission(&model, admin.config.token_age_max)
         .map_err(|e| error_reply(&ApiError::from(e)))?;
-    let mut generation = Generation::start(&model, vec![prompt], &params)
+    let mut generation = Generation::start(&model, &[prompt], &params)
         .map_err(|e| error_reply(&ApiError::from(e)))?;
     let mut ttft_ms = None;
     let mut n_tokens_held = 0;

@@ -200,7 +200,7 @@ impl Generation {
     /// [`SubmitError`]; choices taken already are cancelled.
     pub fn start(
         model: &Arc<ServedModel>,
-        prompts: Vec<PreparedPrompt>,
+        prompts: &[PreparedPrompt],
         params: &GenerationParams,
     ) -> Result<Self, SubmitError> {
         let mut stop_tokens = params.stop_token_ids.clone();

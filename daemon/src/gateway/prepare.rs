@@ -178,7 +178,7 @@ pub(super) fn start(gateway: &Gateway, prepared: &mut Prepared) -> Result<Genera
             clock::now(),
         )
         .map_err(auth::over_cap)?;
-    match Generation::start(&prepared.model, prompts, &prepared.params) {
+    match Generation::start(&prepared.model, &prompts, &prepared.params) {
         Ok(generation) => Ok(generation.with_lease(lease)),
         Err(e) => {
             lease.void();

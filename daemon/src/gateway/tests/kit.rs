@@ -370,6 +370,15 @@ impl Client {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Waits for the end without an answer: closed, or reset where nobody had accepted it yet.
+    pub(super) async fn is_closed(&mut self) -> bool {
+        let read = time::timeout(PATIENCE, self.0.read(&mut [0; 1])).await;
+        match read.expect("the node is silent") {
+            Ok(n) => n == 0,
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+
     /// Reads until the connection is closed.
     pub(super) async fn read_to_end(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
