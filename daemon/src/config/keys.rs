@@ -410,7 +410,7 @@ sections! {
         kv_bytes: Option<u64> = None, "none", 1..=1_125_899_906_842_624; per_model;
         /// Tokens computed in one step, prefill and decode together.
         step_tokens: usize = 512, "512", 1..=1_048_576; per_model;
-        /// Milliseconds that a step may take by prediction: bounds how much of prompts rides along with running sequences. 50 on processor cores.
+        /// Milliseconds that a step may take by prediction: bounds how much of prompts rides along with running sequences. 100 on processor cores.
         step_target_ms: Option<u64> = None, "by device", 1..=60_000; per_model;
         /// Sequences running at once, at most `step_tokens`.
         running_max: usize = 32, "32", 1..=65_536; per_model;
@@ -433,7 +433,7 @@ sections! {
         /// File of tenants with their keys, weights and caps (docs/API.md); instead of `http.api_keys_file`. Read again on SIGHUP.
         tenants_file: Option<PathBuf> = None, "none";
         /// Seconds within which the first token of an interactive request has to be predicted, else it gets 429 and a time to come back; a prompt that takes longer by itself has twice that time.
-        ttft_target_s: f64 = 2.0, "2.0", 0.05..=3600.0; per_model;
+        ttft_target_s: f64 = 5.0, "5.0", 0.05..=3600.0; per_model;
         /// Class of requests that name none: `interactive`, refused when late; or `batch`, which waits.
         class: Class = Class::Interactive, "`interactive`"; per_model;
         /// Requests of class `batch` waiting at once; further ones get 429.

@@ -12,7 +12,7 @@ const CANARY_LEN_MAX: usize = 16;
 const WAITING_PER_RUNNING: usize = 4;
 /// How long a step may take on processor cores, when nobody says otherwise: short enough that nobody
 /// sees running streams pause, long enough that chunks of prompts are computed efficiently.
-pub const STEP_TARGET_CPU: Duration = Duration::from_millis(50);
+pub const STEP_TARGET_CPU: Duration = Duration::from_millis(100);
 
 /// How an engine runs.
 #[derive(Debug, Clone, PartialEq)]
