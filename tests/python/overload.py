@@ -139,7 +139,7 @@ def parse():
     parser.add_argument("--baseline", type=Path, metavar="PATH", help="another dsd, whose throughput is measured in turn with ours")
     parser.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, as `make bench-peers` builds it, under the same load")
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--step-target-ms", type=float, default=50, help="engine.step_target_ms that bars are multiples of")
+    parser.add_argument("--step-target-ms", type=float, default=100, help="engine.step_target_ms that bars are multiples of")
     parser.add_argument("--body-budget-mb", type=float, default=268.435456, help="http.body_budget_bytes, in 10^6 bytes")
     parser.add_argument("--report", action="store_true", help="only write the report from the last results")
     parser.add_argument("--no-report", action="store_true", help="measure only")
