@@ -223,6 +223,7 @@ fn slow_clients_are_cut_off_and_keep_nobody_out() {
     let node = Node::builder(&data::reference("qwen3"))
         .env("DSD_HTTP__HEADER_TIMEOUT_S", 1)
         .env("DSD_HTTP__BODY_TIMEOUT_S", 1)
+        .env("DSD_HTTP__IDLE_TIMEOUT_S", 1)
         .start();
     let started = Instant::now();
     let mut silent: Vec<_> = (0..20).map(|_| node.connect()).collect();

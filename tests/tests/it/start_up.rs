@@ -370,7 +370,7 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     for expected in [
         format!("run `chmod go-w {}`", state.display()),
-        format!("run `chmod g-w,o-rwx {}`", keys.display()),
+        format!("run `chmod 600 {}`", keys.display()),
     ] {
         assert!(outcome.stderr.contains(&expected), "{outcome:?}");
     }
@@ -383,7 +383,7 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         .env("DSD_HTTP__API_KEYS_FILE", &keys);
     check(
         &mut command,
-        &["cannot read API keys from", "others may read it"],
+        &["who may call", "may be read or written by others"],
     );
     let mut command = tool::command("dsd");
     command
