@@ -32,7 +32,7 @@ use tracing::{info, warn};
 
 use super::{
     frames::{self, Frame, SocketError},
-    identity::Identity,
+    identity::{Identity, IdentityError, Seen},
     messages,
     outbox::Outbox,
 };
@@ -52,6 +52,8 @@ const LOAD_LIMIT: Duration = Duration::from_secs(3600);
 
 /// Messages of the agent that wait while the rank loads, at most; it says little before that.
 const FRAMES_AHEAD_MAX: usize = 1024;
+/// How long the agent may take to say what the rank is to be.
+const START_LIMIT: Duration = Duration::from_secs(30);
 /// How often the agent is told of the cost model.
 const COST_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -84,12 +86,9 @@ pub enum FormError {
     /// Instruction set or type that this build does not know.
     #[error("this processor or build does not have `{0}`")]
     Unknown(String),
-    /// Somebody wrote the checkpoint meanwhile.
-    #[error("the checkpoint's files changed while they were loaded")]
-    Changed,
-    /// The checkpoint's files cannot be looked at.
-    #[error("cannot look at the checkpoint's files")]
-    Files(#[from] io::Error),
+    /// It cannot be said what was loaded.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The checkpoint cannot be opened.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -124,6 +123,10 @@ pub fn run(agent_pid: Option<u32>) -> Result<(), RankError> {
         return Err(RankError::NoAgent);
     }
     let mut reader = socket.try_clone().map_err(SocketError::from)?;
+    // An agent that is frozen before it has said anything would be waited for for ever.
+    reader
+        .set_read_timeout(Some(START_LIMIT))
+        .map_err(SocketError::from)?;
     let Some(frame) = frames::read(&mut reader)? else {
         return Ok(());
     };
@@ -164,13 +167,7 @@ fn live(
         watch_agent(reader, &heard_tx, &watched)
     })
     .map_err(SocketError::from)?;
-    let look = || Identity::of(Path::new(&start.path)).map_err(|e| failed(e.into()));
-    let before = look()?;
-    let executor = form(start).map_err(failed)?;
-    let identity = look()?;
-    if identity != before {
-        return Err(failed(FormError::Changed));
-    }
+    let (executor, identity) = form(start).map_err(failed)?;
     let ready = |limits| RankReady {
         took_ms: started.elapsed().as_millis() as u64,
         disk_bytes_read: disk_bytes_read(),
@@ -238,8 +235,8 @@ fn die() {
     let _ = kill_process(getpid(), Signal::KILL);
 }
 
-/// Loads this rank's part and meets the others.
-fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
+/// Loads this rank's part, says of what, and meets the others.
+fn form(start: &RankStart) -> Result<(ModelExecutor<CpuBackend>, Identity), FormError> {
     pin(&start.cpus);
     let isa = Isa::named(&start.isa).ok_or_else(|| FormError::Unknown(start.isa.clone()))?;
     let kv_type = KvType::ALL
@@ -261,6 +258,7 @@ fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
         step_spans_max: start.step_spans_max as usize,
     };
     let (rank, n_ranks) = (start.rank as usize, start.n_ranks as usize);
+    let seen = Seen::look(Path::new(&start.path))?;
     let checkpoint = Checkpoint::reopen(Path::new(&start.path))?;
     // The agent has planned the same and found that it fits.
     let plan = plan_cpu(&checkpoint, cpu, n_ranks, budget, None)?;
@@ -273,11 +271,12 @@ fn form(start: &RankStart) -> Result<ModelExecutor<CpuBackend>, FormError> {
         }
     };
     let executor = load_cpu(&checkpoint, cpu, &plan.ranks[rank])?;
+    let identity = seen.identity(&checkpoint)?;
     if let Collective::Shm(member) = &mut group {
         let site = Site::outside(Op::Plan);
         member.meet(site, LOAD_LIMIT).map_err(StepError::from)?;
     }
-    Ok(executor.in_group(group))
+    Ok((executor.in_group(group), identity))
 }
 
 /// Keeps the process, and all threads it will start, on these cores.
