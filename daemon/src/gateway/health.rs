@@ -43,11 +43,13 @@ pub enum NotReady {
         /// Its name.
         model: String,
     },
-    /// A model's step takes much longer than it should, or its first rank is silent.
-    #[error("the model `{model}` is stalled: a step does not end, or its ranks are frozen")]
+    /// A model's step takes much longer than it should, or one of its ranks is silent.
+    #[error("the model `{model}` is stalled: {}", stalled_words(*silent_rank))]
     Stalled {
         /// Its name.
         model: String,
+        /// The rank that is silent; `None` when it is a step that does not end.
+        silent_rank: Option<usize>,
     },
     /// A model has not produced its first token.
     #[error("the model `{model}` has produced no token yet")]
@@ -81,6 +83,13 @@ pub enum NotReady {
         /// Its name.
         model: String,
     },
+}
+
+fn stalled_words(silent_rank: Option<usize>) -> String {
+    match silent_rank {
+        Some(rank) => format!("rank {rank} gives no sign of life"),
+        None => "a step takes much longer than it should".to_owned(),
+    }
 }
 
 /// Ready when every required model of the configuration is served, at least one model is, and each
@@ -143,7 +152,10 @@ pub fn model_readiness(model: &ServedModel, token_age_max: Duration) -> Result<(
         return Err(NotReady::Forming { model: name });
     }
     if load.is_stalled {
-        return Err(NotReady::Stalled { model: name });
+        return Err(NotReady::Stalled {
+            model: name,
+            silent_rank: load.silent_rank,
+        });
     }
     liveness(model, token_age_max)
 }

@@ -35,8 +35,11 @@ pub enum GroupState {
     Forming,
     /// Steps run.
     Ready,
-    /// Its first rank is silent, or in a step that takes much too long.
-    Stalled,
+    /// A rank is silent, or a step takes much too long.
+    Stalled {
+        /// The silent rank; `None` when it is the step.
+        silent: Option<usize>,
+    },
 }
 
 /// The only way to a group. Dropping it lets what was taken finish within the drain limit.
@@ -73,15 +76,15 @@ pub(super) struct State {
     pub(super) cost: CostModel,
     /// How long the last formation took.
     pub(super) forming_time: Duration,
-    /// The first rank's last sign.
-    pub(super) sign: Sign,
+    /// The last sign of every rank.
+    pub(super) signs: Vec<Sign>,
     /// When what was taken has to be over.
     pub(super) stop_at: Option<Instant>,
     /// Set when `stop_at` changed.
     pub(super) stop_is_news: bool,
 }
 
-/// What the first rank said of its engine.
+/// A rank's tick; the first one's says what its engine does.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sign {
     pub(super) at: Instant,
@@ -91,7 +94,7 @@ pub(super) struct Sign {
     pub(super) expected: Duration,
 }
 
-/// Without a tick for so long, three of them, the first rank is frozen or starved.
+/// Without a tick for so long, three of them, a rank is frozen or starved.
 const TICK_LATE: Duration = Duration::from_millis(1_500);
 /// A step is not merely slow when it takes this many times what was expected, and at least
 /// [`TICK_LATE`].
@@ -103,16 +106,26 @@ impl Sign {
         Some(self.step_age? + now.saturating_duration_since(self.at))
     }
 
-    /// True when nothing comes out now: the first rank says nothing, or is in a step that takes
-    /// much longer than it should.
-    pub(super) fn is_stalled(&self, now: Instant) -> bool {
+    /// A rank that is there, in no step.
+    pub(super) fn of_life(now: Instant) -> Self {
+        Self {
+            at: now,
+            step_age: None,
+            expected: Duration::ZERO,
+        }
+    }
+
+    fn is_silent(&self, now: Instant) -> bool {
+        TICK_LATE < now.saturating_duration_since(self.at)
+    }
+
+    /// True when the step under way takes much longer than it should.
+    fn is_step_late(&self, now: Instant) -> bool {
         let step_max = self
             .expected
             .saturating_mul(STEP_LATE_FACTOR)
             .max(TICK_LATE);
-        let is_late = |age| step_max < age;
-        TICK_LATE < now.saturating_duration_since(self.at)
-            || self.step_age(now).is_some_and(is_late)
+        self.step_age(now).is_some_and(|age| step_max < age)
     }
 }
 
@@ -270,9 +283,11 @@ impl GroupHandle {
             canary_wrong: load.canary_wrong,
             is_dead: false,
         };
+        let silent = state.signs.iter().position(|sign| sign.is_silent(now));
+        let is_late = state.signs.iter().any(|sign| sign.is_step_late(now));
         let group = match state.is_ready {
             false => GroupState::Forming,
-            true if state.sign.is_stalled(now) => GroupState::Stalled,
+            true if silent.is_some() || is_late => GroupState::Stalled { silent },
             true => GroupState::Ready,
         };
         (report, group)
@@ -323,11 +338,7 @@ impl State {
             load_at: now,
             cost: CostModel::default(),
             forming_time: Duration::ZERO,
-            sign: Sign {
-                at: now,
-                step_age: None,
-                expected: Duration::ZERO,
-            },
+            signs: Vec::new(),
             stop_at: None,
             stop_is_news: false,
         }
@@ -338,6 +349,13 @@ impl State {
         let in_flight = self.in_flight.remove(&id)?;
         self.n_waiting -= usize::from(!in_flight.has_started);
         Some(in_flight)
+    }
+
+    /// Ends all requests: there will be no group that goes on with them.
+    pub(super) fn end_all(&mut self) {
+        while let Some((id, _)) = self.in_flight.first_key_value() {
+            self.end(*id, FinishReason::InsufficientResources);
+        }
     }
 
     /// Ends a request.

@@ -20,8 +20,30 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 pub(super) struct Blame {
     /// The rank at fault.
     pub(super) rank: usize,
+    /// What kind of thing happened.
+    pub(super) cause: Cause,
     /// What happened, for the log and for `/ready`.
     pub(super) what: String,
+}
+
+/// What two losses may have in common. What is said of them has places and times in it that differ
+/// from one to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    /// A process could not be started, or said why it cannot be a rank.
+    Start,
+    /// What a rank loaded is not what it should be.
+    Identity,
+    /// A process ended.
+    Ended,
+    /// A rank did not arrive in a step, or the step took too long.
+    Late,
+    /// A rank gave no sign of life.
+    Silent,
+    /// A rank said that it cannot go on.
+    Fault,
+    /// A rank's socket failed or carried nonsense.
+    Socket,
 }
 
 /// What to do now.
@@ -49,10 +71,11 @@ enum Phase {
     Waiting { until: Instant },
     /// Ranks load.
     Forming { since: Instant, ready: Vec<bool> },
-    /// Tokens come out; the last sign of it.
+    /// Tokens come out.
     Ready {
         since: Instant,
-        last_sign: Instant,
+        /// The last sign of life of each rank.
+        last_signs: Vec<Instant>,
         /// A request got a token.
         has_served: bool,
     },
@@ -62,13 +85,13 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Life {
     n_ranks: usize,
-    /// Silence of a ready group that counts as a loss.
+    /// Silence of a rank of a ready group that counts as a loss.
     silence_max: Duration,
     epoch: u64,
     phase: Phase,
     blame: Option<Blame>,
-    /// The last loss.
-    last_loss: Option<Blame>,
+    /// The rank and the cause of the last loss.
+    last_loss: Option<(usize, Cause)>,
     /// Losses in a row that say that forming again may not help: groups that could not be formed, or
     /// that were lost by the same cause as the one before without having served anybody.
     n_vain: u32,
@@ -100,7 +123,7 @@ impl Life {
             if ready.iter().all(|r| *r) {
                 self.phase = Phase::Ready {
                     since: now,
-                    last_sign: now,
+                    last_signs: vec![now; self.n_ranks],
                     has_served: false,
                 };
             }
@@ -116,10 +139,11 @@ impl Life {
         }
     }
 
-    /// The first rank of `epoch` said that it goes on.
-    pub(super) fn handle_sign(&mut self, epoch: u64, now: Instant) {
+    /// A rank of `epoch` said that it is there.
+    pub(super) fn handle_sign(&mut self, epoch: u64, rank: usize, now: Instant) {
         if epoch == self.epoch
-            && let Phase::Ready { last_sign, .. } = &mut self.phase
+            && let Phase::Ready { last_signs, .. } = &mut self.phase
+            && let Some(last_sign) = last_signs.get_mut(rank)
         {
             *last_sign = now;
         }
@@ -149,7 +173,11 @@ impl Life {
                 let late = || {
                     let rank = ready.iter().position(|r| !r).unwrap_or(0);
                     let what = format!("rank {rank} was not ready within {FORM_LIMIT:?}");
-                    Blame { rank, what }
+                    Blame {
+                        rank,
+                        cause: Cause::Late,
+                        what,
+                    }
                 };
                 let is_late = *since + FORM_LIMIT <= now;
                 let blame = self.blame.take().or_else(|| is_late.then(late))?;
@@ -157,17 +185,23 @@ impl Life {
             }
             Phase::Ready {
                 since,
-                last_sign,
+                last_signs,
                 has_served,
             } => {
-                let silent = || Blame {
-                    rank: 0,
-                    what: format!("rank 0 gave no sign for {:?}", self.silence_max),
+                let silence_max = self.silence_max;
+                let is_silent = |sign: &Instant| *sign + silence_max <= now;
+                let silent = || {
+                    let rank = last_signs.iter().position(is_silent)?;
+                    let what = format!("rank {rank} gave no sign for {silence_max:?}");
+                    Some(Blame {
+                        rank,
+                        cause: Cause::Silent,
+                        what,
+                    })
                 };
-                let is_silent = *last_sign + self.silence_max <= now;
                 let is_proven = *has_served || *since + PROVEN_AFTER <= now;
-                let blame = self.blame.take().or_else(|| is_silent.then(silent))?;
-                let is_vain = !is_proven && self.last_loss.as_ref() == Some(&blame);
+                let blame = self.blame.take().or_else(silent)?;
+                let is_vain = !is_proven && self.last_loss == Some((blame.rank, blame.cause));
                 Some(self.lose(blame, is_vain, now))
             }
         }
@@ -179,7 +213,7 @@ impl Life {
             0 => Duration::ZERO,
             n => (RETRY_FIRST * 2u32.saturating_pow(n - 1)).min(RETRY_MAX),
         };
-        self.last_loss = Some(blame.clone());
+        self.last_loss = Some((blame.rank, blame.cause));
         self.phase = Phase::Waiting {
             until: now + retry_in,
         };
@@ -195,7 +229,9 @@ impl Life {
         match &self.phase {
             Phase::Waiting { until } => *until,
             Phase::Forming { since, .. } => *since + FORM_LIMIT,
-            Phase::Ready { last_sign, .. } => *last_sign + self.silence_max,
+            Phase::Ready {
+                since, last_signs, ..
+            } => last_signs.iter().min().unwrap_or(since).to_owned() + self.silence_max,
         }
     }
 
@@ -220,6 +256,7 @@ mod tests {
     fn blame(rank: usize) -> Blame {
         Blame {
             rank,
+            cause: Cause::Ended,
             what: "died".to_owned(),
         }
     }
@@ -273,7 +310,7 @@ mod tests {
         let start = clock::now();
         let mut life = Life::new(1, SILENCE, start);
         let epoch = ready(&mut life, start);
-        life.handle_sign(epoch, start + SILENCE / 2);
+        life.handle_sign(epoch, 0, start + SILENCE / 2);
         assert_eq!(life.poll(start + SILENCE), None);
         assert_eq!(life.next_timeout(), start + SILENCE / 2 + SILENCE);
         assert!(matches!(
@@ -306,7 +343,7 @@ mod tests {
         assert!(waits.is_sorted() && waits[11] == RETRY_MAX, "{waits:?}");
         let epoch = ready(&mut life, now);
         now += PROVEN_AFTER;
-        life.handle_sign(epoch, now);
+        life.handle_sign(epoch, 0, now);
         life.handle_fault(epoch, blame(0));
         let Some(Command::Lose { retry_in, .. }) = life.poll(now) else {
             panic!("lost: {life:?}")
@@ -314,17 +351,39 @@ mod tests {
         assert_eq!(retry_in, Duration::ZERO);
     }
 
+    #[test]
+    fn one_silent_rank_beside_others_that_give_signs_is_blamed() {
+        let start = clock::now();
+        let mut life = Life::new(3, SILENCE, start);
+        let epoch = ready(&mut life, start);
+        for rank in [0, 2, 7] {
+            life.handle_sign(epoch, rank, start + SILENCE / 2);
+        }
+        assert_eq!(life.next_timeout(), start + SILENCE);
+        let Some(Command::Lose { blame, .. }) = life.poll(start + SILENCE) else {
+            panic!("lost: {life:?}")
+        };
+        assert_eq!((blame.rank, blame.cause), (1, Cause::Silent));
+        assert!(blame.what.contains("rank 1 gave no sign for"), "{blame:?}");
+    }
+
     /// How long it waits after each of `losses`: by this cause, and whether it had served.
-    fn waits(losses: &[(&str, bool)]) -> Vec<Duration> {
+    fn waits(losses: &[(Cause, bool)]) -> Vec<Duration> {
         let mut now = clock::now();
         let mut life = Life::new(1, SILENCE, now);
-        let wait = |(what, has_served): &(&str, bool)| {
+        let mut n = 0;
+        let wait = |(cause, has_served): &(Cause, bool)| {
             let epoch = ready(&mut life, now);
             if *has_served {
                 life.handle_token(epoch);
             }
-            let what = (*what).to_owned();
-            life.handle_fault(epoch, Blame { rank: 0, what });
+            n += 1;
+            let blame = Blame {
+                rank: 0,
+                cause: *cause,
+                what: format!("at layer {n}"),
+            };
+            life.handle_fault(epoch, blame);
             let Some(Command::Lose { retry_in, .. }) = life.poll(now) else {
                 panic!("lost: {life:?}")
             };
@@ -337,14 +396,15 @@ mod tests {
     /// A group that was killed again and again, though it served each time, used to wait up to 30 s.
     #[test]
     fn a_group_that_served_forms_again_at_once_however_often_it_is_lost() {
-        assert_eq!(waits(&[("killed", true); 10]), [Duration::ZERO; 10]);
-        let waits = waits(&[("killed", false), ("frozen", false), ("killed", false)]);
+        assert_eq!(waits(&[(Cause::Ended, true); 10]), [Duration::ZERO; 10]);
+        let causes = [Cause::Ended, Cause::Silent, Cause::Ended];
+        let waits = waits(&causes.map(|cause| (cause, false)));
         assert_eq!(waits, [Duration::ZERO; 3], "other causes each time");
     }
 
     #[test]
     fn a_group_lost_by_the_same_cause_before_it_served_waits_longer_and_longer() {
-        let waits = waits(&[("broken", false); 4]);
+        let waits = waits(&[(Cause::Late, false); 4]);
         assert_eq!(waits[..2], [Duration::ZERO, RETRY_FIRST]);
         assert_eq!(waits[2..], [RETRY_FIRST * 2, RETRY_FIRST * 4]);
     }

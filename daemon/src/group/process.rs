@@ -47,7 +47,7 @@ impl RankProcess {
             LogFormat::Text => "text",
             LogFormat::Json => "json",
         };
-        let child = Command::new(program)
+        let mut child = Command::new(program)
             .arg0("dsd")
             .args(["rank", "--log-filter", &log.filter, "--log-format", format])
             .args(["--agent-pid", &std::process::id().to_string()])
@@ -56,7 +56,15 @@ impl RankProcess {
             // Ctrl-C in a terminal is for the agent, which lets requests finish first.
             .process_group(0)
             .spawn()?;
-        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        let pidfd = match pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(e) => {
+                // Out of descriptors: nobody would hold the process, or reap it.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(e.into());
+            }
+        };
         let mut process = Self {
             child,
             pidfd,
@@ -89,7 +97,14 @@ impl RankProcess {
         }
     }
 
-    /// Writes as much of `outgoing` as the socket takes.
+    /// Kills it; dropping this waits for its end.
+    pub(super) fn kill(&self) {
+        // It may have ended already; then there is nothing to kill.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Writes as much of `outgoing` as the socket takes. A rank that has closed its end is about to be
+    /// found ended, with more to say of it, or silent.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         while !self.outgoing.is_empty() {
             match self.socket.write(&self.outgoing) {
@@ -97,6 +112,14 @@ impl RankProcess {
                 Ok(n) => drop(self.outgoing.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    self.outgoing.clear();
+                }
                 Err(e) => return Err(e),
             }
         }
@@ -106,8 +129,7 @@ impl RankProcess {
 
 impl Drop for RankProcess {
     fn drop(&mut self) {
-        // It may have ended already; then there is nothing to kill.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.kill();
         let _ = self.child.wait();
     }
 }

@@ -187,6 +187,12 @@ fn live(
         return engine.serve(&heard, agent);
     }
     agent.send(&ready(None));
+    agent
+        .start_ticking(|| GroupTick {
+            step_age_us: None,
+            expected_us: 0,
+        })
+        .map_err(SocketError::from)?;
     let outcome = follow(executor);
     is_ending.store(true, Ordering::Release);
     outcome

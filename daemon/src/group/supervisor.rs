@@ -21,7 +21,7 @@ use super::{
     CostFile, GroupConfig, GroupError,
     frames::{self, Frame, SocketError},
     handle::{InFlight, Shared, Sign},
-    life::{Blame, Command, Life},
+    life::{Blame, Cause, Command, Life},
     messages,
     process::RankProcess,
 };
@@ -34,10 +34,11 @@ use crate::{
     telemetry::{chain, forward::Delivery},
 };
 
-/// The first rank ticks twice a second; a group whose first rank was silent for so long is lost.
+/// Ranks tick twice a second; a group of which one was silent for so long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(4);
-/// How often ranks are told that their agent is there.
-const TICK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often ranks are told that their agent is there: a few times within the shortest
+/// `engine.agent_timeout_s`, which is 2 s.
+const TICK_INTERVAL: Duration = Duration::from_millis(500);
 /// What a stop may take beyond the drain before ranks are killed.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 /// Groups that may be lost in a row while they ran a request without a new token before it is given
@@ -46,8 +47,6 @@ const LOSSES_MAX: u32 = 2;
 /// Ranks that wait for each other find the one to blame within the step's deadline; the agent steps in
 /// so much later.
 const STEP_GRACE: Duration = Duration::from_secs(1);
-/// How long the thread sleeps at most.
-const SLEEP_MAX: Duration = Duration::from_secs(1);
 
 /// The thread's own state.
 pub(super) struct Supervisor {
@@ -58,7 +57,9 @@ pub(super) struct Supervisor {
     segment: Option<Segment>,
     /// Who waits for the first formation.
     first: Option<SyncSender<Result<EngineLimits, GroupError>>>,
-    /// What the first group's canary gave.
+    /// The first formation succeeded.
+    has_formed: bool,
+    /// What the first group's canary gave, or that of the first group with the weights of now.
     canary_token: Option<u32>,
     /// What the first group had loaded: digests of weights and of text.
     identity: Option<(String, String)>,
@@ -84,6 +85,7 @@ impl Supervisor {
             ranks: Vec::new(),
             segment: None,
             first: Some(first),
+            has_formed: false,
             canary_token: None,
             identity: None,
             identity_of_epoch: None,
@@ -144,8 +146,7 @@ impl Supervisor {
                 (self.ranks, self.segment) = (ranks, segment);
             }
             Err(e) => {
-                let what = chain(&e);
-                self.life.handle_fault(epoch, Blame { rank: 0, what });
+                self.blame(0, Cause::Start, chain(&e));
             }
         }
     }
@@ -165,7 +166,9 @@ impl Supervisor {
 
     /// Ends the ranks of a lost epoch and puts what ran on them back in line.
     fn lose(&mut self, epoch: u64, blame: &Blame, retry_in: Duration) {
-        // Killed and reaped: none of them can touch what the next epoch uses.
+        // Killed and reaped: none of them can touch what the next epoch uses. All are killed before one
+        // is waited for, since taking down the memory of each takes a while.
+        self.ranks.iter().for_each(RankProcess::kill);
         self.ranks.clear();
         self.segment = None;
         let mut state = self.shared.lock();
@@ -211,6 +214,7 @@ impl Supervisor {
     }
 
     fn tell_first(&mut self, outcome: Result<EngineLimits, GroupError>) {
+        self.has_formed |= outcome.is_ok();
         if let Some(first) = self.first.take() {
             // The starter waits for this.
             let _ = first.send(outcome);
@@ -219,7 +223,7 @@ impl Supervisor {
 
     /// True when the first formation failed: then there is no second.
     fn has_failed_at_first(&self) -> bool {
-        self.first.is_none() && self.canary_token.is_none()
+        self.first.is_none() && !self.has_formed
     }
 
     /// Passes on what handles asked for; true when all is over.
@@ -288,7 +292,7 @@ impl Supervisor {
             }
             if let Err(e) = rank.flush() {
                 let what = format!("its socket failed: {e}");
-                self.life.handle_fault(epoch, Blame { rank: 0, what });
+                self.blame(0, Cause::Socket, what);
             }
         }
         false
@@ -305,24 +309,27 @@ impl Supervisor {
         let Ok(frame) = frames::encode(&AgentTick {}, epoch) else {
             unreachable!("a tick is a few bytes");
         };
+        let mut failed = Vec::new();
         for (rank, process) in self.ranks.iter_mut().enumerate() {
             // One that reads nothing for long has bytes enough.
             if process.outgoing.is_empty() {
                 process.outgoing.extend(&frame);
             }
-            if let Err(e) = process.flush() {
-                let what = format!("its socket failed: {e}");
-                self.life.handle_fault(epoch, Blame { rank, what });
-            }
+            failed.extend(process.flush().err().map(|e| (rank, e)));
         }
-        let sign = self.shared.lock().sign;
+        for (rank, e) in failed {
+            self.blame(rank, Cause::Socket, format!("its socket failed: {e}"));
+        }
+        let Some(sign) = self.shared.lock().signs.first().copied() else {
+            return;
+        };
         let limit = engine::step_deadline(sign.expected).min(self.cfg.step_timeout) + STEP_GRACE;
         if self.life.is_ready() && sign.step_age(now).is_some_and(|age| limit < age) {
             let what = format!(
                 "a step that should take {:?} is not over after {limit:?}",
                 sign.expected
             );
-            self.life.handle_fault(epoch, Blame { rank: 0, what });
+            self.blame(0, Cause::Late, what);
         }
     }
 
@@ -333,7 +340,8 @@ impl Supervisor {
         if let Some(at) = self.shared.lock().stop_at {
             timeout = timeout.min((at + STOP_GRACE).saturating_duration_since(now));
         }
-        let timeout = timeout.min(SLEEP_MAX);
+        let next_tick = (self.ticked_at + TICK_INTERVAL).saturating_duration_since(now);
+        let timeout = timeout.min(next_tick);
         let timeout = Timespec {
             tv_sec: timeout.as_secs().cast_signed(),
             tv_nsec: i64::from(timeout.subsec_nanos()),
@@ -391,16 +399,15 @@ impl Supervisor {
             if let Err(e) = outcome
                 && ended.is_none()
             {
-                let what = chain(&e);
-                self.life.handle_fault(epoch, Blame { rank, what });
+                self.blame(rank, Cause::Socket, chain(&e));
             }
             if let Some(how) = ended {
-                self.rank_ended(epoch, rank, &how);
+                self.rank_ended(rank, &how);
             }
         }
     }
 
-    fn rank_ended(&mut self, epoch: u64, rank: usize, how: &str) {
+    fn rank_ended(&mut self, rank: usize, how: &str) {
         if self.shared.lock().stop_at.is_some() {
             // The first rank ends when it has drained; there is nothing left to wait for.
             let now = clock::now();
@@ -412,7 +419,13 @@ impl Supervisor {
             None => format!("rank {rank} {how}"),
             Some(segment) => format!("rank {rank} {how} at {}", segment.last_site(rank)),
         };
-        self.life.handle_fault(epoch, Blame { rank, what });
+        self.blame(rank, Cause::Ended, what);
+    }
+
+    /// Says why this epoch's group is lost.
+    fn blame(&mut self, rank: usize, cause: Cause, what: String) {
+        let blame = Blame { rank, cause, what };
+        self.life.handle_fault(self.life.epoch(), blame);
     }
 
     fn take(
@@ -424,7 +437,7 @@ impl Supervisor {
         let now = clock::now();
         if frame.is::<GroupEvents>() {
             let events = frame.decode::<GroupEvents>()?;
-            self.life.handle_sign(epoch, now);
+            self.life.handle_sign(epoch, rank, now);
             self.metrics.apply(events.series, &events.metrics);
             if let Some(cost) = CostModel::from_parameters(&events.cost) {
                 if let Some(file) = &mut self.cfg.cost_file {
@@ -436,23 +449,27 @@ impl Supervisor {
             self.apply(events.events, events.load, now);
         } else if frame.is::<GroupTick>() {
             let tick = frame.decode::<GroupTick>()?;
-            self.life.handle_sign(epoch, now);
-            self.shared.lock().sign = Sign {
-                at: now,
-                step_age: tick.step_age_us.map(Duration::from_micros),
-                expected: Duration::from_micros(tick.expected_us),
-            };
+            self.life.handle_sign(epoch, rank, now);
+            if let Some(sign) = self.shared.lock().signs.get_mut(rank) {
+                *sign = Sign {
+                    at: now,
+                    step_age: tick.step_age_us.map(Duration::from_micros),
+                    expected: Duration::from_micros(tick.expected_us),
+                };
+            }
         } else if frame.is::<RankReady>() {
             let ready = frame.decode::<RankReady>()?;
             self.rank_ready(epoch, rank, &ready, now);
         } else if frame.is::<RankFailed>() {
             let what = frame.decode::<RankFailed>()?.message;
-            self.life.handle_fault(epoch, Blame { rank, what });
+            self.blame(rank, Cause::Start, what);
         } else if frame.is::<RankFault>() {
             let fault = frame.decode::<RankFault>()?;
-            let rank = fault.blamed.map_or(rank, |rank| rank as usize);
-            let what = fault.message;
-            self.life.handle_fault(epoch, Blame { rank, what });
+            let (rank, cause) = match fault.blamed {
+                Some(blamed) => (blamed as usize, Cause::Late),
+                None => (rank, Cause::Fault),
+            };
+            self.blame(rank, cause, fault.message);
         } else {
             warn!(
                 kind = frame.header.type_id,
@@ -472,7 +489,7 @@ impl Supervisor {
             "rank ready"
         );
         if let Err(what) = self.check_identity(ready) {
-            self.life.handle_fault(epoch, Blame { rank, what });
+            self.blame(rank, Cause::Identity, what);
             return;
         }
         if let Some(limits) = &ready.limits {
@@ -483,7 +500,7 @@ impl Supervisor {
                     "the canary token is {found}, it was {expected} before: the weights or the \
                      processor are damaged"
                 );
-                self.life.handle_fault(epoch, Blame { rank, what });
+                self.blame(rank, Cause::Identity, what);
                 return;
             }
             if self.first.is_some() {
@@ -515,6 +532,8 @@ impl Supervisor {
         }
         let (weights, text) = self.identity.get_or_insert_with(|| found.clone());
         if *text != found.1 {
+            // Whoever waits would wait for nothing: no group is formed with what is on disk now.
+            self.shared.lock().end_all();
             return Err(
                 "configuration or tokenizer changed since the model was loaded; unload and load it again"
                     .to_owned(),
@@ -551,11 +570,7 @@ impl Supervisor {
             return;
         }
         state.is_ready = true;
-        state.sign = Sign {
-            at: clock::now(),
-            step_age: None,
-            expected: Duration::ZERO,
-        };
+        state.signs = vec![Sign::of_life(clock::now()); self.cfg.n_ranks];
         // In the order of arrival, those that ran before included.
         state.new = state.in_flight.keys().copied().collect();
         let n_resumed = state.new.len();

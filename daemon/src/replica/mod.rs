@@ -88,8 +88,10 @@ pub struct LoadReport {
     pub is_dead: bool,
     /// True while the group's ranks are started again: requests wait.
     pub is_forming: bool,
-    /// True while no step comes to its end that should have long ago.
+    /// True while no step comes to its end that should have long ago, or a rank is silent.
     pub is_stalled: bool,
+    /// The rank that is silent.
+    pub silent_rank: Option<usize>,
 }
 
 /// A model that answers. Clones share the engine; when the last one goes, requests that were taken
@@ -233,7 +235,11 @@ impl Replica {
             canary_wrong: load.canary_wrong,
             is_dead: load.is_dead,
             is_forming: group == GroupState::Forming,
-            is_stalled: group == GroupState::Stalled,
+            is_stalled: matches!(group, GroupState::Stalled { .. }),
+            silent_rank: match group {
+                GroupState::Stalled { silent } => silent,
+                GroupState::Forming | GroupState::Ready => None,
+            },
         }
     }
 

@@ -228,7 +228,7 @@ wire_struct! {
 }
 
 wire_struct! {
-    /// Sent by the first rank twice a second, whatever its engine does.
+    /// Sent by every rank twice a second, whatever it does; the first one's tells of its engine.
     pub struct GroupTick {
         /// How long the engine has been in the step that it is in.
         pub step_age_us: Option<u64>,
@@ -238,7 +238,7 @@ wire_struct! {
 }
 
 wire_struct! {
-    /// Sent by the agent every second.
+    /// Sent by the agent twice a second.
     pub struct AgentTick {}
 }
 
