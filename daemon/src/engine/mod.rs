@@ -144,7 +144,9 @@ pub fn start_reporting(
     let body = move || {
         // Dropped before the loop and its sinks: who misses an end finds the reason.
         let _obituary = obituary;
-        let first = step_loop.calibrate().and_then(|()| step_loop.run_canary());
+        let first = step_loop
+            .calibrate()
+            .and_then(|()| step_loop.run_all_canary());
         let is_ready = first.is_ok();
         let token = step_loop.canary_token().unwrap_or_default();
         // The starter waits for this, so the send cannot block or fail.

@@ -23,7 +23,7 @@ use crate::{
 
 use super::{
     Arrival, EngineConfig, EngineLimits, Outlet, calibration,
-    canary::{Canary, Verdict},
+    canary::{Canary, Part, Verdict},
     meter::{End, Meter},
     shared::Shared,
 };
@@ -185,17 +185,25 @@ impl StepLoop {
             if let Some(fatal) = self.fatal.take() {
                 return Err(fatal);
             }
-            let is_due = |due| due <= clock::now();
-            let is_silent = self.canary.due_at(self.last_token_at).is_some_and(is_due);
-            let is_busy_due = self.canary.due_when_busy_at().is_some_and(is_due);
+            let now = clock::now();
+            let is_silent = self
+                .canary
+                .due_at(self.last_token_at)
+                .is_some_and(|due| due <= now);
             let is_suspect = std::mem::take(&mut self.is_canary_due);
-            if !self.is_stopping && (is_silent || is_busy_due || is_suspect) {
-                // The failure is logged and counted; the next silence brings the next try.
-                if let Err(e @ StepError::Missing(_)) = self.run_canary() {
-                    return Err(e);
-                }
-                self.report();
+            if self.is_stopping {
+                continue;
             }
+            // The failure is logged and counted; the next silence brings the next try.
+            let outcome = match (is_silent || is_suspect, self.canary.due_when_busy(now)) {
+                (true, _) => self.run_all_canary(),
+                (false, Some(part)) => self.run_canary(part),
+                (false, None) => continue,
+            };
+            if let Err(e @ StepError::Missing(_)) = outcome {
+                return Err(e);
+            }
+            self.report();
         }
     }
 
@@ -220,43 +228,47 @@ impl StepLoop {
         self.canary.expected()
     }
 
-    /// Runs the canary and notes what it showed.
-    pub(super) fn run_canary(&mut self) -> Result<(), StepError> {
+    /// Runs every part of the canary; the first time that learns what they have to give.
+    pub(super) fn run_all_canary(&mut self) -> Result<(), StepError> {
+        self.canary
+            .parts()
+            .try_for_each(|part| self.run_canary(part))
+    }
+
+    /// Runs a part of the canary and notes what it showed.
+    fn run_canary(&mut self, part: Part) -> Result<(), StepError> {
         let now = clock::now();
-        let expected = self.cost.seconds(self.canary.shape());
+        let expected = self.cost.seconds(self.canary.shape(part));
         let expected = Duration::try_from_secs_f64(expected).unwrap_or(Duration::MAX);
         // The first one of all may read weights from a disk.
-        let deadline = self.canary.expected().map(|_| step_deadline(expected));
+        let deadline = (self.canary.has_run(part)).then(|| step_deadline(expected));
         self.shared
             .begin_step(now, deadline.map_or(DEADLINE_MAX, |_| expected));
         let verdict = self.canary.run(
+            part,
             now,
             deadline,
             &mut *self.executor,
             &mut lock(&self.draws.scratches[0]),
         );
         self.shared.end_step();
-        self.canary.note_end(clock::now());
+        self.canary.note_end(part, clock::now());
+        self.shared
+            .is_canary_wrong
+            .store(self.canary.is_wrong(), Ordering::Release);
         match &verdict {
             Ok(Verdict::Right) => self.meter.canaries_right.increment(1),
             Ok(Verdict::Wrong { expected, found }) => {
                 self.meter.canaries_wrong.increment(1);
-                tracing::error!(model = %self.model, expected, found, "the canary token changed");
+                // The token may be the same still: all logits have to be.
+                tracing::error!(model = %self.model, expected, found, "the canary's logits changed");
             }
             Err(e) => {
                 self.meter.canaries_failed.increment(1);
-                // Logits that are no numbers are wrong ones. A lost group is not this engine's any more.
-                let is_wrong = !matches!(e, StepError::Missing(_));
-                self.shared
-                    .is_canary_wrong
-                    .fetch_or(is_wrong, Ordering::AcqRel);
                 tracing::error!(model = %self.model, error = %e, "the canary step failed");
             }
         }
-        let verdict = verdict?;
-        self.shared
-            .is_canary_wrong
-            .store(verdict != Verdict::Right, Ordering::Release);
+        verdict?;
         self.note_token(clock::now());
         Ok(())
     }

@@ -78,7 +78,7 @@ pub enum NotReady {
         tensor: String,
     },
     /// A model says something else than it used to.
-    #[error("the model `{model}` answers a fixed prompt with another token than it did at first")]
+    #[error("the model `{model}` answers a fixed prompt otherwise than it did at first")]
     WrongToken {
         /// Its name.
         model: String,

@@ -38,6 +38,8 @@ fn replica(
     let (fake, control) = FakeExecutor::new(limits);
     let mut cfg = EngineConfig::for_executor("fake", &limits);
     cfg.canary_interval = Duration::from_secs(3600);
+    // One step at the start, without a part that runs by itself.
+    cfg.canary_prompt.truncate(1);
     // Nothing is measured before the first request.
     cfg.cost = Some(CostModel::default());
     change(&mut cfg);
@@ -681,6 +683,7 @@ impl StepExecutor for Breaks {
 fn nobody_waits_for_an_engine_that_panicked() {
     let (fake, _) = FakeExecutor::new(ROOMY);
     let mut cfg = EngineConfig::for_executor("fake", &ROOMY);
+    cfg.canary_prompt.truncate(1);
     cfg.cost = Some(CostModel::default());
     let replica = Replica::start(Box::new(Breaks(fake, 0)), cfg).unwrap();
     let (first, mut stream) = request(1, 4, 5);

@@ -282,3 +282,52 @@ fn a_full_disk_is_said_and_leaves_nothing() {
     }
     assert_eq!(names(folder.path()), [""; 0]);
 }
+
+/// The canary used to run only when nothing else did: wrong answers under load went on and on, and
+/// `/ready` said 200.
+#[test]
+fn weights_that_are_overwritten_under_load_turn_readiness() {
+    let (_folder, out) = packed(&data::smollm2());
+    let node = Node::builder(&out)
+        // Not by looking at the file.
+        .env("DSD_ENGINE__SCRUB_INTERVAL_S", 86_400)
+        .allow("canary")
+        .allow("is damaged")
+        .allow("cannot be locked into memory")
+        .start();
+    let body = json!({"prompt": [1, 2, 3], "max_tokens": 16, "ignore_eos": true});
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    let took = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !is_over.load(std::sync::atomic::Ordering::Acquire) {
+                    node.post("/v1/completions", &body);
+                }
+            });
+        }
+        wait::until_true("traffic", || node.model_status()["n_running"] != 0);
+        nudge(&rank_file(&out));
+        let at = Instant::now();
+        let words = wait::until_or(wait::DEADLINE, || {
+            let reply = node.get("/ready");
+            (reply.status == 503).then_some(reply.body)
+        });
+        is_over.store(true, std::sync::atomic::Ordering::Release);
+        let words = words.unwrap_or_else(|| panic!("still ready"));
+        assert!(words.contains("answers a fixed prompt"), "{words}");
+        at.elapsed()
+    });
+    // A second of the canary's interval, steps that other tests slow down, and the writing.
+    assert!(took < Duration::from_secs(4), "{took:?}");
+}
+
+/// Flips the lowest bit of every 64th byte in the middle half of a file, in place: answers stay text.
+fn nudge(path: &Path) {
+    let file = fs::OpenOptions::new().read(true).write(true).open(path);
+    let file = file.unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut part = vec![0; (len / 2) as usize];
+    file.read_exact_at(&mut part, len / 4).unwrap();
+    part.iter_mut().step_by(64).for_each(|byte| *byte ^= 1);
+    file.write_all_at(&part, len / 4).unwrap();
+}
