@@ -144,6 +144,14 @@ pub(super) struct InFlight {
 }
 
 impl Shared {
+    /// Of a group without requests.
+    pub(super) fn new(now: Instant) -> io::Result<Self> {
+        Ok(Self {
+            state: Mutex::new(State::new(now)),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -160,13 +168,8 @@ impl GroupHandle {
     /// # Errors
     /// [`GroupError`]; no process is left behind.
     pub fn start(cfg: GroupConfig) -> Result<Self, GroupError> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|e| GroupError::Start(e.into()))?;
         let now = clock::now();
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State::new(now)),
-            bell,
-        });
+        let shared = Arc::new(Shared::new(now).map_err(GroupError::Start)?);
         let drain_limit = cfg.drain_limit;
         let (first_tx, first_rx) = mpsc::sync_channel(1);
         let mut supervisor = Supervisor::new(cfg, Arc::clone(&shared), first_tx, now);

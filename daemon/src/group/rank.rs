@@ -112,7 +112,10 @@ pub enum FormError {
 /// [`RankError`]; the agent was told.
 pub fn run(agent_pid: Option<u32>) -> Result<(), RankError> {
     let started = clock::now();
-    end_with(agent_pid)?;
+    if !end_with(agent_pid)? {
+        // It was gone before this process had begun; there is nobody to tell.
+        return Ok(());
+    }
     let stdin = io::stdin();
     let socket = stdin
         .as_fd()
@@ -198,16 +201,13 @@ fn live(
     outcome
 }
 
-/// Makes the end of the agent this process' end, from its first instant on.
-fn end_with(agent_pid: Option<u32>) -> Result<(), RankError> {
+/// Makes the end of the agent this process' end, from its first instant on; false when it has ended.
+fn end_with(agent_pid: Option<u32>) -> Result<bool, RankError> {
     set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(|e| SocketError::from(io::Error::from(e)))?;
     // An agent that ended before that has left this process to somebody else already.
     let parent = getppid().map(|pid| pid.as_raw_nonzero().get().cast_unsigned());
-    match agent_pid {
-        Some(agent) if parent != Some(agent) => Err(RankError::NoAgent),
-        _ => Ok(()),
-    }
+    Ok(agent_pid.is_none_or(|agent| parent == Some(agent)))
 }
 
 fn tick(engine: &EngineHandle) -> GroupTick {
