@@ -326,7 +326,7 @@ impl Supervisor {
         let limit = engine::step_deadline(sign.expected).min(self.cfg.step_timeout) + STEP_GRACE;
         if self.life.is_ready() && sign.step_age(now).is_some_and(|age| limit < age) {
             let what = format!(
-                "a step that should take {:?} is not over after {limit:?}",
+                "rank 0 is in a step that should take {:?} and is not over after {limit:?}",
                 sign.expected
             );
             self.blame(0, Cause::Late, what);

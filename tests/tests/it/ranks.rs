@@ -201,11 +201,19 @@ fn readiness_goes_within_two_seconds_of_a_frozen_rank_at_default_settings() {
         let stream = is_busy.then(|| begin(&node));
         let at = std::time::Instant::now();
         process::signal(pids(&node, 1)[frozen], "STOP");
-        wait::until_true("503", || node.get("/ready").status == 503);
-        // An idle engine finds a frozen follower by its canary, 3 s after the last one at most.
-        let limit = if is_busy || frozen == 0 { 2.5 } else { 5.5 };
+        let mut words = String::new();
+        wait::until_true("503", || {
+            let reply = node.get("/ready");
+            words = reply.body;
+            reply.status == 503
+        });
         let took = at.elapsed().as_secs_f64();
-        assert!(took < limit, "{took} s, {n_ranks} ranks, busy: {is_busy}");
+        assert!(took < 2.5, "{took} s, {n_ranks} ranks, busy: {is_busy}");
+        assert!(words.contains("stalled"), "{words}");
+        if !is_busy {
+            let blamed = format!("rank {frozen} gives no sign of life");
+            assert!(words.contains(&blamed), "{words}");
+        }
         if let Some(stream) = stream {
             text_of(stream);
         }
@@ -247,7 +255,8 @@ fn a_stream_does_not_go_on_with_other_weights() {
     );
     wait::until_true("the new weights", || node.get("/ready").status == 200);
     node.must_serve();
-    // Another tokenizer is not what the agent speaks.
+    // Another tokenizer is not what the agent speaks; what runs ends, and does not wait for it.
+    let (mut stream, _) = begin(&node);
     let tokenizer = path.join("tokenizer.json");
     let mut text = fs::read(&tokenizer).unwrap();
     text.push(b'\n');
@@ -262,6 +271,15 @@ fn a_stream_does_not_go_on_with_other_weights() {
                 .contains("unload and load it again")
         })
     });
+    let mut bytes = Vec::new();
+    while let Some(chunk) = stream.chunk().unwrap() {
+        bytes.extend(chunk);
+    }
+    let text = String::from_utf8(bytes).unwrap();
+    assert!(
+        text.contains(r#""finish_reason":"insufficient_system_resource""#),
+        "{text}"
+    );
     assert_eq!(node.get("/ready").status, 503);
 }
 
@@ -373,11 +391,30 @@ fn ranks_end_with_their_agent() {
     must_end_soon(&pids);
 }
 
+/// Ranks that an agent started and that are not over.
+fn ranks_of(agent: u32) -> Vec<u32> {
+    let is_rank = |pid: &u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words = line.split(|b| *b == 0).collect::<Vec<_>>();
+        let agent = agent.to_string();
+        words.contains(&b"rank".as_slice()) && words.contains(&agent.as_bytes())
+    };
+    let pids = fs::read_dir("/proc").unwrap();
+    let pids = pids.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let lives = |pid: &u32| !matches!(state_of(*pid), None | Some('Z'));
+    pids.filter(is_rank).filter(lives).collect()
+}
+
+/// Moments after an agent listens, before and after its ranks are started: a walk over the way up.
+fn moments() -> impl Iterator<Item = Duration> {
+    std::iter::successors(Some(1_u64), |at| Some((at * 5 + 3_701) % 120_011))
+        .map(Duration::from_micros)
+}
+
 /// A rank that was loading, or waited for others to load, used to live on.
 #[test]
 fn no_rank_outlives_its_agent_from_its_first_instant_on() {
-    // Moments in microseconds after the ranks were started: a walk over the way up.
-    let mut moment = 0;
+    let mut moments = moments();
     for (n_ranks, signal) in [
         (1, "KILL"),
         (2, "TERM"),
@@ -385,15 +422,41 @@ fn no_rank_outlives_its_agent_from_its_first_instant_on() {
         (4, "KILL"),
         (4, "TERM"),
     ] {
-        for _ in 0..4 {
+        for moment in moments.by_ref().take(4) {
             let mut node = node(n_ranks).spawn();
-            wait::until("the ranks", || node.logged("group forming"));
-            std::thread::sleep(Duration::from_micros(moment));
-            moment = (moment * 5 + 3_701) % 60_000;
-            let pids = pids(&node, 1);
-            process::signal(node.pid(), signal);
+            std::thread::sleep(moment);
+            let agent = node.pid();
+            process::signal(agent, signal);
             node.exit();
-            must_end_soon(&pids);
+            let left = wait::until_or(Duration::from_secs(2), || {
+                ranks_of(agent).is_empty().then_some(())
+            });
+            assert!(left.is_some(), "{:?} live on", ranks_of(agent));
+        }
+    }
+}
+
+/// The agent's limit counts from the first instant of a rank on, not from when it serves.
+#[test]
+fn ranks_of_an_agent_that_is_frozen_on_its_way_up_end_after_its_limit() {
+    let mut moments = moments().skip(2);
+    for n_ranks in [1, 2, 4] {
+        for moment in moments.by_ref().take(2) {
+            let mut node = node(n_ranks)
+                .env("DSD_ENGINE__AGENT_TIMEOUT_S", 2)
+                .allow("the agent is silent")
+                .spawn();
+            wait::until("the ranks", || node.logged("group forming"));
+            std::thread::sleep(moment);
+            let agent = node.pid();
+            process::signal(agent, "STOP");
+            // Its limit, and 2 s.
+            let ended = wait::until_or(Duration::from_secs(4), || {
+                ranks_of(agent).is_empty().then_some(())
+            });
+            assert!(ended.is_some(), "{:?} live on", ranks_of(agent));
+            process::signal(agent, "KILL");
+            node.exit();
         }
     }
 }
