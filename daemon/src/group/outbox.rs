@@ -67,18 +67,20 @@ impl Outbox {
         Ok(Self { shared, epoch })
     }
 
-    /// Sends what `tick` says twice a second from now on.
+    /// Sends what `tick` says, if it says something, twice a second from now on.
     ///
     /// # Errors
     /// When the system refuses a thread.
     pub(super) fn start_ticking<M: Message>(
         &self,
-        tick: impl Fn() -> M + Send + 'static,
+        tick: impl Fn() -> Option<M> + Send + 'static,
     ) -> io::Result<()> {
         let outbox = self.clone();
         thread::spawn("dsd-tick", move || {
             while !outbox.shared.lock().is_over() {
-                outbox.send(&tick());
+                if let Some(message) = tick() {
+                    outbox.send(&message);
+                }
                 std::thread::sleep(TICK_INTERVAL);
             }
         })?;

@@ -165,9 +165,10 @@ fn live(
     // From now on, so that the end of the agent is noticed while this one loads or waits for others.
     let (heard_tx, heard) = mpsc::sync_channel(FRAMES_AHEAD_MAX);
     let is_ending = Arc::new(AtomicBool::new(false));
-    let watched = Arc::clone(&is_ending);
+    let is_listened_to = Arc::new(AtomicBool::new(false));
+    let flags = (Arc::clone(&is_ending), Arc::clone(&is_listened_to));
     thread::spawn("dsd-agent", move || {
-        watch_agent(reader, &heard_tx, &watched)
+        watch_agent(reader, &heard_tx, &flags.0, &flags.1)
     })
     .map_err(SocketError::from)?;
     let (executor, identity) = form(start).map_err(failed)?;
@@ -185,16 +186,18 @@ fn live(
         agent.send(&ready(Some(limits)));
         let handle = Arc::clone(&engine.handle);
         agent
-            .start_ticking(move || tick(&handle))
+            .start_ticking(move || Some(tick(&handle)))
             .map_err(SocketError::from)?;
         return engine.serve(&heard, agent);
     }
     agent.send(&ready(None));
+    let sign = GroupTick {
+        step_age_us: None,
+        expected_us: 0,
+    };
+    // `dsd eval` ticks for nobody, and never reads.
     agent
-        .start_ticking(|| GroupTick {
-            step_age_us: None,
-            expected_us: 0,
-        })
+        .start_ticking(move || is_listened_to.load(Ordering::Acquire).then(|| sign.clone()))
         .map_err(SocketError::from)?;
     let outcome = follow(executor);
     is_ending.store(true, Ordering::Release);
@@ -220,10 +223,18 @@ fn tick(engine: &EngineHandle) -> GroupTick {
 
 /// Passes on what the agent says, and ends the process with it, or when it was silent for too long:
 /// an agent that is frozen holds no streams, and its service manager will start another one.
-fn watch_agent(mut socket: UnixStream, heard: &SyncSender<Frame>, is_ending: &AtomicBool) {
+fn watch_agent(
+    mut socket: UnixStream,
+    heard: &SyncSender<Frame>,
+    is_ending: &AtomicBool,
+    is_listened_to: &AtomicBool,
+) {
     loop {
         match frames::read(&mut socket) {
-            Ok(Some(frame)) if frame.is::<AgentTick>() => {}
+            // Who ticks listens for ticks.
+            Ok(Some(frame)) if frame.is::<AgentTick>() => {
+                is_listened_to.store(true, Ordering::Release);
+            }
             // Nobody takes it once the engine has ended; then the process is about to.
             Ok(Some(frame)) => drop(heard.send(frame)),
             Ok(None) if is_ending.load(Ordering::Acquire) => return,
