@@ -30,6 +30,8 @@ const SPEED_DECAY: f64 = 0.995;
 const SURPRISE_MAX: f64 = 4.0;
 /// Steps in which everything predicted is scaled to what was seen.
 const N_FIRST_STEPS: u64 = 6;
+/// A step may take this many times as long as its decodes alone, whatever its target.
+const STEP_OVER_DECODES: f64 = 3.0;
 /// Parameters stay within these bounds, in seconds.
 const PARAMETER_MIN: f64 = 1e-15;
 const PARAMETER_MAX: f64 = 1e6;
@@ -173,10 +175,10 @@ impl CostModel {
         fitting
     }
 
-    /// Seconds that a step with these decodes may take where `target` are wanted: prompts have at least
-    /// as much of it as the decodes, or many running sequences would keep new ones out.
+    /// Seconds that a step with these decodes may take where `target` are wanted. Prompts have two
+    /// thirds of it at least: with less, few sequences run at once, and each costs more.
     pub fn step_seconds_max(&self, target: f64, decodes: StepShape) -> f64 {
-        target.max(2.0 * self.seconds(decodes))
+        target.max(STEP_OVER_DECODES * self.seconds(decodes))
     }
 
     /// Steps observed.

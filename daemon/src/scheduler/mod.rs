@@ -14,7 +14,7 @@
 //! short prompts pass long ones and long ones do not starve.
 //!
 //! Invariant: a step never has more tokens than the budget, it never takes longer by prediction than
-//! its target or twice its decodes, and at least [`PREFILL_ROWS_MIN`] positions of prompts go on in
+//! its target or three times its decodes, and at least [`PREFILL_ROWS_MIN`] positions of prompts go on in
 //! every step that has any.
 //! Invariant: somebody progresses in every step: the oldest running sequence may displace all others,
 //! and alone it fits the pool, because a longer one is refused on arrival.
