@@ -25,7 +25,7 @@ use crate::{
         },
     },
     runtime::clock,
-    text::{ChatOptions, OutputDelta, ReasoningMode},
+    text::{ChatOptions, OutputDelta, OutputForm},
 };
 
 pub(super) async fn run(
@@ -77,7 +77,7 @@ pub(super) async fn run(
             }
             GenerationEvent::Finished { end, .. } => {
                 finish_reason = match end {
-                    ChoiceEnd::Stop => Finish::Stop,
+                    ChoiceEnd::Stop | ChoiceEnd::ToolCalls => Finish::Stop,
                     ChoiceEnd::Length => Finish::Length,
                     ChoiceEnd::DeadlinePassed
                     | ChoiceEnd::Stopped
@@ -111,6 +111,8 @@ fn delta(pieces: Vec<OutputDelta>, n_tokens: usize) -> GenerateDelta {
         match piece {
             OutputDelta::Content(text) => delta.content.push_str(&text),
             OutputDelta::Reasoning(text) => delta.reasoning.push_str(&text),
+            // No tools were offered.
+            OutputDelta::ToolCall(_) | OutputDelta::ToolArguments(_) => {}
         }
     }
     delta
@@ -126,14 +128,14 @@ fn prepare(
     let prompt = match request.input {
         Input::Tokens(ids) => PreparedPrompt {
             ids,
-            reasoning: ReasoningMode::Off,
+            form: OutputForm::PLAIN,
         },
         Input::Prompt(text) => {
             let ids = model.text.encode_prompt(&text, tokens_max);
             let ids = ids.map_err(|e| ApiError::of_text(&e, "prompt"))?;
             PreparedPrompt {
                 ids,
-                reasoning: ReasoningMode::Off,
+                form: OutputForm::PLAIN,
             }
         }
         Input::Chat(messages) => {
@@ -168,7 +170,7 @@ fn prepare(
             let prompt = prompt.map_err(|e| ApiError::of_text(&e, "messages"))?;
             PreparedPrompt {
                 ids: prompt.ids,
-                reasoning: prompt.reasoning,
+                form: prompt.form,
             }
         }
     };

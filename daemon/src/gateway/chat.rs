@@ -9,7 +9,7 @@ use axum::{
 };
 use dsd_proto::openai::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
-    FinishReason, Usage,
+    FinishReason, FunctionDelta, FunctionReply, ToolCallDelta, ToolCallReply, Usage,
 };
 
 use super::{
@@ -39,10 +39,12 @@ pub(super) async fn create(
     let head = Head::new(prepared.model, prepared.model_name, wants_logprobs);
     if prepared.stream {
         let started = vec![false; generation.n_choices()];
+        let n_calls = vec![0; generation.n_choices()];
         let encoder = Encoder {
             head,
             include_usage: prepared.include_usage,
             started,
+            n_calls,
         };
         return sse::response(generation, encoder, gateway.config.keep_alive);
     }
@@ -71,6 +73,13 @@ impl Head {
             wants_logprobs,
         }
     }
+
+    /// Of a choice's call, from 0: the same in every answer to the same stream.
+    fn call_id(&self, choice: usize, call: usize) -> String {
+        let name = format!("{}/{choice}/{call}", self.id);
+        let digest = blake3::hash(name.as_bytes()).to_hex();
+        format!("call_{call:02}_{}", &digest[..24])
+    }
 }
 
 /// Collects a generation into one answer.
@@ -78,12 +87,14 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
     struct Partial {
         content: String,
         reasoning: Option<String>,
+        calls: Vec<ToolCallReply>,
         logprobs: ChatLogprobs,
         finish_reason: FinishReason,
     }
     let new = || Partial {
         content: String::new(),
         reasoning: None,
+        calls: Vec::new(),
         logprobs: ChatLogprobs::default(),
         finish_reason: FinishReason::Stop,
     };
@@ -102,6 +113,19 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
                         OutputDelta::Content(text) => partial.content.push_str(&text),
                         OutputDelta::Reasoning(text) => {
                             partial.reasoning.get_or_insert_default().push_str(&text)
+                        }
+                        OutputDelta::ToolCall(name) => partial.calls.push(ToolCallReply {
+                            id: head.call_id(choice, partial.calls.len()),
+                            kind: "function".to_owned(),
+                            function: FunctionReply {
+                                name,
+                                arguments: String::new(),
+                            },
+                        }),
+                        OutputDelta::ToolArguments(text) => {
+                            if let Some(call) = partial.calls.last_mut() {
+                                call.function.arguments.push_str(&text);
+                            }
                         }
                     }
                 }
@@ -124,8 +148,10 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
             index,
             message: ChatReply {
                 role: "assistant".to_owned(),
-                content: partial.content,
+                content: Some(partial.content)
+                    .filter(|text| !text.is_empty() || partial.calls.is_empty()),
                 reasoning_content: partial.reasoning,
+                tool_calls: partial.calls,
             },
             logprobs: head.wants_logprobs.then_some(partial.logprobs),
             finish_reason: partial.finish_reason,
@@ -154,6 +180,8 @@ struct Encoder {
     include_usage: bool,
     /// Choices whose role was sent.
     started: Vec<bool>,
+    /// Calls of each choice that have begun.
+    n_calls: Vec<usize>,
 }
 
 impl Encoder {
@@ -165,6 +193,24 @@ impl Encoder {
             model: self.head.model_name.clone(),
             choices,
             usage: self.include_usage.then_some(usage),
+        }
+    }
+
+    /// The first chunk of a call.
+    fn call(&mut self, choice: usize, name: String) -> ChatDelta {
+        let index = self.n_calls[choice];
+        self.n_calls[choice] += 1;
+        ChatDelta {
+            tool_calls: vec![ToolCallDelta {
+                index,
+                id: Some(self.head.call_id(choice, index)),
+                kind: Some("function".to_owned()),
+                function: FunctionDelta {
+                    name: Some(name),
+                    arguments: String::new(),
+                },
+            }],
+            ..ChatDelta::default()
         }
     }
 
@@ -208,6 +254,19 @@ impl ChunkEncoder for Encoder {
                 },
                 OutputDelta::Reasoning(text) => ChatDelta {
                     reasoning_content: Some(text),
+                    ..ChatDelta::default()
+                },
+                OutputDelta::ToolCall(name) => self.call(event.choice, name),
+                OutputDelta::ToolArguments(arguments) => ChatDelta {
+                    tool_calls: vec![ToolCallDelta {
+                        index: self.n_calls[event.choice].saturating_sub(1),
+                        id: None,
+                        kind: None,
+                        function: FunctionDelta {
+                            name: None,
+                            arguments,
+                        },
+                    }],
                     ..ChatDelta::default()
                 },
             };

@@ -16,7 +16,7 @@ use super::{
     logprobs, prepare, routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
-use crate::{catalog::ServedModel, runtime::clock, text::OutputDelta};
+use crate::{catalog::ServedModel, runtime::clock};
 
 pub(super) async fn create(
     State(gateway): State<Arc<Gateway>>,
@@ -125,8 +125,7 @@ impl Encoder {
     ) -> (String, Option<CompletionLogprobs>) {
         let mut text = String::new();
         for delta in &event.deltas {
-            let (OutputDelta::Content(piece) | OutputDelta::Reasoning(piece)) = delta;
-            text.push_str(piece);
+            text.push_str(delta.text());
         }
         let offset = &mut self.offsets[event.choice];
         let logprobs = (self.wants_logprobs && !event.tokens.is_empty())

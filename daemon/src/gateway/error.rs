@@ -101,7 +101,7 @@ impl ApiError {
                 Self::new(Code::Internal, "the model failed while it was answering")
             }
             // Neither is an error; whoever asks anyway gets no invented cause.
-            ChoiceEnd::Stop | ChoiceEnd::Length => {
+            ChoiceEnd::Stop | ChoiceEnd::ToolCalls | ChoiceEnd::Length => {
                 Self::new(Code::Internal, "the answer is complete")
             }
         }

@@ -31,7 +31,7 @@ use crate::{
     replica::SubmitError,
     runtime::clock,
     tenants::Lease,
-    text::{OutputDelta, OutputParser, ReasoningMode},
+    text::{OutputDelta, OutputForm, OutputParser},
 };
 
 /// How long after its deadline an engine that says nothing is given up on. A healthy one ends the
@@ -43,8 +43,8 @@ const DEADLINE_GRACE: Duration = Duration::from_secs(5);
 pub struct PreparedPrompt {
     /// Its tokens.
     pub ids: Vec<u32>,
-    /// Whether and where thoughts are told from content; plain completions show all text.
-    pub reasoning: ReasoningMode,
+    /// How what follows is to be read.
+    pub form: OutputForm,
 }
 
 /// How to continue the prompts.
@@ -109,6 +109,8 @@ pub struct TokenChoice {
 pub enum ChoiceEnd {
     /// An end token, a stop token or a stop string.
     Stop,
+    /// The same, behind calls of tools.
+    ToolCalls,
     /// `max_tokens` or the context length.
     Length,
     /// The deadline passed.
@@ -128,6 +130,7 @@ impl ChoiceEnd {
         use dsd_proto::openai::FinishReason;
         match self {
             Self::Stop => Some(FinishReason::Stop),
+            Self::ToolCalls => Some(FinishReason::ToolCalls),
             Self::Length => Some(FinishReason::Length),
             Self::DeadlinePassed => Some(FinishReason::DeadlineExceeded),
             Self::Stopped | Self::Lost => Some(FinishReason::InsufficientSystemResource),
@@ -137,12 +140,13 @@ impl ChoiceEnd {
 
     /// True when nothing is missing.
     pub fn is_whole(&self) -> bool {
-        matches!(self, Self::Stop | Self::Length)
+        matches!(self, Self::Stop | Self::ToolCalls | Self::Length)
     }
 
     fn label(&self) -> &'static str {
         match self {
             Self::Stop => "stop",
+            Self::ToolCalls => "tool_calls",
             Self::Length => "length",
             Self::DeadlinePassed => "deadline",
             Self::Stopped => "stopped",
@@ -295,7 +299,7 @@ impl Generation {
         };
         let parser = OutputParser::new(
             Arc::clone(&self.model.text),
-            prompt.reasoning,
+            &prompt.form,
             params.stop.clone(),
         );
         let choice = Choice {
@@ -446,7 +450,13 @@ impl Generation {
 
     /// Drops the choice's stream, which cancels it in the engine if it still runs.
     fn end(&mut self, idx: usize, end: ChoiceEnd) {
-        self.choices[idx].stream = None;
+        let choice = &mut self.choices[idx];
+        choice.stream = None;
+        let has_called = 0 < choice.parser.n_tool_calls();
+        let end = match end {
+            ChoiceEnd::Stop if has_called => ChoiceEnd::ToolCalls,
+            end => end,
+        };
         if let ChoiceEnd::Failed(cause) = &end {
             tracing::error!(model = self.model.name, cause, "a generation failed");
         }

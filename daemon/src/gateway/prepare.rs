@@ -13,7 +13,7 @@ use dsd_proto::{
     code::Code,
     openai::{
         self, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt, RequestError,
-        ServiceTier,
+        ServiceTier, ToolChoice,
     },
 };
 use tokio::{task, time};
@@ -32,7 +32,7 @@ use crate::{
     replica::SubmitError,
     runtime::clock,
     tenants::{Caller, Refused},
-    text::{ChatOptions, ReasoningMode},
+    text::{ChatOptions, OutputForm},
 };
 
 /// Header with the seconds that the client waits for the whole answer.
@@ -268,10 +268,14 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         .iter()
         .map(|message| message.to_value())
         .collect();
+    let offers_tools = !request.tools.is_empty() && request.tool_choice != ToolChoice::None;
+    let tools = request.tools.into_iter().map(|tool| tool.source);
     let options = ChatOptions {
         add_generation_prompt: true,
         thinking: request.thinking,
-        tools: None,
+        tools: offers_tools.then(|| tools.collect()),
+        describe_tools: true,
+        continues: request.continues,
         template_kwargs,
         tokens_max: Some(model.replica.limits().prompt_len_max()),
     };
@@ -281,7 +285,13 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         .map_err(|e| ApiError::of_text(&e, "messages"))?;
     let prompt = PreparedPrompt {
         ids: prompt.ids,
-        reasoning: prompt.reasoning,
+        form: OutputForm {
+            tool_calls_max: match request.parallel_tool_calls {
+                true => usize::MAX,
+                false => 1,
+            },
+            ..prompt.form
+        },
     };
     prepared(
         caller,
@@ -314,7 +324,7 @@ pub(super) fn completion(
         };
         prompts.push(PreparedPrompt {
             ids,
-            reasoning: ReasoningMode::Off,
+            form: OutputForm::PLAIN,
         });
     }
     prepared(

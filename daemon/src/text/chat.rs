@@ -9,8 +9,10 @@ use super::{
     error::TextError,
     guard::{Guard, UsedMarks},
     model::TextModel,
+    output::OutputForm,
     reasoning::ReasoningMode,
     template::ChatTemplates,
+    tools::{ToolMarkup, prompt},
 };
 
 /// What a conversation is rendered with, besides its messages.
@@ -22,6 +24,11 @@ pub struct ChatOptions {
     pub thinking: Option<bool>,
     /// Tools offered, a list as in the public API.
     pub tools: Option<Value>,
+    /// Where the template shows no tools they are described in the system turn, and calls and results
+    /// become text where it knows none; else both are left to the template, as transformers does.
+    pub describe_tools: bool,
+    /// The last message is an assistant's, and the prompt ends inside it.
+    pub continues: bool,
     /// Further variables for the template; they win over all others but the messages.
     pub template_kwargs: Map<String, Value>,
     /// Encoding stops once it is certain that there are more tokens; `None` sets no limit.
@@ -37,8 +44,8 @@ pub struct ChatPrompt {
     pub text: String,
     /// The prompt ends in `<think>`: the answer starts with reasoning.
     pub starts_in_reasoning: bool,
-    /// How the answer is to be split.
-    pub reasoning: ReasoningMode,
+    /// How the answer is to be read.
+    pub form: OutputForm,
 }
 
 /// Roles that templates are given.
@@ -72,6 +79,11 @@ impl TextModel {
     ) -> Result<ChatPrompt, TextError> {
         let templates = self.templates().ok_or(TextError::NoTemplate)?;
         let guard = self.guard(templates, messages, options)?;
+        let (messages, begun) = match messages.split_last() {
+            Some((last, before)) if options.continues => (before, Some(last)),
+            _ => (messages, None),
+        };
+        let markup = templates.tool_markup().unwrap_or(ToolMarkup::Hermes);
         let render = |no_content| -> Result<String, TextError> {
             let mut prepared = Vec::with_capacity(messages.len());
             for (index, message) in messages.iter().enumerate() {
@@ -84,25 +96,36 @@ impl TextModel {
                     no_content,
                 )?);
             }
+            if options.describe_tools && templates.tool_markup().is_none() {
+                prepared = prompt::as_text(prepared);
+            }
+            if let Some(tools) = &options.tools
+                && options.describe_tools
+                && !templates.shows_tools()
+            {
+                let text = prompt::describe(markup, tools, &guard);
+                prompt::into_system_turn(&mut prepared, &text);
+            }
             let context = self.context(prepared, options, &guard);
             templates.render(&context, options.tools.is_some())
         };
         // Some templates want null for an absent content (V2.5 and later tell a tool call by it),
         // others fail on it (V2, R1-0528-Qwen3).
-        let marked = match render(NoContent::Null) {
+        let mut marked = match render(NoContent::Null) {
             Err(TextError::Render { .. }) if messages.iter().any(lacks_content) => {
                 render(NoContent::EmptyString)?
             }
             other => other?,
         };
+        let goes_on_inside = begun.map(|begun| continue_with(&mut marked, begun, &guard));
         let ids = self.encode_marked(
             &marked,
             Some(guard.mark()),
             options.tokens_max.unwrap_or(usize::MAX),
         )?;
         let end = marked.trim_end();
-        let starts_in_reasoning = end.ends_with("<think>");
-        let closed = end.ends_with("</think>");
+        let starts_in_reasoning = goes_on_inside.unwrap_or_else(|| end.ends_with("<think>"));
+        let closed = goes_on_inside.is_some() || end.ends_with("</think>");
         let reasoning = match options.thinking {
             _ if starts_in_reasoning => ReasoningMode::Inside,
             Some(false) => ReasoningMode::Off,
@@ -113,7 +136,11 @@ impl TextModel {
             ids,
             text: guard.clean(&marked),
             starts_in_reasoning,
-            reasoning,
+            form: OutputForm {
+                reasoning,
+                tools: options.tools.as_ref().map(|_| markup),
+                tool_calls_max: usize::MAX,
+            },
         })
     }
 
@@ -173,6 +200,33 @@ impl TextModel {
         context.insert("messages".to_owned(), Value::Array(messages));
         Value::Object(context)
     }
+}
+
+/// Opens the assistant's turn as far as it was given: its thoughts, if any, then its text. True when
+/// the answer goes on in the thoughts.
+fn continue_with(marked: &mut String, begun: &Value, guard: &Guard<'_>) -> bool {
+    let text_of = |key: &str| match begun.get(key) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Array(parts)) => parts
+            .iter()
+            .filter_map(|part| part["text"].as_str())
+            .collect(),
+        _ => String::new(),
+    };
+    let (thoughts, content) = (text_of("reasoning_content"), text_of("content"));
+    if marked.trim_end().ends_with("<think>") {
+        let breaks_lines = marked.ends_with('\n');
+        marked.push_str(&guard.text(&thoughts));
+        if content.is_empty() && !thoughts.is_empty() {
+            return true;
+        }
+        marked.push_str(match breaks_lines {
+            true => "\n</think>\n\n",
+            false => "</think>",
+        });
+    }
+    marked.push_str(&guard.text(&content));
+    false
 }
 
 fn lacks_content(message: &Value) -> bool {

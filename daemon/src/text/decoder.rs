@@ -6,20 +6,22 @@
 
 use std::sync::Arc;
 
-use super::model::TextModel;
+use super::{model::TextModel, tools::ToolMarkup};
 
 /// The text of one token stream.
 #[derive(Debug)]
 pub struct OutputDecoder {
     model: Arc<TextModel>,
+    tools: Option<ToolMarkup>,
     utf8: Utf8Assembler,
 }
 
 impl OutputDecoder {
-    /// A decoder at the start of an output.
-    pub fn new(model: Arc<TextModel>) -> Self {
+    /// A decoder at the start of an output. Special tokens that `tools` is made of are text.
+    pub fn new(model: Arc<TextModel>, tools: Option<ToolMarkup>) -> Self {
         Self {
             model,
+            tools,
             utf8: Utf8Assembler::default(),
         }
     }
@@ -27,7 +29,8 @@ impl OutputDecoder {
     /// The text that became complete with this token; empty for special tokens, for ids without a
     /// token and while a character is incomplete.
     pub fn push(&mut self, token: u32) -> String {
-        if self.model.is_special(token) {
+        let is_mark = |tools: ToolMarkup| tools.is_mark(&self.model.token_text(token));
+        if self.model.is_special(token) && !self.tools.is_some_and(is_mark) {
             return String::new();
         }
         self.utf8

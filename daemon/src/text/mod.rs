@@ -23,6 +23,7 @@ mod vocab;
 mod decoder;
 mod reasoning;
 mod stop;
+mod tools;
 mod jinja_value;
 mod pyjson;
 #[cfg(test)]
@@ -33,5 +34,6 @@ pub use decoder::OutputDecoder;
 pub use error::TextError;
 pub use load::FILE_NAMES;
 pub use model::TextModel;
-pub use output::{OutputDelta, OutputParser, OutputStep};
+pub use output::{OutputDelta, OutputForm, OutputParser, OutputStep};
 pub use reasoning::ReasoningMode;
+pub use tools::ToolMarkup;

@@ -15,6 +15,7 @@ use super::{
     error::TextError,
     jinja_value,
     pyjson::{self, Style},
+    tools::ToolMarkup,
 };
 use crate::runtime::clock;
 
@@ -29,6 +30,8 @@ pub(super) struct ChatTemplates {
     has_tool_use: bool,
     wants_parsed_arguments: bool,
     knows_reasoning: bool,
+    shows_tools: bool,
+    tool_markup: Option<ToolMarkup>,
     sources: Vec<String>,
 }
 
@@ -62,6 +65,8 @@ impl ChatTemplates {
             has_tool_use,
             wants_parsed_arguments: sources.iter().any(|s| serialises_arguments(s)),
             knows_reasoning: sources.iter().any(|s| s.contains("</think>")),
+            shows_tools: sources.iter().any(|s| s.contains("tools")),
+            tool_markup: sources.iter().find_map(|s| ToolMarkup::of_template(s)),
             sources,
         }))
     }
@@ -90,6 +95,16 @@ impl ChatTemplates {
     /// True when the template speaks of reasoning tags.
     pub(super) fn knows_reasoning(&self) -> bool {
         self.knows_reasoning
+    }
+
+    /// True when the template writes the tools that it is given into the prompt.
+    pub(super) fn shows_tools(&self) -> bool {
+        self.shows_tools
+    }
+
+    /// How the template writes calls of tools; `None` where it knows none.
+    pub(super) fn tool_markup(&self) -> Option<ToolMarkup> {
+        self.tool_markup
     }
 
     /// The templates' text.

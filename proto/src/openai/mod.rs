@@ -9,6 +9,7 @@ mod locate;
 mod raw;
 mod request;
 mod response;
+mod tools;
 #[cfg(test)]
 mod tests;
 
@@ -21,4 +22,7 @@ pub use response::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
     ChatTokenLogprob, Completion, CompletionChoice, CompletionLogprobs, CompletionTokensDetails,
     FinishReason, Model, ModelList, TopLogprob, Usage,
+};
+pub use tools::{
+    FunctionDelta, FunctionReply, Tool, ToolCall, ToolCallDelta, ToolCallReply, ToolChoice,
 };

@@ -11,7 +11,14 @@ use serde::{
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor},
 };
 
-use super::{error::RequestError, locate, request::limits};
+use serde_json::value::RawValue;
+
+use super::{
+    error::RequestError,
+    locate,
+    request::limits,
+    tools::{RawToolCall, RawToolChoice},
+};
 
 /// Longest problem text passed on; the JSON reader quotes whole strings.
 const PROBLEM_LEN_MAX: usize = 300;
@@ -48,12 +55,16 @@ pub(super) struct RawRequest {
     pub(super) repetition_penalty: Option<f64>,
     pub(super) ignore_eos: Option<bool>,
     pub(super) stop_token_ids: Option<Vec<u32>>,
+    pub(super) tools: Option<Vec<Box<RawValue>>>,
+    pub(super) tool_choice: Option<RawToolChoice>,
+    pub(super) parallel_tool_calls: Option<bool>,
+    pub(super) continue_final_message: Option<bool>,
     // Known and refused when they ask for something.
     pub(super) echo: Option<bool>,
     pub(super) suffix: Option<String>,
     pub(super) best_of: Option<u64>,
-    pub(super) tools: Presence,
     pub(super) functions: Presence,
+    pub(super) function_call: Presence,
     pub(super) response_format: Option<RawTyped>,
     pub(super) modalities: Option<Vec<String>>,
     pub(super) audio: Presence,
@@ -65,9 +76,11 @@ pub(super) struct RawMessage {
     pub(super) role: Option<String>,
     pub(super) content: Option<RawContent>,
     pub(super) reasoning_content: Option<String>,
+    /// The same in the word of OpenRouter and vLLM.
+    pub(super) reasoning: Option<String>,
     pub(super) name: Option<String>,
     pub(super) tool_call_id: Option<String>,
-    pub(super) tool_calls: Presence,
+    pub(super) tool_calls: Option<Vec<RawToolCall>>,
     pub(super) function_call: Presence,
     pub(super) prefix: Option<bool>,
 }

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     error::RequestError,
     raw::{self, Presence, RawContent, RawLogprobs, RawMessage, RawPrompt, RawRequest},
+    tools::{self, Tool, ToolCall, ToolChoice},
 };
 
 /// Ranges and lengths of request fields.
@@ -25,6 +26,14 @@ pub mod limits {
     pub const TEMPLATE_ARGS_MAX: usize = 32;
     /// Bytes of one extra template variable.
     pub const TEMPLATE_ARG_LEN_MAX: usize = 4096;
+    /// Tools of a request.
+    pub const TOOLS_MAX: usize = 1024;
+    /// Bytes of one tool, its schema included.
+    pub const TOOL_LEN_MAX: usize = 128 << 10;
+    /// Bytes of a tool's name.
+    pub const TOOL_NAME_LEN_MAX: usize = 128;
+    /// Calls of one message.
+    pub const TOOL_CALLS_MAX: usize = 1024;
     /// Messages of a conversation.
     pub const MESSAGES_MAX: usize = 16_384;
     /// Bytes of a `user_id` (DeepSeek's limit).
@@ -56,6 +65,14 @@ pub struct ChatCompletionRequest {
     pub reasoning_effort: Option<ReasoningEffort>,
     /// Extra template variables, scalars only.
     pub template_args: Map<String, Value>,
+    /// Functions that the model may call.
+    pub tools: Vec<Tool>,
+    /// Whether it has to.
+    pub tool_choice: ToolChoice,
+    /// Whether one answer may have several calls; the default is yes.
+    pub parallel_tool_calls: bool,
+    /// The last message is an assistant's that the answer continues.
+    pub continues: bool,
     /// Everything that both kinds of request share.
     pub options: GenerationOptions,
 }
@@ -149,6 +166,10 @@ pub struct ChatMessage {
     pub content_is_list: bool,
     /// Earlier thoughts of the assistant.
     pub reasoning_content: Option<String>,
+    /// Earlier calls of the assistant.
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's message: the call that it answers.
+    pub tool_call_id: Option<String>,
     /// Name of the speaker.
     pub name: Option<String>,
 }
@@ -162,6 +183,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// What came of a call.
+    Tool,
 }
 
 /// How long a thinking model is asked to think.
@@ -202,6 +225,7 @@ impl Role {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
@@ -214,6 +238,8 @@ impl ChatMessage {
             content: vec![content.into()],
             content_is_list: false,
             reasoning_content: None,
+            tool_calls: Vec::new(),
+            tool_call_id: None,
             name: None,
         }
     }
@@ -234,6 +260,13 @@ impl ChatMessage {
         if let Some(reasoning) = &self.reasoning_content {
             object.insert("reasoning_content".into(), reasoning.as_str().into());
         }
+        if !self.tool_calls.is_empty() {
+            let calls: Vec<Value> = self.tool_calls.iter().map(ToolCall::to_value).collect();
+            object.insert("tool_calls".into(), calls.into());
+        }
+        if let Some(id) = &self.tool_call_id {
+            object.insert("tool_call_id".into(), id.as_str().into());
+        }
         if let Some(name) = &self.name {
             object.insert("name".into(), name.as_str().into());
         }
@@ -248,7 +281,12 @@ impl ChatCompletionRequest {
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8]) -> Result<Self, RequestError> {
         let mut raw = raw::parse(body)?;
-        let messages = messages(raw.messages.take())?;
+        let wants_continuation = raw.continue_final_message == Some(true);
+        let (messages, continues) = messages(raw.messages.take(), wants_continuation)?;
+        tools::refuse_functions(raw.functions, raw.function_call)?;
+        let tools = tools::tools(raw.tools.take())?;
+        let tool_choice = tools::tool_choice(raw.tool_choice.take(), &tools)?;
+        let parallel_tool_calls = raw.parallel_tool_calls.unwrap_or(true);
         let top_logprobs = match (raw.logprobs, raw.top_logprobs) {
             (Some(RawLogprobs::Count(_)), _) => {
                 return Err(RequestError::WrongType {
@@ -302,6 +340,10 @@ impl ChatCompletionRequest {
             thinking,
             reasoning_effort,
             template_args,
+            tools,
+            tool_choice,
+            parallel_tool_calls,
+            continues,
             options: options(raw, top_logprobs, None)?,
         })
     }
@@ -372,7 +414,11 @@ impl CompletionRequest {
     }
 }
 
-fn messages(raw: Option<Vec<RawMessage>>) -> Result<Vec<ChatMessage>, RequestError> {
+/// The conversation, and whether the answer continues its last message.
+fn messages(
+    raw: Option<Vec<RawMessage>>,
+    wants_continuation: bool,
+) -> Result<(Vec<ChatMessage>, bool), RequestError> {
     let raw = raw.ok_or_else(|| RequestError::Missing {
         param: "messages".into(),
     })?;
@@ -384,10 +430,62 @@ fn messages(raw: Option<Vec<RawMessage>>) -> Result<Vec<ChatMessage>, RequestErr
             expected,
         ));
     }
-    raw.into_iter()
-        .enumerate()
+    let n = raw.len();
+    let prefixed = raw.iter().position(|message| message.prefix == Some(true));
+    if let Some(idx) = prefixed.filter(|idx| idx + 1 < n) {
+        return Err(RequestError::Conflict {
+            param: format!("messages[{idx}].prefix"),
+            problem: "is for the last message only".into(),
+        });
+    }
+    let messages = raw.into_iter().enumerate();
+    let messages: Vec<ChatMessage> = messages
         .map(|(idx, message)| chat_message(idx, message))
-        .collect()
+        .collect::<Result<_, _>>()?;
+    let continues = prefixed.is_some() || wants_continuation;
+    check_turns(&messages, continues)?;
+    Ok((messages, continues))
+}
+
+/// Refuses conversations that nobody could answer.
+fn check_turns(messages: &[ChatMessage], continues: bool) -> Result<(), RequestError> {
+    let conflict = |param: String, problem: &str| {
+        let problem = problem.into();
+        Err(RequestError::Conflict { param, problem })
+    };
+    let last = messages.len() - 1;
+    match messages[last].role {
+        Role::Assistant if !continues => {
+            let problem = "is `assistant` in the last message, which asks for nothing; `prefix: true` \
+                           in it has it continued";
+            return conflict(format!("messages[{last}].role"), problem);
+        }
+        Role::Assistant if !messages[last].tool_calls.is_empty() => {
+            let problem = "cannot be continued; the results of the calls have to follow";
+            return conflict(format!("messages[{last}].tool_calls"), problem);
+        }
+        Role::Assistant => {}
+        _ if continues => {
+            let problem = "has to be `assistant` to be continued";
+            return conflict(format!("messages[{last}].role"), problem);
+        }
+        _ => {}
+    }
+    let asks = |message: &ChatMessage| matches!(message.role, Role::User | Role::Tool);
+    if !messages.iter().any(asks) {
+        return conflict("messages".into(), "have no message of a `user`");
+    }
+    let mut called: Vec<&str> = Vec::new();
+    for (idx, message) in messages.iter().enumerate() {
+        called.extend(message.tool_calls.iter().map(|call| call.id.as_str()));
+        if let Some(id) = message.tool_call_id.as_deref()
+            && !called.contains(&id)
+        {
+            let problem = format!("{:?} is the id of no call before it", raw::shorten(id, 64));
+            return conflict(format!("messages[{idx}].tool_call_id"), &problem);
+        }
+    }
+    Ok(())
 }
 
 fn chat_message(idx: usize, raw: RawMessage) -> Result<ChatMessage, RequestError> {
@@ -396,13 +494,17 @@ fn chat_message(idx: usize, raw: RawMessage) -> Result<ChatMessage, RequestError
         Some("system" | "developer") => Role::System,
         Some("user") => Role::User,
         Some("assistant") => Role::Assistant,
-        Some("tool" | "function") => return Err(unsupported(path("role"), "tool calling")),
+        Some("tool") => Role::Tool,
+        Some("function") => {
+            let what = "the form before the role `tool`, which says the same,";
+            return Err(unsupported(path("role"), what));
+        }
         Some(other) => {
             let found = format!("{:?}", raw::shorten(other, 64));
             return Err(out_of_range(
                 path("role"),
                 found,
-                "`system`, `developer`, `user` or `assistant`",
+                "`system`, `developer`, `user`, `assistant` or `tool`",
             ));
         }
         None => {
@@ -411,17 +513,30 @@ fn chat_message(idx: usize, raw: RawMessage) -> Result<ChatMessage, RequestError
             });
         }
     };
-    if raw.tool_calls == Presence::Something || raw.function_call == Presence::Something {
-        return Err(unsupported(path("tool_calls"), "tool calling"));
+    if raw.function_call == Presence::Something {
+        let what = "the form before `tool_calls`, which says the same,";
+        return Err(unsupported(path("function_call"), what));
     }
-    if raw.tool_call_id.is_some() {
-        return Err(unsupported(path("tool_call_id"), "tool calling"));
+    let only_for = |field: &str, role: &str| RequestError::Conflict {
+        param: path(field),
+        problem: format!("is for messages of the role `{role}` only"),
+    };
+    let tool_calls = tools::tool_calls(&path("tool_calls"), raw.tool_calls.unwrap_or_default())?;
+    if !tool_calls.is_empty() && role != Role::Assistant {
+        return Err(only_for("tool_calls", "assistant"));
     }
-    if raw.prefix == Some(true) {
-        return Err(unsupported(
-            path("prefix"),
-            "continuing an assistant message",
-        ));
+    let tool_call_id = raw.tool_call_id;
+    match (role, &tool_call_id) {
+        (Role::Tool, None) => {
+            return Err(RequestError::Missing {
+                param: path("tool_call_id"),
+            });
+        }
+        (Role::Tool, Some(_)) | (_, None) => {}
+        (_, Some(_)) => return Err(only_for("tool_call_id", "tool")),
+    }
+    if raw.prefix == Some(true) && role != Role::Assistant {
+        return Err(only_for("prefix", "assistant"));
     }
     let mut content_is_list = false;
     let content = match raw.content {
@@ -462,7 +577,9 @@ fn chat_message(idx: usize, raw: RawMessage) -> Result<ChatMessage, RequestError
         role,
         content,
         content_is_list,
-        reasoning_content: raw.reasoning_content,
+        reasoning_content: raw.reasoning_content.or(raw.reasoning),
+        tool_calls,
+        tool_call_id,
         name: raw.name,
     })
 }
@@ -653,12 +770,6 @@ fn service_tier(word: Option<&str>) -> Result<ServiceTier, RequestError> {
 }
 
 fn refuse_unsupported(raw: &RawRequest) -> Result<(), RequestError> {
-    if raw.tools == Presence::Something {
-        return Err(unsupported("tools", "tool calling"));
-    }
-    if raw.functions == Presence::Something {
-        return Err(unsupported("functions", "tool calling"));
-    }
     match raw.response_format.as_ref().map(|f| f.kind.as_deref()) {
         None | Some(Some("text")) => {}
         Some(None) => {
@@ -767,7 +878,7 @@ fn number(
     clippy::needless_pass_by_value,
     reason = "callers give numbers and fresh strings"
 )]
-fn out_of_range(
+pub(super) fn out_of_range(
     param: impl Into<String>,
     found: impl ToString,
     expected: impl Into<String>,
@@ -779,7 +890,7 @@ fn out_of_range(
     }
 }
 
-fn unsupported(param: impl Into<String>, what: impl Into<String>) -> RequestError {
+pub(super) fn unsupported(param: impl Into<String>, what: impl Into<String>) -> RequestError {
     RequestError::Unsupported {
         param: param.into(),
         what: what.into(),

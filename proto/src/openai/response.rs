@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::tools::{ToolCallDelta, ToolCallReply};
+
 /// Why a choice ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -10,6 +12,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the end of the context.
     Length,
+    /// The model called tools and waits for what comes of it.
+    ToolCalls,
     /// The server could not go on; what was sent is valid (DeepSeek's word).
     InsufficientSystemResource,
     /// The request's deadline passed; what was sent is valid.
@@ -108,11 +112,14 @@ pub struct ChatChoice {
 pub struct ChatReply {
     /// `assistant`.
     pub role: String,
-    /// Text without thoughts and stop strings.
-    pub content: String,
+    /// Text without thoughts, calls and stop strings; null beside calls when there is none.
+    pub content: Option<String>,
     /// Thoughts; absent when there were none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// Calls of tools; absent when there were none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallReply>,
 }
 
 /// One event of a streamed chat.
@@ -158,6 +165,9 @@ pub struct ChatDelta {
     /// New thoughts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
+    /// What is new of a call.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
 }
 
 /// Log-probabilities of a chat choice.
@@ -279,7 +289,7 @@ mod tests {
                 delta: ChatDelta {
                     role: None,
                     content: Some("x".into()),
-                    reasoning_content: None,
+                    ..ChatDelta::default()
                 },
                 logprobs: None,
                 finish_reason: None,

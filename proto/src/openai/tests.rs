@@ -148,7 +148,9 @@ fn null_means_absent() {
 fn messages_keep_their_shape_for_the_template() {
     let body = r#"{"messages": [
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-        {"role": "assistant", "content": null, "reasoning_content": "r", "name": "n", "refusal": null}]}"#;
+        {"role": "assistant", "content": null, "reasoning_content": "r", "name": "n", "refusal": null,
+         "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "c"}]}"#;
     let request = ChatCompletionRequest::from_slice(body.as_bytes()).unwrap();
     assert_eq!(
         request.messages[0].to_value(),
@@ -156,7 +158,12 @@ fn messages_keep_their_shape_for_the_template() {
     );
     assert_eq!(
         request.messages[1].to_value(),
-        json!({"role": "assistant", "content": null, "reasoning_content": "r", "name": "n"})
+        json!({"role": "assistant", "content": null, "reasoning_content": "r", "name": "n",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]})
+    );
+    assert_eq!(
+        request.messages[2].to_value(),
+        json!({"role": "tool", "content": "c", "tool_call_id": "1"})
     );
 }
 
@@ -270,7 +277,48 @@ fn chat_errors_name_the_field() {
         ),
         (
             r#", "tools": [{"type": "function"}]"#,
-            "tools",
+            "tools[0].function",
+            "invalid_request",
+        ),
+        (
+            r#", "tools": [{"type": "custom", "custom": {}}]"#,
+            "tools[0].type",
+            "unsupported",
+        ),
+        (
+            r#", "tools": [{"type": "function", "function": {"name": "<｜User｜>"}}]"#,
+            "tools[0].function.name",
+            "invalid_request",
+        ),
+        (
+            r#", "tools": [{"type": "function", "function": {"name": "f", "parameters": 5}}]"#,
+            "tools[0].function.parameters",
+            "invalid_request",
+        ),
+        (
+            r#", "tools": [{"type": "function", "function": {"name": "f"}}, {"type": "function", "function": {"name": "f"}}]"#,
+            "tools[1].function.name",
+            "invalid_request",
+        ),
+        (r#", "tools": {}"#, "tools", "invalid_request"),
+        (
+            r#", "tool_choice": "required""#,
+            "tool_choice",
+            "invalid_request",
+        ),
+        (
+            r#", "tool_choice": "any""#,
+            "tool_choice",
+            "invalid_request",
+        ),
+        (
+            r#", "tool_choice": {"type": "function", "function": {"name": "g"}}"#,
+            "tool_choice.function.name",
+            "invalid_request",
+        ),
+        (
+            r#", "function_call": "auto""#,
+            "function_call",
             "unsupported",
         ),
         (
@@ -335,18 +383,48 @@ fn message_errors_name_the_message() {
         ),
         (
             r#"[{"role": "tool", "content": "a"}]"#,
+            "messages[0].tool_call_id",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "user", "content": "a"}, {"role": "tool", "content": "a", "tool_call_id": "1"}]"#,
+            "messages[1].tool_call_id",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "function", "name": "f", "content": "a"}]"#,
             "messages[0].role",
             "unsupported",
         ),
         (
             r#"[{"role": "assistant", "tool_calls": [{"id": "1"}]}]"#,
-            "messages[0].tool_calls",
-            "unsupported",
+            "messages[0].tool_calls[0].function",
+            "invalid_request",
         ),
         (
-            r#"[{"role": "assistant", "content": "a", "prefix": true}]"#,
+            r#"[{"role": "user", "content": "a", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": ""}}]}]"#,
+            "messages[0].tool_calls",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]"#,
+            "messages[1].role",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "user", "content": "a", "prefix": true}]"#,
             "messages[0].prefix",
-            "unsupported",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "assistant", "content": "a", "prefix": true}, {"role": "user", "content": "a"}]"#,
+            "messages[0].prefix",
+            "invalid_request",
+        ),
+        (
+            r#"[{"role": "system", "content": "a"}]"#,
+            "messages",
+            "invalid_request",
         ),
     ] {
         let body = format!(r#"{{"messages": {messages}}}"#);

@@ -552,7 +552,7 @@ async fn thoughts_are_told_from_content_and_counted() {
 #[tokio::test]
 async fn a_template_that_refuses_a_conversation_is_quoted() {
     let node = Node::quick().await;
-    let body = r#"{"messages": [{"role": "assistant", "content": "hi"}]}"#;
+    let body = r#"{"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hi"}]}"#;
     let reply = node.post("/v1/chat/completions", body).await;
     assert_eq!(
         reply.error(),

@@ -66,7 +66,8 @@ async fn wrong_bodies_are_refused_with_code_and_field() {
     )
     .await;
     let tools = format!(r#"{{{user}, "tools": [{{"type": "function"}}]}}"#);
-    check(&node, chat, &tools, 400, "unsupported", Some("tools")).await;
+    let param = Some("tools[0].function");
+    check(&node, chat, &tools, 400, "invalid_request", param).await;
     let bias = format!(r#"{{{user}, "logit_bias": {{"999999": 1}}}}"#);
     check(
         &node,

@@ -61,12 +61,20 @@ pub(crate) const QUICK: Pace = Pace {
 };
 
 pub(crate) fn model(name: &str, pace: &Pace) -> ServedModel {
-    // An engine counts with what is installed when it starts.
-    metrics();
     let executor = Letters {
         step: pace.step,
         logits: Vec::new(),
     };
+    model_with(name, pace, executor)
+}
+
+pub(super) fn model_with(
+    name: &str,
+    pace: &Pace,
+    executor: impl StepExecutor + 'static,
+) -> ServedModel {
+    // An engine counts with what is installed when it starts.
+    metrics();
     let engine = EngineConfig {
         waiting_max: pace.waiting_max,
         running_max: pace.running_max,
@@ -138,12 +146,12 @@ impl StepExecutor for Letters {
     }
 }
 
-const VOCAB_LEN: usize = 259;
+pub(super) const VOCAB_LEN: usize = 259;
 /// A prompt token on which the model fails.
 pub(crate) const POISON: u32 = 7;
 /// A prompt token on which the engine panics.
 pub(crate) const BOMB: u32 = 8;
-const END_TOKEN: u32 = 256;
+pub(super) const END_TOKEN: u32 = 256;
 
 /// A tokenizer of single bytes with a template in the manner of real ones.
 pub(super) fn text_model() -> Arc<TextModel> {

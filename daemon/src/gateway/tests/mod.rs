@@ -5,3 +5,4 @@ mod bad_input;
 pub(crate) mod kit;
 mod limits;
 mod tenants;
+mod tools;

@@ -66,7 +66,7 @@ fn published_tokenizers_encode_as_recorded() {
                 model.decode(&expected, true),
                 decode["skip_special"].as_str().unwrap()
             );
-            let mut decoder = OutputDecoder::new(Arc::clone(&model));
+            let mut decoder = OutputDecoder::new(Arc::clone(&model), None);
             let pieces = decode["stream_keep_special"].as_array().unwrap();
             // The library holds back a whole piece that ends inside a character; here its complete
             // characters come at once. Neither is ever behind or wrong.

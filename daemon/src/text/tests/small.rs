@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 
 use super::{
     super::{
-        ChatOptions, OutputDecoder, OutputDelta, OutputParser, ReasoningMode, TextError, TextModel,
+        ChatOptions, OutputDecoder, OutputDelta, OutputForm, OutputParser, ReasoningMode,
+        TextError, TextModel,
     },
     model_with, small_model, write_tokenizer,
 };
@@ -43,17 +44,17 @@ fn prompts_say_where_the_answer_starts() {
     assert_eq!(plain.text, "<s><|user|>hi<|assistant|>");
     assert_eq!(plain.ids, [260, 262, 104, 105, 263]);
     assert_eq!(
-        (plain.starts_in_reasoning, plain.reasoning),
+        (plain.starts_in_reasoning, plain.form.reasoning),
         (false, ReasoningMode::Off)
     );
     let thinking = model.render_chat(&messages, &options(Some(true))).unwrap();
     assert_eq!(thinking.ids, [260, 262, 104, 105, 263, 264, 10]);
     assert_eq!(
-        (thinking.starts_in_reasoning, thinking.reasoning),
+        (thinking.starts_in_reasoning, thinking.form.reasoning),
         (true, ReasoningMode::Inside)
     );
     let default = model.render_chat(&messages, &options(None)).unwrap();
-    assert_eq!(default.reasoning, ReasoningMode::MayOpen);
+    assert_eq!(default.form.reasoning, ReasoningMode::MayOpen);
 }
 
 #[test]
@@ -186,7 +187,11 @@ fn reasoning_and_stops_are_split_from_tokens() {
     let ids = model
         .encode_trusted("\nwhy</think>\n\nthe end. STOP more")
         .unwrap();
-    let mut parser = OutputParser::new(model, ReasoningMode::Inside, vec!["STOP".to_owned()]);
+    let inside = OutputForm {
+        reasoning: ReasoningMode::Inside,
+        ..OutputForm::PLAIN
+    };
+    let mut parser = OutputParser::new(model, &inside, vec!["STOP".to_owned()]);
     let (mut reasoning, mut content, mut stopped) = (String::new(), String::new(), false);
     for id in ids {
         let step = parser.push(id);
@@ -199,6 +204,7 @@ fn reasoning_and_stops_are_split_from_tokens() {
             match delta {
                 OutputDelta::Reasoning(text) => reasoning += &text,
                 OutputDelta::Content(text) => content += &text,
+                other => panic!("no tools were offered: {other:?}"),
             }
         }
     }
@@ -213,21 +219,19 @@ proptest! {
     #[test]
     fn streamed_text_is_the_whole_text(ids in prop::collection::vec(0u32..300, 0..40)) {
         let model = small_model();
-        let mut decoder = OutputDecoder::new(std::sync::Arc::clone(&model));
+        let mut decoder = OutputDecoder::new(std::sync::Arc::clone(&model), None);
         let mut text = String::new();
         for id in &ids {
             text += &decoder.push(*id);
         }
         text += &decoder.finish();
         prop_assert_eq!(&text, &model.decode(&ids, true));
-        let mut parser = OutputParser::new(std::sync::Arc::clone(&model), ReasoningMode::Off, Vec::new());
+        let mut parser = OutputParser::new(std::sync::Arc::clone(&model), &OutputForm::PLAIN, Vec::new());
         let mut deltas: Vec<OutputDelta> = ids.iter().flat_map(|id| parser.push(*id).deltas).collect();
         deltas.extend(parser.finish());
         let content: String = deltas
             .into_iter()
-            .map(|d| match d {
-                OutputDelta::Content(text) | OutputDelta::Reasoning(text) => text,
-            })
+            .map(|delta| delta.text().to_owned())
             .collect();
         prop_assert_eq!(content, text);
     }
