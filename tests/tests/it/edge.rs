@@ -219,12 +219,14 @@ fn a_request_with_two_hosts_is_refused() {
     node.must_serve();
 }
 
-/// A node whose answers are longer than its drain time, two of them at once.
+/// A node whose answers are longer than its drain time, three of them at once.
 fn draining_soon() -> NodeBuilder {
     Node::builder(&data::smollm2())
         .env("DSD_NODE__DRAIN_TIMEOUT_S", 3)
         .env("DSD_ENGINE__RUNNING_MAX", 3)
+        // However slow the machine, one more is let in to wait.
         .env("DSD_SERVICE__TTFT_TARGET_S", 3600)
+        .env("DSD_HTTP__REQUEST_TIMEOUT_S", 3600)
 }
 
 fn begin(node: &Node, path: &str, body: &Value) -> Connection {
