@@ -61,7 +61,11 @@ pub fn post_bytes(path: &str, body: &[u8]) -> Vec<u8> {
 impl Connection {
     /// Connects; reads and writes that take too long fail.
     pub fn open(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).unwrap();
+        Self::over(TcpStream::connect(address).unwrap())
+    }
+
+    /// Goes on with a connection that is open; reads and writes that take too long fail.
+    pub fn over(stream: TcpStream) -> Self {
         stream.set_read_timeout(Some(wait::DEADLINE)).unwrap();
         stream.set_write_timeout(Some(wait::DEADLINE)).unwrap();
         stream.set_nodelay(true).unwrap();
@@ -134,7 +138,16 @@ impl Connection {
     /// # Panics
     /// When it is cut short.
     pub fn reply(&mut self) -> Reply {
-        let head = self.head();
+        self.try_reply()
+            .unwrap_or_else(|| panic!("the connection was closed without an answer"))
+    }
+
+    /// Reads a whole answer; `None` when the connection is closed before it.
+    ///
+    /// # Panics
+    /// When it is cut short.
+    pub fn try_reply(&mut self) -> Option<Reply> {
+        let head = self.try_head()?;
         let mut body = Vec::new();
         match (
             head.header("content-length"),
@@ -154,11 +167,11 @@ impl Connection {
             }
         }
         let body = String::from_utf8(body).unwrap();
-        Reply {
+        Some(Reply {
             status: head.status,
             headers: head.headers,
             body,
-        }
+        })
     }
 
     /// Reads the next chunk of a chunked body; `None` after the last.

@@ -32,9 +32,17 @@ pub struct NodeBuilder {
     allowed: Vec<String>,
     state: Option<PathBuf>,
     configuration: Option<String>,
+    open_files_max: Option<u32>,
 }
 
 impl NodeBuilder {
+    /// The hard limit of open files; the soft one is half of it.
+    #[must_use]
+    pub fn open_files_max(mut self, max: u32) -> Self {
+        self.open_files_max = Some(max);
+        self
+    }
+
     /// Serves what this configuration file says (`dsd serve`); the model given is the one that
     /// [`Node::must_serve`] asks.
     #[must_use]
@@ -76,7 +84,10 @@ impl NodeBuilder {
         let own_state = self.state.is_none().then(|| TempDir::new().unwrap());
         let own_path = own_state.as_ref().map(|folder| folder.path().to_owned());
         let state = self.state.or(own_path).unwrap();
-        let mut command = tool::command("dsd");
+        let mut command = match self.open_files_max {
+            None => tool::command("dsd"),
+            Some(max) => tool::command_with_open_files("dsd", max),
+        };
         match &self.configuration {
             None => {
                 let (http, quic) = (["--http", "127.0.0.1:0"], ["--quic", "127.0.0.1:0"]);
@@ -193,6 +204,7 @@ impl Node {
             allowed: Vec::new(),
             state: None,
             configuration: None,
+            open_files_max: None,
         }
     }
 

@@ -10,7 +10,21 @@ use crate::{
 
 /// A program of this workspace with no `DSD_` variable from outside.
 pub fn command(program: &str) -> Command {
-    let mut command = Command::new(data::program(program));
+    without_settings(Command::new(data::program(program)))
+}
+
+/// The same under a hard limit of open files, with half of it as the soft one.
+pub fn command_with_open_files(program: &str, max: u32) -> Command {
+    let mut shell = Command::new("sh");
+    let script = format!(
+        "ulimit -Sn {} && ulimit -Hn {max} && exec \"$0\" \"$@\"",
+        max / 2
+    );
+    shell.args(["-c", &script]).arg(data::program(program));
+    without_settings(shell)
+}
+
+fn without_settings(mut command: Command) -> Command {
     for (name, _) in env::vars_os() {
         if name.to_string_lossy().starts_with("DSD_") {
             command.env_remove(name);

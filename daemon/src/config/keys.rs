@@ -364,9 +364,9 @@ sections! {
         listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8000)), "`127.0.0.1:8000`";
         /// Bytes of a request body; longer ones are refused with 413.
         body_bytes_max: usize = 4_194_304, "4194304", 1024..=1_073_741_824;
-        /// Bytes of all request bodies in flight, at least `body_bytes_max`; the first 16 KiB of each do not count. Without room a body waits up to 10 s, then gets 503; one that holds room and stands still for 2 s while others wait gets 408.
+        /// Bytes of all request bodies in flight, at least `body_bytes_max`; those of up to 16 KiB do not count. Without room a body waits up to 10 s, then gets 503; one that holds room and stands still for 2 s while others wait gets 408.
         body_budget_bytes: usize = 268_435_456, "268435456", 1024..=1_099_511_627_776;
-        /// Connections at once; while all are taken, 16 more get one request each and a second for its head, and further ones wait. Fewer when the limit of open files leaves no room for them.
+        /// Connections at once; while all are taken, 64 more get one request each and a quarter of a second for its head, and further ones wait. Fewer when the limit of open files leaves no room for them.
         connections_max: usize = 1024, "1024", 1..=1_000_000;
         /// Seconds for a request's head to arrive once its first byte has.
         header_timeout_s: u64 = 15, "15", 1..=3600;

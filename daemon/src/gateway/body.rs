@@ -37,6 +37,24 @@ const ROOM_WAIT_MAX: Duration = Duration::from_secs(10);
 /// When to come back to a node without room: two rounds of the bodies that stand still.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
+/// What a head says of its body.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Announced {
+    length: Option<u64>,
+    /// The client sends nothing before it is told to, so that there is nothing to drain.
+    waits_for_leave: bool,
+}
+
+impl Announced {
+    pub(super) fn by(headers: &HeaderMap) -> Self {
+        let length = headers.get(header::CONTENT_LENGTH);
+        Self {
+            length: length.and_then(|value| value.to_str().ok()?.parse().ok()),
+            waits_for_leave: headers.contains_key(header::EXPECT),
+        }
+    }
+}
+
 /// Limits of a body.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BodyLimits {
@@ -73,7 +91,13 @@ impl Received {
             let room = self.pieces.last().map_or(0, |last| PIECE_LEN - last.len());
             let (now, later) = data.split_at(data.len().min(room));
             match self.pieces.last_mut() {
-                Some(last) => last.extend_from_slice(now),
+                Some(last) => {
+                    if last.capacity() < last.len() + now.len() {
+                        // Left to itself it would grow to twice its length, beyond a piece.
+                        last.reserve_exact(room);
+                    }
+                    last.extend_from_slice(now);
+                }
                 None => debug_assert!(now.is_empty()),
             }
             if !later.is_empty() {
@@ -90,7 +114,7 @@ impl Received {
 
 /// Reads a body within its limits and the budget, until `draining`. A failure is the answer to send.
 pub(super) async fn read(
-    headers: &HeaderMap,
+    announced: Announced,
     mut body: Body,
     limits: BodyLimits,
     budget: &BodyBudget,
@@ -101,21 +125,17 @@ pub(super) async fn read(
         let message = format!("the body has {found} bytes, at most {len_max} are read");
         ApiError::new(Code::PayloadTooLarge, message).into_response()
     };
-    let length = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if let Some(length) =
-        length.filter(|length| u64::try_from(len_max).is_ok_and(|max| max < *length))
-    {
+    let is_too_large = |length: &u64| u64::try_from(len_max).is_ok_and(|max| max < *length);
+    if let Some(length) = announced.length.filter(is_too_large) {
         return Err(answer_then_drain(
             too_large(length.to_string()),
-            headers,
+            announced,
             body,
         ));
     }
     let collected = tokio::select! {
         biased;
-        collected = collect(&mut body, limits, budget) => collected,
+        collected = collect(&mut body, limits, budget.open(announced.length)) => collected,
         () = draining.cancelled() => Err(ReadFailure::Draining),
     };
     let failure = match collected {
@@ -130,7 +150,7 @@ pub(super) async fn read(
     };
     Err(match failure {
         ReadFailure::TooLarge => {
-            answer_then_drain(too_large(format!("more than {len_max}")), headers, body)
+            answer_then_drain(too_large(format!("more than {len_max}")), announced, body)
         }
         // The client is gone or its chunks are garbled; whoever still listens learns this.
         ReadFailure::Broken => {
@@ -156,10 +176,10 @@ pub(super) async fn read(
                 "too many long bodies arrive at once; there is no room for this one",
             );
             error.retry_after = Some(RETRY_AFTER);
-            answer_then_drain(error.into_response(), headers, body)
+            answer_then_drain(error.into_response(), announced, body)
         }
         ReadFailure::Draining => {
-            answer_then_drain(ApiError::shutting_down().into_response(), headers, body)
+            answer_then_drain(ApiError::shutting_down().into_response(), announced, body)
         }
     })
 }
@@ -168,12 +188,12 @@ pub(super) async fn read(
 async fn collect(
     body: &mut Body,
     limits: BodyLimits,
-    budget: &BodyBudget,
+    share: BodyShare,
 ) -> Result<Received, ReadFailure> {
     let mut received = Received {
         pieces: Vec::new(),
         len: 0,
-        share: budget.open(),
+        share,
     };
     let now = || Instant::from_std(clock::now());
     let mut deadline = now() + limits.timeout;
@@ -188,7 +208,7 @@ async fn collect(
             () = time::sleep_until(deadline) => return Err(ReadFailure::Late),
             () = time::sleep_until(check_at) => {
                 let is_stalled = received.len - progress.1 < PROGRESS_LEN_MIN;
-                if is_stalled && received.share.is_holder() && budget.is_contended() {
+                if is_stalled && received.share.is_in_the_way() {
                     return Err(ReadFailure::Stalled);
                 }
                 progress = (now(), received.len);
@@ -240,11 +260,10 @@ enum ReadFailure {
 /// closes. A client that writes its whole request before it reads would otherwise see a reset.
 pub(super) fn answer_then_drain(
     response: Response<Body>,
-    request: &HeaderMap,
+    announced: Announced,
     rest: Body,
 ) -> Response<Body> {
-    // Such a client waits for permission to send and there is nothing to drain.
-    if request.contains_key(header::EXPECT) {
+    if announced.waits_for_leave {
         return response;
     }
     let (mut head, answer) = response.into_parts();

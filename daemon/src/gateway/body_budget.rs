@@ -1,7 +1,7 @@
 //! Room for request bodies in flight: one budget of bytes for all of them.
 //!
-//! Bytes are taken as they arrive, whatever a head announces, and given back when the request has
-//! been prepared or refused. The first [`ALLOWANCE_LEN`] of each body are not counted, so that short
+//! Bytes are taken as they arrive and given back when the request has been prepared or refused. The
+//! first [`ALLOWANCE_LEN`] of each body are not counted unless it is known to be longer, so that short
 //! requests pass whatever long ones do. Knows neither HTTP nor a clock.
 //!
 //! Older bodies go first. When all that hold bytes wait for more, none would ever end: then the
@@ -28,6 +28,8 @@ pub(super) struct BodyBudget(Arc<Mutex<Ledger>>);
 pub(super) struct BodyShare {
     budget: BodyBudget,
     id: u64,
+    /// Bytes at its beginning that are not counted.
+    allowance: usize,
     /// Bytes that came, those not counted included.
     n_arrived: usize,
 }
@@ -68,8 +70,9 @@ impl BodyBudget {
         })))
     }
 
-    /// A body begins to arrive.
-    pub(super) fn open(&self) -> BodyShare {
+    /// A body begins to arrive, of this length if that is known.
+    pub(super) fn open(&self, len: Option<u64>) -> BodyShare {
+        let is_long = len.is_some_and(|len| (ALLOWANCE_LEN as u64) < len);
         let mut ledger = self.lock();
         let id = ledger.next_id;
         ledger.next_id += 1;
@@ -77,12 +80,12 @@ impl BodyBudget {
         BodyShare {
             budget: self.clone(),
             id,
+            allowance: if is_long { 0 } else { ALLOWANCE_LEN },
             n_arrived: 0,
         }
     }
 
-    /// Whether any body waits for room.
-    pub(super) fn is_contended(&self) -> bool {
+    fn is_contended(&self) -> bool {
         !self.lock().waiting.is_empty()
     }
 
@@ -95,7 +98,7 @@ impl BodyBudget {
 impl BodyShare {
     /// Takes room for `len` more bytes, or says when it will be known whether there is any.
     pub(super) fn take(&mut self, len: usize) -> Option<Waiting<'_>> {
-        let counted = |n: usize| n.saturating_sub(ALLOWANCE_LEN);
+        let counted = |n: usize| n.saturating_sub(self.allowance);
         let n_new = counted(self.n_arrived + len) - counted(self.n_arrived);
         self.n_arrived += len;
         if n_new == 0 {
@@ -113,9 +116,13 @@ impl BodyShare {
         })
     }
 
-    /// Whether it holds bytes that others may wait for.
-    pub(super) fn is_holder(&self) -> bool {
-        ALLOWANCE_LEN < self.n_arrived
+    /// Whether it holds bytes while others wait for room.
+    pub(super) fn is_in_the_way(&self) -> bool {
+        self.is_holder() && self.budget.is_contended()
+    }
+
+    fn is_holder(&self) -> bool {
+        self.allowance < self.n_arrived
     }
 }
 
@@ -220,7 +227,7 @@ mod tests {
 
     /// A body of which `len` counted bytes have come.
     fn holder(budget: &BodyBudget, len: usize) -> BodyShare {
-        let mut share = budget.open();
+        let mut share = budget.open(None);
         assert!(share.take(ALLOWANCE_LEN).is_none());
         assert!(share.take(len).is_none(), "no room for {len}");
         share
@@ -235,13 +242,18 @@ mod tests {
         let budget = BodyBudget::new(32 * KIB);
         let long = holder(&budget, 32 * KIB);
         assert_eq!(free(&budget), 0);
-        let mut short = budget.open();
+        let mut short = budget.open(None);
         for _ in 0..16 {
             assert!(short.take(KIB).is_none());
         }
         assert!(!short.is_holder() && long.is_holder());
         drop(long);
         assert_eq!(free(&budget), 32 * KIB);
+        // Known to be long, it counts from its first byte, so that many of them cannot hold much
+        // while they wait.
+        let mut known = budget.open(Some(ALLOWANCE_LEN as u64 + 1));
+        assert!(known.take(KIB).is_none() && known.is_holder());
+        assert_eq!(free(&budget), 31 * KIB);
     }
 
     #[tokio::test]
@@ -283,7 +295,7 @@ mod tests {
     fn who_leaves_while_waiting_leaves_nothing_behind() {
         let budget = BodyBudget::new(32 * KIB);
         let mut long = holder(&budget, 32 * KIB);
-        let mut leaver = budget.open();
+        let mut leaver = budget.open(None);
         drop(leaver.take(ALLOWANCE_LEN + KIB).unwrap());
         assert!(!budget.is_contended());
         drop(leaver);

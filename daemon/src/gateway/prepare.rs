@@ -21,7 +21,7 @@ use tokio::{task, time};
 use super::{
     Gateway,
     auth::{self, Entered},
-    body::{self, BodyLimits},
+    body::{self, Announced, BodyLimits},
     error::ApiError,
     generation::{self, ChoiceEnd, Generation, GenerationParams, PreparedPrompt},
     health,
@@ -96,14 +96,11 @@ pub(super) async fn read_and<T: Send + 'static>(
         entered.caller.check(clock::now()).map_err(auth::over_cap)?;
         patience_s(&head.headers)
     };
+    let announced = Announced::by(&head.headers);
     let patience_s = match check() {
         Ok(patience_s) => patience_s,
         Err(e) => {
-            return Err(body::answer_then_drain(
-                e.into_response(),
-                &head.headers,
-                body,
-            ));
+            return Err(body::answer_then_drain(e.into_response(), announced, body));
         }
     };
     let config = &gateway.config;
@@ -111,8 +108,10 @@ pub(super) async fn read_and<T: Send + 'static>(
         len_max: config.body_len_max,
         timeout: config.body_timeout,
     };
+    // Its fields are slices of the buffer that it was read into.
+    drop(head);
     let received = body::read(
-        &head.headers,
+        announced,
         body,
         limits,
         &gateway.body_budget,

@@ -30,9 +30,9 @@ pub(super) struct Reader<T> {
     stage: Stage,
 }
 
-/// Bytes of one read. A body that waits for room keeps one read in hand and one in the HTTP
-/// reader's buffer: with 64 KiB, a thousand of them would take 128 MB.
-const READ_LEN_MAX: usize = 8 * 1024;
+/// Bytes of one read: one less than the HTTP reader's buffer at first, which grows for those who fill
+/// it, up to 64 KiB. A thousand bodies that wait for room would take as many of them.
+const READ_LEN_MAX: usize = 8 * 1024 - 1;
 
 impl<T> Reader<T> {
     pub(super) fn new(inner: T, stage: Stage) -> Self {
@@ -174,7 +174,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Reader<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, ctx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(ctx)
+        let flushed = Pin::new(&mut self.inner).poll_flush(ctx);
+        if let Poll::Ready(Ok(())) = flushed {
+            self.stage.flushed();
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, ctx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -19,7 +19,8 @@ use serde::Serialize;
 use super::{
     Gateway,
     auth::{self, Entered},
-    body, chat, completions,
+    body::{self, Announced},
+    chat, completions,
     error::ApiError,
     generation,
     health::{self, NotReady},
@@ -66,7 +67,7 @@ async fn around(
             return Ok(None);
         }
         let entered = auth::admit(&gateway.tenants, request.headers(), started)?;
-        if is_draining && is_generation(route) {
+        if is_draining {
             return Err(ApiError::shutting_down());
         }
         Ok(Some(entered))
@@ -80,7 +81,7 @@ async fn around(
         }
         Err(refusal) => {
             let (head, body) = request.into_parts();
-            body::answer_then_drain(refusal.into_response(), &head.headers, body)
+            body::answer_then_drain(refusal.into_response(), Announced::by(&head.headers), body)
         }
     };
     let status = response.status().as_u16();
@@ -128,11 +129,6 @@ fn check_host(version: Version, headers: &HeaderMap) -> Result<(), ApiError> {
     Err(ApiError::new(Code::InvalidRequest, message))
 }
 
-/// Routes that make the engine work.
-fn is_generation(route: &str) -> bool {
-    matches!(route, "/v1/chat/completions" | "/v1/completions")
-}
-
 /// Routes that load balancers and scrapers ask without a key; they tell nothing about users.
 fn is_open(route: &str) -> bool {
     matches!(route, "/health" | "/ready" | "/metrics")
@@ -144,7 +140,9 @@ fn request_id(request: &Request) -> HeaderValue {
         let bytes = value.as_bytes();
         (1..=REQUEST_ID_LEN_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
     };
-    let given = request.headers().get(REQUEST_ID).filter(usable).cloned();
+    // A copy: a slice would keep the whole head as long as the request.
+    let given = request.headers().get(REQUEST_ID).filter(usable);
+    let given = given.and_then(|value| HeaderValue::from_bytes(value.as_bytes()).ok());
     given.unwrap_or_else(|| {
         HeaderValue::from_str(&answer_id("req")).unwrap_or_else(|_| HeaderValue::from_static("req"))
     })
@@ -250,7 +248,7 @@ async fn not_found(request: Request) -> Response<Body> {
     );
     body::answer_then_drain(
         ApiError::new(Code::NotFound, message).into_response(),
-        &head.headers,
+        Announced::by(&head.headers),
         body,
     )
 }
@@ -269,5 +267,5 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
     response
         .headers_mut()
         .insert(header::ALLOW, HeaderValue::from_static(allowed));
-    body::answer_then_drain(response, &head.headers, body)
+    body::answer_then_drain(response, Announced::by(&head.headers), body)
 }

@@ -38,9 +38,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Connections beyond the limit that get one hurried request each, so that probes and people still
 /// find the node when someone holds every place.
-pub(super) const HURRIED_MAX: usize = 16;
-/// Time for the head of a hurried request, and for it to begin.
-const HURRIED_HEADER_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const HURRIED_MAX: usize = 64;
+/// Time for the head of a hurried request, and for it to begin. Whoever wants something has sent it by
+/// then; silent clients that fill the system's queue of 128 are through in half a second.
+const HURRIED_HEADER_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// Limits of connections.
 #[derive(Debug, Clone, Copy)]
@@ -51,8 +52,8 @@ pub(super) struct ConnectionLimits {
     pub(super) flush_timeout: Duration,
 }
 
-/// Serves until `closing`; then takes no more connections, lets answers be sent within the flush
-/// time and cuts off the rest.
+/// Serves until `closing`; then lets answers be sent within the flush time and cuts off the rest.
+/// Until the last of them is out, whoever comes anew is still told that the node goes down.
 pub(super) async fn serve(
     listener: TcpListener,
     router: Router,
@@ -63,32 +64,38 @@ pub(super) async fn serve(
         regular: Arc::new(Semaphore::new(limits.connections_max)),
         hurried: Arc::new(Semaphore::new(HURRIED_MAX)),
     };
-    let mut connections = JoinSet::new();
-    while let Some((stream, place)) = accept(&listener, &places, &closing).await {
-        while let Some(ended) = connections.try_join_next() {
-            report_panic(ended);
+    let take_all = async |connections: &mut JoinSet<()>, closing: &CancellationToken| {
+        while let Some((stream, place)) = accept(&listener, &places).await {
+            while let Some(ended) = connections.try_join_next() {
+                report_panic(ended);
+            }
+            let (router, closing) = (router.clone(), closing.clone());
+            connections.spawn(connection(stream, place, router, limits, closing));
         }
-        connections.spawn(connection(
-            stream,
-            place,
-            router.clone(),
-            limits,
-            closing.clone(),
-        ));
+    };
+    let mut connections = JoinSet::new();
+    select! {
+        () = closing.cancelled() => {}
+        () = take_all(&mut connections, &closing) => {}
     }
-    drop(listener);
-    let flushed = time::timeout(limits.flush_timeout, async {
+    let ended = async {
         while let Some(ended) = connections.join_next().await {
             report_panic(ended);
         }
-    });
-    if flushed.await.is_err() {
+    };
+    let (mut late, until_the_end) = (JoinSet::new(), CancellationToken::new());
+    let flushed = select! {
+        flushed = time::timeout(limits.flush_timeout, ended) => flushed.is_ok(),
+        () = take_all(&mut late, &until_the_end) => false,
+    };
+    if !flushed {
         warn!(
             n_connections = connections.len(),
-            "clients that did not take their answers were cut off"
+            "connections that did not end within the flush time were cut off"
         );
-        connections.shutdown().await;
     }
+    connections.shutdown().await;
+    late.shutdown().await;
 }
 
 /// A handler that panics takes its connection with it and nothing else.
@@ -122,28 +129,33 @@ impl Places {
         let _permit = permit.ok()?;
         Some(Place { hurried, _permit })
     }
+
+    /// A regular place instead of a hurried one, where one came free since.
+    fn better_than(&self, place: Place) -> Place {
+        match Arc::clone(&self.regular).try_acquire_owned() {
+            Ok(_permit) if place.hurried => Place {
+                hurried: false,
+                _permit,
+            },
+            _ => place,
+        }
+    }
 }
 
-/// The next connection and its place; `None` when the node closes.
-async fn accept(
-    listener: &TcpListener,
-    places: &Places,
-    closing: &CancellationToken,
-) -> Option<(TcpStream, Place)> {
-    let place = select! {
-        () = closing.cancelled() => return None,
-        place = places.next() => place?,
-    };
+/// The next connection and its place.
+async fn accept(listener: &TcpListener, places: &Places) -> Option<(TcpStream, Place)> {
+    let place = places.next().await?;
+    let mut is_failing = false;
     loop {
-        select! {
-            () = closing.cancelled() => return None,
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => return Some((stream, place)),
-                Err(e) => {
+        match listener.accept().await {
+            Ok((stream, _)) => return Some((stream, places.better_than(place))),
+            Err(e) => {
+                // Once for each time that it begins: it may go on for long.
+                if !std::mem::replace(&mut is_failing, true) {
                     warn!(error = %e, "cannot accept a connection");
-                    time::sleep(ACCEPT_PAUSE).await;
                 }
-            },
+                time::sleep(ACCEPT_PAUSE).await;
+            }
         }
     }
 }
@@ -216,7 +228,7 @@ async fn connection(
             refused_head::answer_late(stream, stages.head).await;
         }
         // Nobody waits for an answer.
-        Err(At::Idle | At::Exchange) => {}
+        Err(At::Idle | At::Exchange | At::Sending) => {}
     }
 }
 

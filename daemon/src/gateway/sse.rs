@@ -12,7 +12,7 @@ use tokio::time;
 
 use super::{
     error::ApiError,
-    generation::{Generation, GenerationEvent, TokenCounts},
+    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
 };
 
 /// Turns events of a generation into the chunks of one route.
@@ -130,8 +130,11 @@ impl<E: ChunkEncoder> EventStream<E> {
                 );
             }
             Some(GenerationEvent::Finished { choice, end }) => {
-                // Without a token there is no answer that could have ended early.
-                let has_begun = end.is_whole() || 0 < self.generation.counts().n_output;
+                // Without a token there is no answer that could have ended early; but at a stop clients
+                // look for an end of the stream that is like all others.
+                let has_begun = end.is_whole()
+                    || end == ChoiceEnd::Stopped
+                    || 0 < self.generation.counts().n_output;
                 match end.finish_reason().filter(|_| has_begun) {
                     Some(reason) => self.encoder.finished(choice, reason, &mut self.chunks),
                     None => {

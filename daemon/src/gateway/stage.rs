@@ -39,6 +39,8 @@ pub(super) enum At {
     Head,
     /// A request is being read or answered.
     Exchange,
+    /// The answer is complete, and some of it may wait for the client to take it.
+    Sending,
 }
 
 impl Stage {
@@ -59,6 +61,13 @@ impl Stage {
         self.enter(At::Exchange);
     }
 
+    /// All that was to be sent is. An answer still waiting to be taken is not the client's idling.
+    pub(super) fn flushed(&self) {
+        if self.now().0 == At::Sending {
+            self.enter(At::Idle);
+        }
+    }
+
     /// The answer whose body this becomes ends the exchange.
     pub(super) fn until_end_of(&self, body: Body) -> AnswerBody {
         AnswerBody {
@@ -76,7 +85,7 @@ impl Stage {
             let limit = match at {
                 At::Idle => limits.idle,
                 At::Head => limits.head,
-                At::Exchange => {
+                At::Exchange | At::Sending => {
                     timer = None;
                     return Poll::Pending;
                 }
@@ -104,7 +113,7 @@ impl Stage {
     }
 }
 
-/// The body of an answer; its end is the end of the exchange.
+/// The body of an answer; with its end only the sending is left.
 #[derive(Debug)]
 pub(super) struct AnswerBody {
     body: Body,
@@ -113,7 +122,7 @@ pub(super) struct AnswerBody {
 
 impl Drop for AnswerBody {
     fn drop(&mut self) {
-        self.stage.enter(At::Idle);
+        self.stage.enter(At::Sending);
     }
 }
 
@@ -162,6 +171,10 @@ mod tests {
             .await
             .expect_err("an exchange is not this module's to end");
         drop(body);
+        time::timeout(patience, stage.overstayed(limits))
+            .await
+            .expect_err("the client may still be taking the answer");
+        stage.flushed();
         assert_eq!(stage.overstayed(limits).await, At::Idle);
     }
 }

@@ -50,10 +50,11 @@ pub(super) fn connections(config: &Config) -> Result<usize, TooFewFiles> {
 
 /// Files kept from connections.
 fn reserve(config: &Config) -> u64 {
-    let n_models = config.models.len() as u64 + MODELS_LATER;
-    let n_ranks = config.engine.tp as u64;
-    let extra = gateway::CONNECTIONS_EXTRA as u64;
-    NODE_FILES + extra + n_models * (MODEL_FILES + RANK_FILES * n_ranks)
+    let of_model = |n_ranks: usize| MODEL_FILES + RANK_FILES * n_ranks as u64;
+    let configured = config.models.iter();
+    let configured = configured.map(|model| of_model(config.settings(model).engine.tp));
+    let later = MODELS_LATER * of_model(config.engine.tp);
+    NODE_FILES + gateway::CONNECTIONS_EXTRA as u64 + configured.sum::<u64>() + later
 }
 
 fn fitting(limit: u64, reserve: u64, wanted: usize) -> Result<usize, TooFewFiles> {
@@ -87,6 +88,7 @@ fn raise_limit() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ModelConfig;
 
     #[test]
     fn connections_get_what_ranks_and_files_leave() {
@@ -110,5 +112,10 @@ mod tests {
         config.engine.tp = 4;
         assert_eq!(reserve(&config) - alone, MODELS_LATER * 3 * RANK_FILES);
         assert!(reserve(&config) < 256, "a node fits under a small limit");
+        let alone = reserve(&config);
+        let mut model = ModelConfig::new("m", "/m");
+        model.overrides.tp = Some(8);
+        config.models.push(model);
+        assert_eq!(reserve(&config) - alone, MODEL_FILES + 8 * RANK_FILES);
     }
 }

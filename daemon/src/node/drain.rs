@@ -11,7 +11,10 @@ use tokio::{task::JoinSet, time};
 use tracing::{error, warn};
 
 use super::{STOP_GRACE, notify};
-use crate::{catalog::Catalog, gateway::Stop};
+use crate::{
+    catalog::{Catalog, Entry},
+    gateway::Stop,
+};
 
 /// Stops the replicas within `limit`, then the services.
 pub(super) async fn drain(
@@ -23,8 +26,12 @@ pub(super) async fn drain(
     notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     stop.draining.cancel();
     let mut replicas = JoinSet::new();
-    for model in catalog.served() {
-        replicas.spawn_blocking(move || model.replica.stop(limit));
+    for entry in catalog.entries().values() {
+        // One that is being unloaded has requests, too.
+        if let Entry::Served(model) | Entry::Unloading(model) = entry {
+            let model = Arc::clone(model);
+            replicas.spawn_blocking(move || model.replica.stop(limit));
+        }
     }
     let stopped = async {
         while let Some(ended) = replicas.join_next().await {
