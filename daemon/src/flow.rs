@@ -26,6 +26,8 @@ pub struct Request {
     pub stop_tokens: Arc<[u32]>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
+    /// What tokens may follow each other, as `grammar::write` has it; `None`: all.
+    pub grammar: Option<Arc<str>>,
     /// `None`: no log-probabilities; `Some(n)`: of the chosen token and the `n` likeliest.
     pub top_logprobs: Option<usize>,
     /// After this moment the request ends with [`FinishReason::DeadlinePassed`].

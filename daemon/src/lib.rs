@@ -11,7 +11,6 @@ pub mod admin;
 pub mod gateway;
 pub mod tenants;
 pub mod catalog;
-pub mod text;
 pub mod replica;
 pub mod admission;
 pub mod group;
@@ -22,6 +21,8 @@ pub mod runner;
 pub mod model;
 pub mod collective;
 pub mod sampler;
+pub mod grammar;
+pub mod text;
 pub mod weights;
 
 // Named by all, name none of the above.

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 
 use dsd::{
     eval::{Ranks, Session},
-    text::TextModel,
+    text::{PromptForm, TextModel},
     weights::Checkpoint,
 };
 use dsd_kernels::{
@@ -164,7 +164,7 @@ fn rounding_costs_at_most_one_percent_of_perplexity() {
         let mut checkpoint = Checkpoint::open(&file).unwrap();
         let tokens = TextModel::from_checkpoint(&checkpoint)
             .unwrap()
-            .encode_prompt(&text, usize::MAX)
+            .encode_prompt(&text, PromptForm::default(), usize::MAX)
             .unwrap();
         if let Some(format) = weights {
             checkpoint.round_weights(format);

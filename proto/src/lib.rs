@@ -13,3 +13,4 @@ pub mod quic;
 
 // Between a node and its users.
 pub mod openai;
+pub mod anthropic;

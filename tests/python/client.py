@@ -6,9 +6,11 @@
 Runs the functions of one group below; the first failed assertion ends it with a traceback.
 """
 import asyncio
+import json
 import sys
 
 import openai
+import pydantic
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -156,6 +158,49 @@ class Knowledge:
             return client.chat.completions.create(**request).usage.prompt_tokens
         # As text the name of a special token takes several tokens.
         assert n_tokens("a") + 3 < n_tokens("a<|im_end|>")
+
+
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Weather of a city.", "parameters": {
+    "type": "object", "additionalProperties": False, "required": ["city", "unit"],
+    "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"type": "string", "enum": ["c", "f"]}}}}}
+
+
+class Tools:
+    """Calls and answers of a given shape, by a model that knows neither."""
+
+    def a_required_call_comes_whole_and_streamed_and_its_result_is_taken(client, model):
+        messages = [{"role": "user", "content": "What is the weather in Rome?"}]
+        request = dict(model=model, messages=messages, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False,
+                       max_tokens=200, temperature=0)
+        message = client.chat.completions.create(**request).choices[0].message
+        [call] = message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "get_weather" and sorted(arguments) == ["city", "unit"], call
+        with client.chat.completions.stream(**request) as stream:
+            final = stream.get_final_completion().choices[0]
+        assert final.finish_reason == "tool_calls", final
+        assert final.message.tool_calls[0].function.arguments == call.function.arguments, final
+        messages += [message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "21 C, sunny"}]
+        answer = client.chat.completions.create(model=model, messages=messages, tools=[WEATHER], max_tokens=30, temperature=0)
+        assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls"), answer
+
+    def a_parsed_answer_is_an_object_of_its_class(client, model):
+        class City(pydantic.BaseModel):
+            name: str = pydantic.Field(max_length=20)
+            country: str = pydantic.Field(max_length=20)
+            population: int = pydantic.Field(ge=0, le=99_999_999)
+
+        answer = client.chat.completions.parse(model=model, messages=[{"role": "user", "content": "Tell me about Paris."}],
+                                               response_format=City, max_tokens=200, temperature=0)
+        assert isinstance(answer.choices[0].message.parsed, City), answer
+
+    def json_mode_gives_an_object(client, model):
+        answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Give me JSON with one key."}],
+                                                response_format={"type": "json_object"}, max_tokens=300, temperature=0)
+        choice = answer.choices[0]
+        assert choice.message.content.startswith("{"), choice
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict), choice
 
 
 def fails(kind, call):

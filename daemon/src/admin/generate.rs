@@ -25,7 +25,7 @@ use crate::{
         },
     },
     runtime::clock,
-    text::{ChatOptions, OutputDelta, OutputForm},
+    text::{ChatOptions, OutputDelta, OutputForm, PromptForm},
 };
 
 pub(super) async fn run(
@@ -77,7 +77,9 @@ pub(super) async fn run(
             }
             GenerationEvent::Finished { end, .. } => {
                 finish_reason = match end {
-                    ChoiceEnd::Stop | ChoiceEnd::ToolCalls => Finish::Stop,
+                    ChoiceEnd::Stop | ChoiceEnd::StopString(_) | ChoiceEnd::ToolCalls => {
+                        Finish::Stop
+                    }
                     ChoiceEnd::Length => Finish::Length,
                     ChoiceEnd::DeadlinePassed
                     | ChoiceEnd::Stopped
@@ -131,7 +133,9 @@ fn prepare(
             form: OutputForm::PLAIN,
         },
         Input::Prompt(text) => {
-            let ids = model.text.encode_prompt(&text, tokens_max);
+            let ids = model
+                .text
+                .encode_prompt(&text, PromptForm::default(), tokens_max);
             let ids = ids.map_err(|e| ApiError::of_text(&e, "prompt"))?;
             PreparedPrompt {
                 ids,
@@ -207,6 +211,7 @@ fn params(
         stop: request.stop.clone(),
         stop_token_ids: Vec::new(),
         ignore_eos: false,
+        grammar: None,
         top_logprobs: None,
         cache_owner: CacheOwner::default(),
         account: Account::default(),

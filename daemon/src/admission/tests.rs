@@ -146,6 +146,7 @@ impl World {
                 max_tokens: wish.n_output,
                 stop_tokens: Arc::new([]),
                 sampling: SamplingParams::default(),
+                grammar: None,
                 top_logprobs: None,
                 deadline: wish.deadline.map(|d| self.now + d),
                 cache_owner: CacheOwner::default(),

@@ -21,6 +21,7 @@ use arc_swap::ArcSwap;
 
 use crate::{
     flow::Class,
+    grammar::Checker,
     replica::Replica,
     runtime::clock,
     telemetry::chain,
@@ -44,6 +45,8 @@ pub struct ServedModel {
     pub architecture: String,
     /// Tokenizer, template, parser of the output.
     pub text: Arc<TextModel>,
+    /// Looks at what answers have to look like.
+    pub grammars: Checker,
     /// The engine.
     pub replica: Replica,
     /// Tokens that end an answer.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use dsd::{
     eval::{Session, Sizes, Speed, SpeedCase, SpeedTest, write_logits},
-    text::TextModel,
+    text::{PromptForm, TextModel},
     weights::Checkpoint,
 };
 use serde_json::json;
@@ -19,6 +19,12 @@ use super::{ComputeArgs, WeightsArg};
 
 /// Tokens of a perplexity window unless the caller says otherwise.
 const WINDOW_DEFAULT: usize = 1024;
+
+/// A text that is scored is text, whatever it spells.
+const PLAIN: PromptForm = PromptForm {
+    add_special: true,
+    parse_special: false,
+};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Eval {
@@ -147,8 +153,11 @@ impl Eval {
                 window,
             } => {
                 let checkpoint = model.checkpoint()?;
-                let tokens = TextModel::from_checkpoint(&checkpoint)?
-                    .encode_prompt(&read(&text)?, usize::MAX)?;
+                let tokens = TextModel::from_checkpoint(&checkpoint)?.encode_prompt(
+                    &read(&text)?,
+                    PLAIN,
+                    usize::MAX,
+                )?;
                 let window = window.min(tokens.len());
                 let sizes = Sizes::of(&checkpoint, model.compute.ranks())?;
                 let mut session = Session::open(&checkpoint, model.compute.ranks(), window)?;

@@ -1,8 +1,8 @@
 //! A reserved request that shows the executor still computes, and computes the same.
 //!
-//! All of it runs when no token came out for a while. Under load its first token runs by itself every
-//! second, since it costs what a decode does and meets every matrix of a dense model, and all of it now
-//! and then; both at a small share of the time. In an engine's life the whole row of logits has to be the
+//! All of it runs when no token came out for a while. Under load its first token joins a step every
+//! second, since it costs what a decode does and meets every matrix of a dense model; it runs by itself
+//! where steps have no room, and all of it now and then, both at a small share of the time. In an engine's life the whole row of logits has to be the
 //! same bits, which batches do not change; from one engine to the next only the token is compared, since
 //! another processor may round otherwise.
 
@@ -168,6 +168,24 @@ impl Canary {
         silent_since.checked_add(self.interval)
     }
 
+    /// Joins a step that has room for one more position and row of logits, when it is time; true when
+    /// it did.
+    pub(super) fn join(&mut self, now: Instant, plan: &mut StepPlan) -> bool {
+        let interval_min = self.interval / BUSY_DIVISOR;
+        let probe = self.probe_mut(Part::FirstToken);
+        let due_at = probe
+            .last_run_at
+            .and_then(|at| at.checked_add(interval_min));
+        let is_due = due_at.is_some_and(|due| due <= now);
+        if !is_due || probe.expected.is_none() || probe.plan.tokens.len() != 1 {
+            return false;
+        }
+        probe.last_run_at = Some(now);
+        let StepPlan { tokens, blocks, .. } = &probe.plan;
+        plan.push(CANARY_SERIAL, 0, tokens, blocks, LogitRows::Last);
+        true
+    }
+
     /// Runs one step.
     pub(super) fn run(
         &mut self,
@@ -177,23 +195,35 @@ impl Canary {
         executor: &mut dyn StepExecutor,
         scratch: &mut Scratch,
     ) -> Result<Verdict, StepError> {
-        let (sampling, sampleable_len) = (self.sampling.clone(), self.sampleable_len);
         let probe = self.probe_mut(part);
         probe.last_run_at = Some(now);
         probe.plan.deadline_ms = deadline.map_or(0, |d| d.as_millis() as u32);
-        let outcome = executor.execute(&probe.plan).and_then(|logits| {
+        let outcome = executor.execute(&probe.plan);
+        self.judge(part, outcome, scratch)
+    }
+
+    /// What a part's row of logits shows.
+    pub(super) fn judge(
+        &mut self,
+        part: Part,
+        logits: Result<&mut [f32], StepError>,
+        scratch: &mut Scratch,
+    ) -> Result<Verdict, StepError> {
+        let outcome = logits.and_then(|logits| {
             let digest = digest_of(logits);
             let ctx = SampleContext {
-                params: &sampling,
+                params: &self.sampling,
                 prompt: &[],
                 output: &[],
                 top_logprobs: None,
-                sampleable_len,
+                sampleable_len: self.sampleable_len,
+                allowed: None,
             };
             let sampled = sampler::sample(scratch, logits, &ctx);
             let sampled = sampled.map_err(|_| StepError::NotFinite { row: 0 })?;
             Ok((sampled.token, digest))
         });
+        let probe = self.probe_mut(part);
         // A lost group is not this engine's any more; logits that are no numbers are wrong ones.
         let is_lost = matches!(outcome, Err(StepError::Missing(_)));
         probe.is_wrong |= outcome.is_err() && !is_lost;
@@ -300,6 +330,37 @@ mod tests {
         assert_eq!(canary.due_when_busy(now), None);
         now += canary.interval / BUSY_DIVISOR;
         assert!(canary.due_when_busy(now).is_some());
+    }
+
+    /// A step of its own used to cost a hundredth of the time of a small model.
+    #[test]
+    fn its_first_token_joins_a_step_when_it_is_time_and_is_judged_there() {
+        let mut canary = canary();
+        let (mut executor, control) = FakeExecutor::new(LIMITS);
+        let mut now = clock::now();
+        let mut plan = StepPlan::default();
+        assert!(!canary.join(now, &mut plan), "nothing is known of it yet");
+        let ms = Duration::from_millis(1);
+        for part in canary.parts() {
+            run(&mut canary, part, &mut executor, &mut now, ms).unwrap();
+        }
+        assert!(!canary.join(now, &mut plan), "it has just run");
+        let mut scratch = Scratch::new(LIMITS.vocab_len);
+        for twist in [0, 1] {
+            now += canary.interval / BUSY_DIVISOR;
+            plan.clear();
+            assert!(canary.join(now, &mut plan));
+            assert_eq!(
+                (plan.spans.len(), plan.tokens.len(), plan.n_logits()),
+                (1, 1, 1)
+            );
+            assert_ne!(canary.due_when_busy(now), Some(Part::FirstToken));
+            control.set_twist(twist);
+            let logits = executor.execute(&plan);
+            let verdict = canary.judge(Part::FirstToken, logits, &mut scratch);
+            assert_eq!(verdict == Ok(Verdict::Right), twist == 0, "{verdict:?}");
+            assert_eq!(canary.is_wrong(), twist == 1);
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::compiler::VocabularySource;
 use crate::{cost::CostModel, runner::ExecutorLimits, scheduler::SchedulerConfig};
 
 /// Share of the pool kept free at admission: one block in 64.
@@ -15,7 +16,7 @@ const WAITING_PER_RUNNING: usize = 4;
 pub const STEP_TARGET_CPU: Duration = Duration::from_millis(100);
 
 /// How an engine runs.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct EngineConfig {
     /// Label of the metrics and name in logs.
     pub model: String,
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
     /// Ids from here on are padding of the vocabulary and never chosen.
     pub sampleable_len: usize,
+    /// Where the tokens of grammars come from; `None`: requests with a grammar fail.
+    pub vocabulary: Option<VocabularySource>,
     /// What the canary is asked; its KV blocks are taken from the pool for good.
     pub canary_prompt: Vec<u32>,
     /// Silence after which the canary runs.
@@ -116,6 +119,7 @@ impl EngineConfig {
             watermark_blocks: executor.n_blocks / WATERMARK_DIVISOR,
             prefix_cache: true,
             sampleable_len: executor.vocab_len,
+            vocabulary: None,
             canary_prompt: (1..=n_canary)
                 .map(|i| (i * executor.vocab_len / (n_canary + 1)) as u32)
                 .collect(),

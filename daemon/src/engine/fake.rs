@@ -190,6 +190,7 @@ pub(crate) fn reference(request: &Request, limits: &ExecutorLimits) -> (Vec<u32>
             prompt,
             output,
             top_logprobs: None,
+            allowed: None,
             sampleable_len: limits.vocab_len,
         };
         let token = sampler::sample(&mut scratch, &mut logits, &ctx)

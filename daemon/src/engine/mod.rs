@@ -14,6 +14,7 @@
 
 mod calibration;
 mod canary;
+mod compiler;
 mod config;
 #[cfg(test)]
 pub(crate) mod fake;
@@ -34,12 +35,15 @@ use std::{
 
 use crate::{
     cost::CostModel,
-    flow::Request,
+    flow::{FinishReason, Request, StreamItem},
+    grammar::Constraint,
     runtime::{clock, thread},
 };
 
 /// What a caller brings to an engine, so that it needs no arrow of its own to the runner.
 pub use crate::runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan};
+use compiler::Compiler;
+pub use compiler::VocabularySource;
 pub use config::{ConfigError, EngineConfig, EngineLimits, STEP_TARGET_CPU};
 pub use shared::EngineLoad;
 use shared::Shared;
@@ -86,9 +90,10 @@ pub enum PostError {
 /// drain limit, and joins the thread; [`EngineHandle::stop`] says how long to wait.
 #[derive(Debug)]
 pub struct EngineHandle {
-    /// Taken out when the engine stops, so that no request can slip in behind its last look. A
-    /// reader holds the lock to send one message and never waits.
-    mailbox: RwLock<Option<SyncSender<Arrival>>>,
+    mailbox: Arc<Mailbox>,
+    /// Started by the first request with a grammar; `None` inside once the engine stops.
+    compiler: Mutex<Option<Compiler>>,
+    vocabulary: Option<VocabularySource>,
     shared: Arc<Shared>,
     limits: EngineLimits,
     canary_token: u32,
@@ -101,7 +106,37 @@ pub struct EngineHandle {
 #[derive(Debug)]
 struct Arrival {
     request: Request,
+    /// Of a request with a grammar.
+    constraint: Option<Constraint>,
     submitted_at: Instant,
+}
+
+/// Where requests come in. The sender is taken out when the engine stops, so that no request can slip
+/// in behind its last look. Whoever sends holds the lock for one message and never waits.
+#[derive(Debug)]
+struct Mailbox(RwLock<Option<SyncSender<Arrival>>>);
+
+impl Mailbox {
+    /// Gives the request back when the engine is stopping or dead, or there is no room.
+    fn send(&self, arrival: Arrival) -> Result<(), Box<Arrival>> {
+        let tx = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(tx) = tx.as_ref() else {
+            return Err(Box::new(arrival));
+        };
+        tx.try_send(arrival).map_err(|e| match e {
+            TrySendError::Full(arrival) | TrySendError::Disconnected(arrival) => Box::new(arrival),
+        })
+    }
+
+    fn is_open(&self) -> bool {
+        let tx = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        tx.is_some()
+    }
+
+    fn close(&self) {
+        let mut tx = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        tx.take();
+    }
 }
 
 /// Called on the engine's thread after every turn of its loop, behind the events of the turn.
@@ -134,6 +169,7 @@ pub fn start_reporting(
     // Messages in the mailbox are counted among those that wait, so it never fills before they do.
     let (tx, rx) = mpsc::sync_channel(limits.waiting_max);
     let drain_limit = cfg.drain_limit;
+    let vocabulary = cfg.vocabulary.clone();
     let (ready_tx, ready_rx) = mpsc::sync_channel(1);
     let obituary = Obituary {
         model: cfg.model.clone(),
@@ -159,7 +195,9 @@ pub fn start_reporting(
     let handle = thread::spawn("dsd-engine", body).map_err(StartError::Thread)?;
     match ready_rx.recv() {
         Ok(Ok(canary_token)) => Ok(EngineHandle {
-            mailbox: RwLock::new(Some(tx)),
+            mailbox: Arc::new(Mailbox(RwLock::new(Some(tx)))),
+            compiler: Mutex::new(None),
+            vocabulary,
             shared,
             limits,
             canary_token,
@@ -183,10 +221,9 @@ impl EngineHandle {
     /// # Errors
     /// [`PostError`]; the sink is dropped unused.
     pub fn post(&self, request: Request) -> Result<(), PostError> {
-        let mailbox = self.mailbox.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(tx) = mailbox.as_ref() else {
+        if !self.mailbox.is_open() {
             return Err(PostError::Stopping);
-        };
+        }
         // First, because a dead engine releases no places and would look full for ever.
         if self.shared.is_dead.load(Ordering::Acquire) {
             return Err(PostError::Dead);
@@ -194,19 +231,49 @@ impl EngineHandle {
         let max = self.limits.waiting_max;
         let full = |waiting| PostError::QueueFull { waiting, max };
         self.shared.reserve_place(max).map_err(full)?;
-        let submitted_at = clock::now();
+        let has_grammar = request.grammar.is_some();
         let arrival = Arrival {
             request,
-            submitted_at,
+            constraint: None,
+            submitted_at: clock::now(),
         };
-        tx.try_send(arrival).map_err(|e| {
+        let sent = match has_grammar {
+            true => self.compile(arrival),
+            false => self.mailbox.send(arrival),
+        };
+        sent.map_err(|_| {
             self.shared.release_place();
-            match e {
-                TrySendError::Full(_) => full(max),
-                // The sender is here, so only a panic can have taken the receiver.
-                TrySendError::Disconnected(_) => PostError::Dead,
+            match self.mailbox.is_open() {
+                // It has room for all that may wait, so only a panic can have taken the receiver.
+                true => PostError::Dead,
+                false => PostError::Stopping,
             }
         })
+    }
+
+    /// Sends a request to the engine by way of the compiler.
+    fn compile(&self, arrival: Arrival) -> Result<(), Box<Arrival>> {
+        let mut compiler = self.compiler.lock().unwrap_or_else(PoisonError::into_inner);
+        if compiler.is_none()
+            && let Some(source) = &self.vocabulary
+            && self.mailbox.is_open()
+        {
+            let (mailbox, shared) = (Arc::clone(&self.mailbox), Arc::clone(&self.shared));
+            match Compiler::start(source.clone(), mailbox, shared, self.limits.waiting_max) {
+                Ok(started) => *compiler = Some(started),
+                Err(e) => tracing::error!(error = %e, "no thread for grammars"),
+            }
+        }
+        match compiler.as_ref() {
+            Some(compiler) => compiler.send(arrival),
+            None => {
+                let reason = "this engine knows no grammars".to_owned();
+                self.shared.release_place();
+                let failed = StreamItem::Finished(FinishReason::Failed(reason));
+                arrival.request.sink.send(failed);
+                Ok(())
+            }
+        }
     }
 
     /// Takes no more requests, lets those taken go on for at most `drain`, ends the rest with
@@ -215,10 +282,10 @@ impl EngineHandle {
     pub fn stop(&self, drain: Duration) {
         self.shared.shorten_drain(clock::now(), drain);
         // The engine sees a closed mailbox once it has emptied it.
-        self.mailbox
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.mailbox.close();
+        let mut compiler = self.compiler.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(compiler.take());
+        drop(compiler);
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(handle) = thread.take() {
             join(handle);

@@ -12,8 +12,9 @@ use std::{
 use dsd_kernels::backend::Workers;
 
 use crate::{
-    cost::CostModel,
+    cost::{CostModel, StepShape},
     flow::{FinishReason, RequestId, SamplingParams, StreamItem, TokenEvent, TokenSink},
+    grammar::{Allowed, Constraint, GrammarError},
     kv_cache::BlockKey,
     runner::{StepError, StepExecutor, StepPlan},
     runtime::clock,
@@ -108,6 +109,8 @@ struct Client {
     id: RequestId,
     slot: Slot,
     sampling: SamplingParams,
+    /// Locked by the thread that draws for it.
+    constraint: Option<Mutex<Constraint>>,
     top_logprobs: Option<usize>,
     sink: TokenSink,
     submitted_at: Instant,
@@ -134,7 +137,8 @@ impl StepLoop {
             canary: Canary::new(&cfg, &executor_limits),
             clients: (0..scheduler.n_slots()).map(|_| None).collect(),
             plan: StepPlan {
-                spans: Vec::with_capacity(limits.running_max),
+                // The canary may be among them.
+                spans: Vec::with_capacity(limits.running_max + 1),
                 tokens: Vec::with_capacity(cfg.step_tokens_max),
                 blocks: Vec::with_capacity(limits.n_blocks),
                 deadline_ms: 0,
@@ -253,10 +257,17 @@ impl StepLoop {
         );
         self.shared.end_step();
         self.canary.note_end(part, clock::now());
+        self.note_verdict(&verdict);
+        verdict?;
+        self.note_token(clock::now());
+        Ok(())
+    }
+
+    fn note_verdict(&self, verdict: &Result<Verdict, StepError>) {
         self.shared
             .is_canary_wrong
             .store(self.canary.is_wrong(), Ordering::Release);
-        match &verdict {
+        match verdict {
             Ok(Verdict::Right) => self.meter.canaries_right.increment(1),
             Ok(Verdict::Wrong { expected, found }) => {
                 self.meter.canaries_wrong.increment(1);
@@ -268,9 +279,16 @@ impl StepLoop {
                 tracing::error!(model = %self.model, error = %e, "the canary step failed");
             }
         }
-        verdict?;
-        self.note_token(clock::now());
-        Ok(())
+    }
+
+    /// True when the canary joins the step that is planned.
+    fn has_canary(&mut self, now: Instant) -> bool {
+        let (plan, most) = (&mut self.plan, self.executor.limits());
+        let n_spans = plan.spans.len();
+        let has_room = n_spans < most.step_spans_max
+            && plan.n_logits() < most.step_logits_max
+            && plan.tokens.len() < most.step_tokens_max;
+        has_room && self.canary.join(now, plan)
     }
 
     /// Empties the mailbox into the scheduler. At most as much comes as may wait.
@@ -300,6 +318,7 @@ impl StepLoop {
     fn take(&mut self, arrival: Arrival) {
         let Arrival {
             request,
+            constraint,
             submitted_at,
         } = arrival;
         let n_emitted = request.output.len();
@@ -320,6 +339,7 @@ impl StepLoop {
                     id: request.id,
                     slot,
                     sampling: request.sampling,
+                    constraint: constraint.map(Mutex::new),
                     top_logprobs: request.top_logprobs,
                     sink: request.sink,
                     submitted_at,
@@ -370,7 +390,12 @@ impl StepLoop {
         if self.plan.spans.is_empty() {
             return;
         }
-        let expected = self.cost.seconds(self.scheduler.step_shape());
+        let has_canary = self.has_canary(now);
+        let shape = match has_canary {
+            true => (self.scheduler.step_shape()).and(self.canary.shape(Part::FirstToken)),
+            false => self.scheduler.step_shape(),
+        };
+        let expected = self.cost.seconds(shape);
         let expected = Duration::try_from_secs_f64(expected).unwrap_or(Duration::MAX);
         self.plan.deadline_ms = step_deadline(expected).as_millis() as u32;
         self.shared.begin_step(now, expected);
@@ -386,6 +411,12 @@ impl StepLoop {
                     n_rows * vocab_len,
                     "the executor gives the rows asked for"
                 );
+                let n_own = n_rows - usize::from(has_canary);
+                let (logits, of_canary) = logits.split_at_mut(n_own * vocab_len);
+                let verdict = has_canary.then(|| {
+                    let scratch = &mut lock(&self.draws.scratches[0]);
+                    self.canary.judge(Part::FirstToken, Ok(of_canary), scratch)
+                });
                 let Draws {
                     workers,
                     scratches,
@@ -413,7 +444,10 @@ impl StepLoop {
                     self.sampled.push(sent);
                 }
                 let took = clock::now().saturating_duration_since(now);
-                self.note_step(took);
+                verdict
+                    .iter()
+                    .for_each(|verdict| self.note_verdict(verdict));
+                self.note_step(shape, took);
                 self.note_emissions(done_at);
                 self.note_prompts();
                 self.scheduler
@@ -495,8 +529,8 @@ impl StepLoop {
         self.meter.cached_tokens.increment(n_cached_all);
     }
 
-    fn note_step(&mut self, elapsed: Duration) {
-        let (shape, seconds) = (self.scheduler.step_shape(), elapsed.as_secs_f64());
+    fn note_step(&mut self, shape: StepShape, elapsed: Duration) {
+        let seconds = elapsed.as_secs_f64();
         let expected = self.cost.seconds(shape);
         self.meter.step_prediction_ratio.record(seconds / expected);
         self.cost.observe(shape, seconds);
@@ -590,7 +624,7 @@ impl StepLoop {
 }
 
 impl Client {
-    /// Chooses the next token; `None` when the row holds no number.
+    /// Chooses the next token; `None` when the row holds no number, or no token may follow.
     fn draw(
         &self,
         scratch: &mut Scratch,
@@ -599,14 +633,27 @@ impl Client {
         sampleable_len: usize,
     ) -> Option<Sampled> {
         assert_eq!(self.n_emitted, output.len(), "one event per output token");
+        let mut constraint = self.constraint.as_ref().map(lock);
+        let told = |e: &GrammarError| {
+            tracing::warn!(request = self.id.0, error = %e, "a grammar ends an answer");
+        };
+        let allowed = match &mut constraint {
+            Some(constraint) => Some(constraint.allowed().inspect_err(told).ok()?),
+            None => None,
+        };
         let ctx = SampleContext {
             params: &self.sampling,
             prompt,
             output,
             top_logprobs: self.top_logprobs,
             sampleable_len,
+            allowed: allowed.as_ref().map(Allowed::words),
         };
-        sampler::sample(scratch, logits, &ctx).ok()
+        let sampled = sampler::sample(scratch, logits, &ctx).ok()?;
+        if let Some(constraint) = &mut constraint {
+            constraint.advance(sampled.token).inspect_err(told).ok()?;
+        }
+        Some(sampled)
     }
 
     /// Sends a token off; its id.

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderName, header};
 use dsd_proto::code::Code;
 
 use super::error::ApiError;
@@ -29,13 +29,14 @@ pub(super) fn admit(
     headers: &HeaderMap,
     arrived: Instant,
 ) -> Result<Entered, ApiError> {
-    let value = headers
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok());
-    let key = value.map(|value| match value.split_once(' ') {
+    let value = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let bearer = value(header::AUTHORIZATION).map(|value| match value.split_once(' ') {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => Some(key.trim()),
         _ => None,
     });
+    // Anthropic's clients.
+    let api_key = || value(HeaderName::from_static("x-api-key")).map(|key| Some(key.trim()));
+    let key = bearer.or_else(api_key);
     let caller = match key {
         Some(None) if !tenants.is_open() => {
             return Err(ApiError::new(

@@ -14,8 +14,8 @@ use dsd_proto::openai::{
 
 use super::{
     Gateway,
-    error::ApiError,
-    generation::{Generation, GenerationEvent, TokenCounts},
+    error::{ApiError, Dialect},
+    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
     logprobs, prepare, routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
@@ -46,12 +46,14 @@ pub(super) async fn create(
             started,
             n_calls,
         };
-        return sse::response(generation, encoder, gateway.config.keep_alive);
+        let mut response = sse::response(generation, encoder, gateway.config.keep_alive);
+        prepare::name_ignored(&mut response, &prepared.ignored);
+        return response;
     }
-    match whole(generation, &head).await {
-        Ok(completion) => routes::json(&completion),
-        Err(e) => e.into_response(),
-    }
+    let answer = async move { whole(generation, &head).await };
+    let mut response = sse::whole(answer, Dialect::OpenAi, gateway.config.keep_alive).await;
+    prepare::name_ignored(&mut response, &prepared.ignored);
+    response
 }
 
 /// What all chunks of an answer share.
@@ -129,10 +131,10 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
                         }
                     }
                 }
-                partial
-                    .logprobs
-                    .content
-                    .extend(logprobs::chat(&head.model.text, &tokens).content);
+                let new = logprobs::chat(&head.model.text, &tokens);
+                partial.logprobs.content.extend(new.content);
+                let of_thoughts = &mut partial.logprobs.reasoning_content;
+                of_thoughts.extend(new.reasoning_content);
             }
             GenerationEvent::Finished { choice, end } => {
                 let has_begun = end.is_whole() || 0 < generation.counts().n_output;
@@ -243,7 +245,7 @@ impl ChunkEncoder for Encoder {
         let mut logprobs = || {
             wants_logprobs
                 .then(|| logprobs::chat(&text, &std::mem::take(&mut tokens)))
-                .filter(|l| !l.content.is_empty())
+                .filter(|l| !l.content.is_empty() || !l.reasoning_content.is_empty())
         };
         let mut n_sent = 0;
         for delta in event.deltas {
@@ -296,21 +298,22 @@ impl ChunkEncoder for Encoder {
         }
     }
 
-    fn finished(&mut self, index: usize, reason: FinishReason, chunks: &mut Chunks) {
+    fn finished(&mut self, index: usize, end: &ChoiceEnd, chunks: &mut Chunks) {
         self.start(index, chunks);
         let delta = ChatDelta::default();
         let choice = ChatChunkChoice {
             index,
             delta,
             logprobs: None,
-            finish_reason: Some(reason),
+            finish_reason: end.finish_reason(),
         };
         chunks.push(&self.chunk(vec![choice], None));
     }
 
-    fn usage(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
+    fn done(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
         if self.include_usage {
             chunks.push(&self.chunk(Vec::new(), Some(usage(counts))));
         }
+        chunks.push_done();
     }
 }

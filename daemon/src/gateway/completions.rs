@@ -7,13 +7,14 @@ use axum::{
     extract::{Request, State},
     http::Response,
 };
-use dsd_proto::openai::{Completion, CompletionChoice, CompletionLogprobs, FinishReason, Usage};
+use dsd_proto::openai::{Completion, CompletionChoice, CompletionLogprobs, Usage};
 
 use super::{
     Gateway,
-    error::ApiError,
-    generation::{Generation, GenerationEvent, TokenCounts},
-    logprobs, prepare, routes,
+    error::{ApiError, Dialect},
+    generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    logprobs::{self, Offset},
+    prepare, routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
 use crate::{catalog::ServedModel, runtime::clock};
@@ -31,6 +32,7 @@ pub(super) async fn create(
         Ok(generation) => generation,
         Err(e) => return e.into_response(),
     };
+    let model_text = Arc::clone(&prepared.model.text);
     let encoder = Encoder {
         id: routes::answer_id("cmpl"),
         created: clock::unix_seconds(),
@@ -38,15 +40,19 @@ pub(super) async fn create(
         model_name: prepared.model_name,
         wants_logprobs,
         include_usage: prepared.include_usage,
-        offsets: vec![0; generation.n_choices()],
+        offsets: (0..generation.n_choices())
+            .map(|_| Offset::new(&model_text))
+            .collect(),
     };
     if prepared.stream {
-        return sse::response(generation, encoder, gateway.config.keep_alive);
+        let mut response = sse::response(generation, encoder, gateway.config.keep_alive);
+        prepare::name_ignored(&mut response, &prepared.ignored);
+        return response;
     }
-    match whole(generation, encoder).await {
-        Ok(completion) => routes::json(&completion),
-        Err(e) => e.into_response(),
-    }
+    let answer = whole(generation, encoder);
+    let mut response = sse::whole(answer, Dialect::OpenAi, gateway.config.keep_alive).await;
+    prepare::name_ignored(&mut response, &prepared.ignored);
+    response
 }
 
 /// Collects a generation into one answer.
@@ -103,8 +109,8 @@ struct Encoder {
     model_name: String,
     wants_logprobs: bool,
     include_usage: bool,
-    /// Characters of tokens sent so far, by choice.
-    offsets: Vec<usize>,
+    /// By choice.
+    offsets: Vec<Offset>,
 }
 
 impl Encoder {
@@ -148,19 +154,20 @@ impl ChunkEncoder for Encoder {
         }
     }
 
-    fn finished(&mut self, index: usize, reason: FinishReason, chunks: &mut Chunks) {
+    fn finished(&mut self, index: usize, end: &ChoiceEnd, chunks: &mut Chunks) {
         let choice = CompletionChoice {
             index,
             text: String::new(),
             logprobs: None,
-            finish_reason: Some(reason),
+            finish_reason: end.finish_reason(),
         };
         chunks.push(&self.chunk(vec![choice], None));
     }
 
-    fn usage(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
+    fn done(&mut self, counts: TokenCounts, chunks: &mut Chunks) {
         if self.include_usage {
             chunks.push(&self.chunk(Vec::new(), Some(usage(counts))));
         }
+        chunks.push_done();
     }
 }

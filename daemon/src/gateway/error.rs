@@ -10,6 +10,7 @@ use axum::{
     http::{HeaderValue, Response, StatusCode, header},
 };
 use dsd_proto::{
+    anthropic,
     code::Code,
     openai::{ErrorBody, ErrorDetail, RequestError},
 };
@@ -48,6 +49,26 @@ pub struct ApiError {
     pub param: Option<String>,
     /// When it may work.
     pub retry_after: Option<Duration>,
+}
+
+/// Whose shapes a route has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// OpenAI's and DeepSeek's.
+    OpenAi,
+    /// Anthropic's.
+    Anthropic,
+}
+
+impl Dialect {
+    /// That of a route, by its path.
+    pub fn of_path(path: &str) -> Self {
+        let path = path.strip_prefix("/anthropic").unwrap_or(path);
+        match path.strip_prefix("/v1").unwrap_or(path) {
+            "/messages" | "/messages/count_tokens" => Self::Anthropic,
+            _ => Self::OpenAi,
+        }
+    }
 }
 
 impl ApiError {
@@ -101,17 +122,20 @@ impl ApiError {
                 Self::new(Code::Internal, "the model failed while it was answering")
             }
             // Neither is an error; whoever asks anyway gets no invented cause.
-            ChoiceEnd::Stop | ChoiceEnd::ToolCalls | ChoiceEnd::Length => {
-                Self::new(Code::Internal, "the answer is complete")
-            }
+            ChoiceEnd::Stop
+            | ChoiceEnd::StopString(_)
+            | ChoiceEnd::ToolCalls
+            | ChoiceEnd::Length => Self::new(Code::Internal, "the answer is complete"),
         }
     }
 
     /// What a client is told when its text cannot become tokens. Faults of the checkpoint go to the
     /// log and are no fault of the client.
     pub fn of_text(error: &TextError, param: &str) -> Self {
-        if let TextError::TooLong { .. } = error {
-            return Self::new(Code::ContextLengthExceeded, chain(error)).with_param(param);
+        if let TextError::TooLong { tokens_min, max } = error {
+            let found = format!("at least {tokens_min}");
+            return Self::new(Code::ContextLengthExceeded, too_long(*max, &found))
+                .with_param(param);
         }
         if error.is_request_fault() {
             return Self::new(Code::InvalidRequest, chain(error)).with_param(param);
@@ -151,13 +175,35 @@ impl ApiError {
     }
 
     /// The error object as JSON text.
-    pub fn json(&self) -> String {
-        serde_json::to_string(&self.body()).unwrap_or_default()
+    pub fn json(&self, dialect: Dialect) -> String {
+        let text = match dialect {
+            Dialect::OpenAi => serde_json::to_string(&self.body()),
+            Dialect::Anthropic => serde_json::to_string(&anthropic::ErrorBody {
+                kind: "error".to_owned(),
+                error: anthropic::ErrorDetail::of_status(self.status(), &self.message),
+            }),
+        };
+        text.unwrap_or_default()
+    }
+
+    /// Its HTTP status.
+    pub fn status(&self) -> u16 {
+        self.code.http_status()
+    }
+
+    /// For a person.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The answer of routes in OpenAI's manner.
+    pub fn into_response(self) -> Response<Body> {
+        self.into_response_in(Dialect::OpenAi)
     }
 
     /// The answer.
-    pub fn into_response(self) -> Response<Body> {
-        let mut response = Response::new(Body::from(self.json()));
+    pub fn into_response_in(self, dialect: Dialect) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.json(dialect)));
         *response.status_mut() = StatusCode::from_u16(self.code.http_status()).unwrap_or_default();
         let headers = response.headers_mut();
         headers.insert(
@@ -232,6 +278,15 @@ impl From<NotReady> for ApiError {
     }
 }
 
+/// OpenAI's words, which clients look for to shorten a conversation by themselves.
+fn too_long(prompt_len_max: usize, found: &str) -> String {
+    format!(
+        "This model's maximum context length is {} tokens. However, your messages resulted in {found} \
+         tokens. Please reduce the length of the messages.",
+        prompt_len_max + 1
+    )
+}
+
 impl From<SubmitError> for ApiError {
     fn from(error: SubmitError) -> Self {
         let message = error.to_string();
@@ -247,7 +302,8 @@ impl From<SubmitError> for ApiError {
             SubmitError::Refused(Refusal::TooLate { .. }) => {
                 Self::new(Code::DeadlineExceeded, message)
             }
-            SubmitError::PromptTooLong { .. } => {
+            SubmitError::PromptTooLong { n_prompt, max } => {
+                let message = too_long(max, &n_prompt.to_string());
                 Self::new(Code::ContextLengthExceeded, message).with_param("prompt")
             }
             SubmitError::EmptyPrompt | SubmitError::TokenOutOfRange { .. } => {
@@ -299,7 +355,7 @@ mod tests {
             param: "messages".into(),
         });
         assert_eq!(
-            error.json(),
+            error.json(Dialect::OpenAi),
             r#"{"error":{"message":"`messages` is required","type":"invalid_request_error","param":"messages","code":"invalid_request"}}"#
         );
     }

@@ -60,6 +60,8 @@ pub struct GenerationParams {
     pub stop: Vec<String>,
     /// Tokens that end a choice, besides the model's own.
     pub stop_token_ids: Vec<u32>,
+    /// As in [`Request::grammar`].
+    pub grammar: Option<Arc<str>>,
     /// Whether the model's own end tokens are ignored.
     pub ignore_eos: bool,
     /// As in [`Request::top_logprobs`].
@@ -100,6 +102,8 @@ pub enum GenerationEvent {
 pub struct TokenChoice {
     /// Vocabulary id.
     pub token: u32,
+    /// Part of the thoughts, tags included.
+    pub is_reasoning: bool,
     /// Its own and the likeliest ones'.
     pub logprobs: TokenLogprobs,
 }
@@ -111,6 +115,8 @@ pub enum ChoiceEnd {
     Stop,
     /// The same, behind calls of tools.
     ToolCalls,
+    /// This stop string.
+    StopString(String),
     /// `max_tokens` or the context length.
     Length,
     /// The deadline passed.
@@ -129,7 +135,7 @@ impl ChoiceEnd {
     pub fn finish_reason(&self) -> Option<dsd_proto::openai::FinishReason> {
         use dsd_proto::openai::FinishReason;
         match self {
-            Self::Stop => Some(FinishReason::Stop),
+            Self::Stop | Self::StopString(_) => Some(FinishReason::Stop),
             Self::ToolCalls => Some(FinishReason::ToolCalls),
             Self::Length => Some(FinishReason::Length),
             Self::DeadlinePassed => Some(FinishReason::DeadlineExceeded),
@@ -140,12 +146,15 @@ impl ChoiceEnd {
 
     /// True when nothing is missing.
     pub fn is_whole(&self) -> bool {
-        matches!(self, Self::Stop | Self::ToolCalls | Self::Length)
+        matches!(
+            self,
+            Self::Stop | Self::StopString(_) | Self::ToolCalls | Self::Length
+        )
     }
 
     fn label(&self) -> &'static str {
         match self {
-            Self::Stop => "stop",
+            Self::Stop | Self::StopString(_) => "stop",
             Self::ToolCalls => "tool_calls",
             Self::Length => "length",
             Self::DeadlinePassed => "deadline",
@@ -290,6 +299,7 @@ impl Generation {
                 seed: params.sampling.seed.wrapping_add(idx),
                 ..params.sampling.clone()
             },
+            grammar: params.grammar.clone(),
             top_logprobs: params.top_logprobs,
             deadline: params.deadline,
             cache_owner: params.cache_owner,
@@ -409,10 +419,12 @@ impl Generation {
         let was_reasoning = choice.parser.in_reasoning();
         let output = choice.parser.push(event.token);
         self.counts.n_reasoning += usize::from(was_reasoning);
+        let is_reasoning = was_reasoning || choice.parser.in_reasoning();
         choice
             .held
             .extend(event.logprobs.map(|logprobs| TokenChoice {
                 token: event.token,
+                is_reasoning,
                 logprobs,
             }));
         let deltas = output.deltas;
@@ -429,7 +441,8 @@ impl Generation {
         });
         if output.stopped {
             // What is still held back belongs to the stop string.
-            self.end(idx, ChoiceEnd::Stop);
+            let stop = self.choices[idx].parser.stop_string().map(str::to_owned);
+            self.end(idx, stop.map_or(ChoiceEnd::Stop, ChoiceEnd::StopString));
         }
     }
 

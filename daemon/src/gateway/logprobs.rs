@@ -1,19 +1,19 @@
 //! Log-probabilities in the shapes of both routes.
 
-use std::fmt::Write;
+use std::{fmt::Write, sync::Arc};
 
 use dsd_proto::openai::{ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob};
 use serde_json::{Map, Value};
 
 use super::generation::TokenChoice;
-use crate::text::TextModel;
+use crate::text::{OutputDecoder, TextModel};
 
 /// Smallest log-probability sent: JSON has no infinity, and clients know this number from OpenAI.
 const LOGPROB_MIN: f32 = -9999.0;
 
-/// Entries of a chat.
+/// Entries of a chat, of the answer and of the thoughts.
 pub(super) fn chat(text: &TextModel, tokens: &[TokenChoice]) -> ChatLogprobs {
-    let content = tokens.iter().map(|choice| {
+    let entry = |choice: &TokenChoice| {
         let bytes = bytes_of(text, choice.token);
         ChatTokenLogprob {
             token: String::from_utf8_lossy(&bytes).into_owned(),
@@ -33,9 +33,34 @@ pub(super) fn chat(text: &TextModel, tokens: &[TokenChoice]) -> ChatLogprobs {
                 })
                 .collect(),
         }
-    });
+    };
+    let (thoughts, answer): (Vec<_>, Vec<_>) = tokens.iter().partition(|t| t.is_reasoning);
     ChatLogprobs {
-        content: content.collect(),
+        content: answer.into_iter().map(entry).collect(),
+        reasoning_content: thoughts.into_iter().map(entry).collect(),
+    }
+}
+
+/// Where the next token of a choice begins in its text.
+pub(super) struct Offset {
+    decoder: OutputDecoder,
+    n_chars: usize,
+}
+
+impl Offset {
+    /// At the start of a text.
+    pub(super) fn new(text: &Arc<TextModel>) -> Self {
+        Self {
+            decoder: OutputDecoder::new(Arc::clone(text), None),
+            n_chars: 0,
+        }
+    }
+
+    /// Where a token begins; one inside a character begins where that does.
+    fn of(&mut self, token: u32) -> usize {
+        let begins_at = self.n_chars;
+        self.n_chars += self.decoder.push(token).chars().count();
+        begins_at
     }
 }
 
@@ -43,13 +68,12 @@ pub(super) fn chat(text: &TextModel, tokens: &[TokenChoice]) -> ChatLogprobs {
 pub(super) fn completion(
     text: &TextModel,
     tokens: &[TokenChoice],
-    offset: &mut usize,
+    offset: &mut Offset,
 ) -> CompletionLogprobs {
     let mut lists = CompletionLogprobs::default();
     for choice in tokens {
         let name = token_name(&bytes_of(text, choice.token));
-        lists.text_offset.push(*offset);
-        *offset += name.chars().count();
+        lists.text_offset.push(offset.of(choice.token));
         lists.tokens.push(name);
         lists.token_logprobs.push(finite(choice.logprobs.chosen));
         let top = choice.logprobs.top.iter();

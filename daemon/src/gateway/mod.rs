@@ -16,12 +16,14 @@ mod completions;
 mod error;
 mod health;
 mod logprobs;
+mod messages;
 mod prepare;
 mod refused_head;
 mod routes;
 mod serve;
 mod sse;
 mod stage;
+mod tokenize;
 mod write_timeout;
 
 #[cfg(test)]

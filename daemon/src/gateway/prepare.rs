@@ -10,10 +10,11 @@ use axum::{
     http::{HeaderMap, HeaderValue, Request, Response, header},
 };
 use dsd_proto::{
+    anthropic::MessagesRequest,
     code::Code,
     openai::{
-        self, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt, RequestError,
-        ServiceTier, ToolChoice,
+        self, AnswerShape, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt,
+        RequestError, ServiceTier, Tool, ToolChoice,
     },
 };
 use tokio::{task, time};
@@ -22,17 +23,18 @@ use super::{
     Gateway,
     auth::{self, Entered},
     body::{self, Announced, BodyLimits},
-    error::ApiError,
+    error::{ApiError, Dialect},
     generation::{self, ChoiceEnd, Generation, GenerationParams, PreparedPrompt},
     health,
 };
 use crate::{
     catalog::{Catalog, ServedModel},
     flow::{Class, SamplingParams},
+    grammar::{self, Answer, Calls},
     replica::SubmitError,
     runtime::clock,
     tenants::{Caller, Refused},
-    text::{ChatOptions, OutputForm},
+    text::{ChatOptions, OutputForm, PromptForm},
 };
 
 /// Header with the seconds that the client waits for the whole answer.
@@ -50,6 +52,11 @@ pub(super) struct Terms {
 }
 
 impl Terms {
+    /// Who asks.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.entered.caller
+    }
+
     /// When the answer must be over, now that the body is known; its field counts before the header.
     fn deadline(&self, options: &GenerationOptions) -> Result<Instant, ApiError> {
         let patience = options.deadline_s.or(self.patience_s);
@@ -75,6 +82,25 @@ pub(super) struct Prepared {
     pub(super) params: GenerationParams,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    /// Members of the body that nothing reads.
+    pub(super) ignored: Vec<String>,
+}
+
+/// Header with the names of members of the body that are ignored.
+const IGNORED: &str = "x-dsd-ignored-fields";
+
+/// Says which members of the body were ignored, so that nobody looks for their effect.
+pub(super) fn name_ignored(response: &mut Response<Body>, names: &[String]) {
+    let is_plain = |name: &&String| {
+        name.bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
+    };
+    let names: Vec<&str> = names.iter().filter(is_plain).map(String::as_str).collect();
+    if !names.is_empty()
+        && let Ok(value) = HeaderValue::from_str(&names.join(", "))
+    {
+        response.headers_mut().insert(IGNORED, value);
+    }
 }
 
 /// Reads a body and makes it ready for the engine with `prepare`. A failure is the answer to send.
@@ -89,6 +115,7 @@ pub(super) async fn read_and<T: Send + 'static>(
         tracing::error!("a request was let in by nobody");
         return Err(internal("the request could not be prepared"));
     };
+    let dialect = Dialect::of_path(head.uri.path());
     let check = || {
         check_content_type(&head.headers)?;
         check_content_encoding(&head.headers)?;
@@ -128,7 +155,9 @@ pub(super) async fn read_and<T: Send + 'static>(
     let permit = match time::timeout(config.request_timeout, place).await {
         Ok(Ok(permit)) => permit,
         Ok(Err(_)) => return Err(internal("the node is stopping")),
-        Err(_) => return Err(ApiError::of_end(&ChoiceEnd::DeadlinePassed).into_response()),
+        Err(_) => {
+            return Err(ApiError::of_end(&ChoiceEnd::DeadlinePassed).into_response_in(dialect));
+        }
     };
     let catalog = Arc::clone(&gateway.catalog);
     // Ends by itself within the limits of a body, so it may outlive a client that goes away; its
@@ -140,7 +169,7 @@ pub(super) async fn read_and<T: Send + 'static>(
         prepared
     });
     match prepared.await {
-        Ok(prepared) => prepared.map_err(ApiError::into_response),
+        Ok(prepared) => prepared.map_err(|e| e.into_response_in(dialect)),
         Err(e) => {
             tracing::error!(error = %e, "preparing a request failed");
             Err(internal("the request could not be prepared"))
@@ -253,6 +282,31 @@ fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
 /// A chat: template and tokeniser.
 pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
     let request = ChatCompletionRequest::from_slice(body)?;
+    of_chat(catalog, request, openai::unknown_fields(body), terms)
+}
+
+/// A chat in Anthropic's words.
+pub(super) fn messages(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
+    let MessagesRequest(request) = MessagesRequest::from_slice(body, true)?;
+    of_chat(catalog, request, Vec::new(), terms)
+}
+
+/// The same for its number of tokens only.
+pub(super) fn messages_to_count(
+    catalog: &Catalog,
+    body: &[u8],
+    terms: Terms,
+) -> Result<Prepared, ApiError> {
+    let MessagesRequest(request) = MessagesRequest::from_slice(body, false)?;
+    of_chat(catalog, request, Vec::new(), terms)
+}
+
+fn of_chat(
+    catalog: &Catalog,
+    request: ChatCompletionRequest,
+    ignored: Vec<String>,
+    terms: Terms,
+) -> Result<Prepared, ApiError> {
     let deadline = terms.deadline(&request.options)?;
     let caller = terms.entered.caller;
     let model = auth::lookup(catalog, &caller, request.model.as_deref())?;
@@ -268,11 +322,11 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         .map(|message| message.to_value())
         .collect();
     let offers_tools = !request.tools.is_empty() && request.tool_choice != ToolChoice::None;
-    let tools = request.tools.into_iter().map(|tool| tool.source);
+    let sources = request.tools.iter().map(|tool| tool.source.clone());
     let options = ChatOptions {
         add_generation_prompt: true,
         thinking: request.thinking,
-        tools: offers_tools.then(|| tools.collect()),
+        tools: offers_tools.then(|| sources.collect()),
         describe_tools: true,
         continues: request.continues,
         template_kwargs,
@@ -282,24 +336,54 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
         .text
         .render_chat(&messages, &options)
         .map_err(|e| ApiError::of_text(&e, "messages"))?;
+    let tool_calls_max = match request.parallel_tool_calls {
+        true => usize::MAX,
+        false => 1,
+    };
+    let calls = prompt.form.tools.and_then(|markup| {
+        let is_wanted = |tool: &&Tool| match &request.tool_choice {
+            ToolChoice::None => false,
+            // Beside an answer of a given shape they need a form, too.
+            ToolChoice::Auto => request.options.shape.is_some(),
+            ToolChoice::Required => true,
+            ToolChoice::Named(name) => tool.name == *name,
+        };
+        let wanted = request.tools.iter().filter(is_wanted);
+        let functions: Vec<_> = wanted.map(|t| (&*t.name, &t.parameters)).collect();
+        (!functions.is_empty()).then_some(Calls {
+            markup,
+            functions,
+            max: tool_calls_max,
+        })
+    });
+    let must_call = matches!(
+        request.tool_choice,
+        ToolChoice::Required | ToolChoice::Named(_)
+    );
+    let grammar = grammar(
+        &model,
+        &prompt.form,
+        &request.options,
+        calls.as_ref(),
+        must_call,
+    )?;
     let prompt = PreparedPrompt {
         ids: prompt.ids,
         form: OutputForm {
-            tool_calls_max: match request.parallel_tool_calls {
-                true => usize::MAX,
-                false => 1,
-            },
+            tool_calls_max,
             ..prompt.form
         },
     };
-    prepared(
+    let asked = Asked {
         caller,
         model,
-        request.model,
-        vec![prompt],
-        request.options,
+        model_name: request.model,
+        prompts: vec![prompt],
+        grammar,
         deadline,
-    )
+        ignored,
+    };
+    prepared(asked, request.options)
 }
 
 /// A plain completion: tokeniser only.
@@ -313,12 +397,16 @@ pub(super) fn completion(
     let caller = terms.entered.caller;
     let model = auth::lookup(catalog, &caller, request.model.as_deref())?;
     let mut prompts = Vec::with_capacity(request.prompts.len());
+    let form = PromptForm {
+        add_special: request.add_special_tokens,
+        parse_special: request.parse_special,
+    };
     for prompt in request.prompts {
         let ids = match prompt {
             Prompt::Tokens(ids) => ids,
             Prompt::Text(text) => model
                 .text
-                .encode_prompt(&text, model.replica.limits().prompt_len_max())
+                .encode_prompt(&text, form, model.replica.limits().prompt_len_max())
                 .map_err(|e| ApiError::of_text(&e, "prompt"))?,
         };
         prompts.push(PreparedPrompt {
@@ -326,24 +414,78 @@ pub(super) fn completion(
             form: OutputForm::PLAIN,
         });
     }
-    prepared(
+    let grammar = grammar(&model, &OutputForm::PLAIN, &request.options, None, false)?;
+    let asked = Asked {
         caller,
         model,
-        request.model,
+        model_name: request.model,
         prompts,
-        request.options,
+        grammar,
         deadline,
-    )
+        ignored: openai::unknown_fields(body),
+    };
+    prepared(asked, request.options)
 }
 
-fn prepared(
+/// What a request's answer has to follow, looked at before an engine gets it.
+fn grammar(
+    model: &ServedModel,
+    form: &OutputForm,
+    options: &GenerationOptions,
+    calls: Option<&Calls<'_>>,
+    must_call: bool,
+) -> Result<Option<Arc<str>>, ApiError> {
+    let answer = options.shape.as_ref().map(|(_, shape)| match shape {
+        AnswerShape::Json(schema) => Answer::Json(schema.clone()),
+        AnswerShape::Regex(regex) => Answer::Regex(regex.clone()),
+        AnswerShape::Choice(texts) => Answer::Choice(texts.clone()),
+        AnswerShape::Grammar(grammar) => Answer::Lark(grammar.clone()),
+    });
+    if answer.is_none() && calls.is_none() {
+        return Ok(None);
+    }
+    if calls.is_some() && options.ignore_eos {
+        return Err(RequestError::Conflict {
+            param: "ignore_eos".to_owned(),
+            problem: "does not go with calls that are required, which end where they are complete"
+                .to_owned(),
+        }
+        .into());
+    }
+    let answer = answer.filter(|_| !must_call);
+    let grammar = grammar::write(&model.text, form.reasoning, answer.as_ref(), calls);
+    let param = match &options.shape {
+        Some((param, _)) if !must_call => param,
+        _ => "tools",
+    };
+    model.grammars.check(&model.text, &grammar).map_err(|e| {
+        let message = format!("`{param}` cannot be followed: {e}");
+        ApiError::new(Code::InvalidRequest, message).with_param(param)
+    })?;
+    Ok(Some(grammar.into()))
+}
+
+/// What was found in a body.
+struct Asked {
     caller: Caller,
     model: Arc<ServedModel>,
     model_name: Option<String>,
     prompts: Vec<PreparedPrompt>,
-    options: GenerationOptions,
+    grammar: Option<Arc<str>>,
     deadline: Instant,
-) -> Result<Prepared, ApiError> {
+    ignored: Vec<String>,
+}
+
+fn prepared(asked: Asked, options: GenerationOptions) -> Result<Prepared, ApiError> {
+    let Asked {
+        caller,
+        model,
+        model_name,
+        prompts,
+        grammar,
+        deadline,
+        ignored,
+    } = asked;
     let vocab_len = model.replica.limits().vocab_len;
     let outside = |id: &u32| usize::try_from(*id).map_or(true, |id| vocab_len <= id);
     if let Some((id, _)) = options.logit_bias.iter().find(|(id, _)| outside(id)) {
@@ -357,6 +499,12 @@ fn prepared(
     let user = options.user_id.as_deref().or(options.user.as_deref());
     let is_batch = options.service_tier == ServiceTier::Flex || model.class == Class::Batch;
     let account = caller.account(user, is_batch);
+    let spelt = options
+        .stop
+        .iter()
+        .filter_map(|stop| model.text.added_id(stop));
+    let mut stop_token_ids = options.stop_token_ids;
+    stop_token_ids.extend(spelt);
     let params = GenerationParams {
         n: options.n as usize,
         max_tokens: options.max_tokens,
@@ -372,8 +520,9 @@ fn prepared(
             seed: options.seed.unwrap_or_else(generation::fresh_seed),
         },
         stop: options.stop,
-        stop_token_ids: options.stop_token_ids,
+        stop_token_ids,
         ignore_eos: options.ignore_eos,
+        grammar,
         top_logprobs: options.top_logprobs,
         cache_owner: caller.cache_owner(options.user_id.as_deref()),
         account,
@@ -387,6 +536,7 @@ fn prepared(
         params,
         stream: options.stream,
         include_usage: options.include_usage,
+        ignored,
     })
 }
 

@@ -18,7 +18,12 @@ use tokio::{
     time,
 };
 
-use super::{body::DRAIN_TIME_MAX, error::ApiError, serve::HEAD_LEN_MAX, stage::Stage};
+use super::{
+    body::DRAIN_TIME_MAX,
+    error::{ApiError, Dialect},
+    serve::HEAD_LEN_MAX,
+    stage::Stage,
+};
 
 /// A connection as the HTTP reader sees it.
 pub(super) struct Reader<T> {
@@ -93,7 +98,7 @@ async fn farewell<T: AsyncRead + AsyncWrite + Unpin>(
     refusal: &ApiError,
 ) {
     let status = refusal.code.http_status();
-    let body = refusal.json();
+    let body = refusal.json(Dialect::OpenAi);
     let reason = hyper::StatusCode::from_u16(status).unwrap_or_default();
     let answer = format!(
         "HTTP/1.1 {status} {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",

@@ -21,9 +21,10 @@ use super::{
     auth::{self, Entered},
     body::{self, Announced},
     chat, completions,
-    error::ApiError,
+    error::{ApiError, Dialect},
     generation,
     health::{self, NotReady},
+    messages, tokenize,
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
@@ -38,6 +39,16 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .route("/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/completions", post(completions::create))
+        .route("/v1/messages", post(messages::create))
+        .route("/anthropic/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+        .route(
+            "/anthropic/v1/messages/count_tokens",
+            post(messages::count_tokens),
+        )
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/version", get(version))
         .route("/v1/models", get(list_models))
         .route("/models", get(list_models))
         .route("/v1/models/{*name}", get(show_model))
@@ -81,7 +92,8 @@ async fn around(
         }
         Err(refusal) => {
             let (head, body) = request.into_parts();
-            body::answer_then_drain(refusal.into_response(), Announced::by(&head.headers), body)
+            let refusal = refusal.into_response_in(Dialect::of_path(head.uri.path()));
+            body::answer_then_drain(refusal, Announced::by(&head.headers), body)
         }
     };
     let status = response.status().as_u16();
@@ -101,9 +113,15 @@ async fn around(
 
 /// The route as a metric label: a closed set, whatever clients ask for.
 fn route_label(path: &str) -> &'static str {
+    let path = path.strip_prefix("/anthropic").unwrap_or(path);
     match path.strip_prefix("/v1").unwrap_or(path) {
+        "/messages" => "/v1/messages",
+        "/messages/count_tokens" => "/v1/messages/count_tokens",
         "/chat/completions" => "/v1/chat/completions",
         "/completions" => "/v1/completions",
+        "/tokenize" => "/tokenize",
+        "/detokenize" => "/detokenize",
+        "/version" => "/version",
         "/models" => "/v1/models",
         "/health" => "/health",
         "/ready" => "/ready",
@@ -223,6 +241,11 @@ async fn health() -> Response<Body> {
     json(&serde_json::json!({"status": "alive"}))
 }
 
+/// The build.
+async fn version() -> Response<Body> {
+    json(&serde_json::json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
 async fn ready(State(gateway): State<Arc<Gateway>>) -> Response<Body> {
     if gateway.stop.draining.is_cancelled() {
         return ApiError::from(NotReady::Draining).into_response();
@@ -256,7 +279,12 @@ async fn not_found(request: Request) -> Response<Body> {
 async fn method_not_allowed(request: Request) -> Response<Body> {
     let (head, body) = request.into_parts();
     let allowed = match route_label(head.uri.path()) {
-        "/v1/chat/completions" | "/v1/completions" => "POST",
+        "/v1/chat/completions"
+        | "/v1/completions"
+        | "/tokenize"
+        | "/detokenize"
+        | "/v1/messages"
+        | "/v1/messages/count_tokens" => "POST",
         _ => "GET",
     };
     let message = format!(

@@ -1,4 +1,5 @@
-//! The body of a streamed answer: events as they come, comments while nothing comes.
+//! Bodies of answers that take their time: events as they come, comments while nothing comes; empty
+//! lines before an answer in one piece.
 
 use std::{collections::VecDeque, convert::Infallible, time::Duration};
 
@@ -6,28 +7,32 @@ use axum::{
     body::{Body, Bytes},
     http::{HeaderValue, Response, header},
 };
-use futures::stream;
+use futures::{StreamExt, stream};
 use serde::Serialize;
 use tokio::time;
 
 use super::{
-    error::ApiError,
+    error::{ApiError, Dialect},
     generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
+    routes,
 };
 
 /// Turns events of a generation into the chunks of one route.
 pub(super) trait ChunkEncoder: Send + 'static {
     /// Chunks of new text.
     fn delta(&mut self, event: GenerationDelta, chunks: &mut Chunks);
-    /// The last chunk of a choice.
-    fn finished(
-        &mut self,
-        choice: usize,
-        reason: dsd_proto::openai::FinishReason,
-        chunks: &mut Chunks,
-    );
-    /// After the last choice: token counts, if the client wants them.
-    fn usage(&mut self, counts: TokenCounts, chunks: &mut Chunks);
+    /// The last chunk of a choice, whose end has a reason.
+    fn finished(&mut self, choice: usize, end: &ChoiceEnd, chunks: &mut Chunks);
+    /// After the last choice.
+    fn done(&mut self, counts: TokenCounts, chunks: &mut Chunks);
+    /// The stream ends here, and what was sent is not a whole answer.
+    fn failed(&mut self, error: &ApiError, chunks: &mut Chunks) {
+        chunks.push_text(&error.json(Dialect::OpenAi));
+    }
+    /// What says that the answer is still made.
+    fn keep_alive(&self) -> &'static str {
+        ": keep-alive\n\n"
+    }
 }
 
 /// New text of a choice.
@@ -47,6 +52,18 @@ impl Chunks {
         // Only a map with keys that are no strings cannot be written; no chunk has one.
         let json = serde_json::to_string(chunk).unwrap_or_default();
         self.push_text(&json);
+    }
+
+    /// Adds an event with a name.
+    pub(super) fn push_event(&mut self, name: &str, chunk: &impl Serialize) {
+        let json = serde_json::to_string(chunk).unwrap_or_default();
+        self.0
+            .push_back(format!("event: {name}\ndata: {json}\n\n").into());
+    }
+
+    /// Adds the end that OpenAI's clients wait for.
+    pub(super) fn push_done(&mut self) {
+        self.push_text("[DONE]");
     }
 
     fn push_text(&mut self, data: &str) {
@@ -84,6 +101,40 @@ pub(super) fn response(
     response
 }
 
+/// An answer in one piece. From `keep_alive` on, empty lines tell the client and proxies that it is
+/// still made, as DeepSeek's do; its status has to be 200 then, whatever comes of it. Dropping the body
+/// drops `answer`.
+pub(super) async fn whole<T: Serialize>(
+    answer: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+    dialect: Dialect,
+    keep_alive: Duration,
+) -> Response<Body> {
+    let mut answer = Box::pin(answer);
+    match time::timeout(keep_alive, &mut answer).await {
+        Ok(Ok(value)) => return routes::json(&value),
+        Ok(Err(e)) => return e.into_response_in(dialect),
+        Err(_) => {}
+    }
+    let parts = stream::unfold(Some(answer), move |answer| async move {
+        let mut answer = answer?;
+        match time::timeout(keep_alive, &mut answer).await {
+            Err(_) => Some((Ok::<_, Infallible>(Bytes::from_static(b"\n")), Some(answer))),
+            Ok(outcome) => {
+                let json = match outcome {
+                    Ok(value) => serde_json::to_string(&value).unwrap_or_default(),
+                    Err(e) => e.json(dialect),
+                };
+                Some((Ok(Bytes::from(json)), None))
+            }
+        }
+    });
+    let first = stream::once(async { Ok::<_, Infallible>(Bytes::from_static(b"\n")) });
+    let mut response = Response::new(Body::from_stream(first.chain(parts)));
+    let json = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response
+}
+
 struct EventStream<E> {
     generation: Generation,
     encoder: E,
@@ -107,7 +158,7 @@ impl<E: ChunkEncoder> EventStream<E> {
             }
             tokio::select! {
                 event = self.generation.next() => self.event(event),
-                () = &mut silence => return Some(Bytes::from_static(b": keep-alive\n\n")),
+                () = &mut silence => return Some(self.encoder.keep_alive().into()),
             }
         }
     }
@@ -136,18 +187,17 @@ impl<E: ChunkEncoder> EventStream<E> {
                     || end == ChoiceEnd::Stopped
                     || 0 < self.generation.counts().n_output;
                 match end.finish_reason().filter(|_| has_begun) {
-                    Some(reason) => self.encoder.finished(choice, reason, &mut self.chunks),
+                    Some(_) => self.encoder.finished(choice, &end, &mut self.chunks),
                     None => {
-                        // The stream ends without `[DONE]`: what was sent is not a whole answer.
-                        self.chunks.push_text(&ApiError::of_end(&end).json());
+                        let error = ApiError::of_end(&end);
+                        self.encoder.failed(&error, &mut self.chunks);
                         self.over = true;
                     }
                 }
             }
             None => {
                 self.encoder
-                    .usage(self.generation.counts(), &mut self.chunks);
-                self.chunks.push_text("[DONE]");
+                    .done(self.generation.counts(), &mut self.chunks);
                 self.over = true;
             }
         }

@@ -221,6 +221,7 @@ impl GroupHandle {
                 max_tokens: request.max_tokens,
                 stop_tokens: request.stop_tokens,
                 sampling: request.sampling,
+                grammar: request.grammar,
                 top_logprobs: request.top_logprobs,
                 deadline: request.deadline,
                 cache_owner: request.cache_owner,

@@ -38,6 +38,7 @@ pub(super) struct Asked {
     pub(super) max_tokens: usize,
     pub(super) stop_tokens: Arc<[u32]>,
     pub(super) sampling: SamplingParams,
+    pub(super) grammar: Option<Arc<str>>,
     pub(super) top_logprobs: Option<usize>,
     pub(super) deadline: Option<Instant>,
     pub(super) cache_owner: CacheOwner,
@@ -67,6 +68,7 @@ impl Asked {
                 logit_bias: values(&params.logit_bias),
                 seed: params.seed,
             },
+            grammar: self.grammar.as_deref().map(str::to_owned),
             top_logprobs: self.top_logprobs.map(|n| n as u32),
             deadline_ms: self.deadline.map(|d| left(d).as_millis() as u64),
             cache_owner: self.cache_owner.0.to_vec(),
@@ -103,6 +105,7 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
             logit_bias: pairs(sampling.logit_bias),
             seed: sampling.seed,
         },
+        grammar: message.grammar.map(Into::into),
         top_logprobs: message.top_logprobs.map(|n| n as usize),
         deadline: message
             .deadline_ms

@@ -7,7 +7,7 @@
 use std::{
     io,
     os::{fd::AsFd, unix::net::UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -39,11 +39,15 @@ use super::{
 use crate::{
     collective::{Collective, Op, Segment, SegmentError, Site},
     cost::CostModel,
-    engine::{self, EngineConfig, EngineHandle, PostError, StartError, StepError},
+    engine::{
+        self, EngineConfig, EngineHandle, PostError, StartError, StepError, VocabularySource,
+    },
     flow::{EventSink, StreamItem, TokenSink},
+    grammar::{GrammarError, Vocabulary},
     runner::{self, Budget, ModelExecutor, StepExecutor, load_cpu, plan_cpu},
     runtime::{clock, thread},
     telemetry::{chain, forward::Collector},
+    text::TextModel,
     weights::{Checkpoint, WeightsError},
 };
 
@@ -391,6 +395,12 @@ impl Engine {
         cfg.step_target = Duration::from_micros(start.step_target_us);
         cfg.cost = CostModel::from_parameters(&start.cost);
         cfg.drain_limit = Duration::from_millis(start.drain_limit_ms);
+        let path = PathBuf::from(&start.path);
+        cfg.vocabulary = Some(VocabularySource::new(move || {
+            let text = TextModel::open(&path)
+                .map_err(|e| GrammarError::Vocabulary { problem: chain(&e) })?;
+            Vocabulary::new(&text)
+        }));
         let events = Events::default();
         let lost = Arc::<Mutex<Option<StepError>>>::default();
         let outlet = {

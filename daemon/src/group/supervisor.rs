@@ -269,7 +269,9 @@ impl Supervisor {
             let drain_ms = at.saturating_duration_since(now).as_millis() as u64;
             frames.push(frames::encode(&GroupStop { drain_ms }, epoch));
         }
-        let is_over = stop_at.is_some_and(|at| !is_ready || at + STOP_GRACE <= now);
+        // While some are left, a group that forms again goes on with them.
+        let is_done = !is_ready && state.in_flight.is_empty();
+        let is_over = stop_at.is_some_and(|at| is_done || at + STOP_GRACE <= now);
         if is_over {
             let ids = state.in_flight.keys().copied().collect::<Vec<_>>();
             for id in ids {
@@ -408,13 +410,13 @@ impl Supervisor {
     }
 
     fn rank_ended(&mut self, rank: usize, how: &str) {
-        if self.shared.lock().stop_at.is_some() {
+        let mut state = self.shared.lock();
+        if state.stop_at.is_some() && state.in_flight.is_empty() {
             // The first rank ends when it has drained; there is nothing left to wait for.
-            let now = clock::now();
-            let mut state = self.shared.lock();
-            state.stop_at = Some(now - STOP_GRACE);
+            state.stop_at = Some(clock::now() - STOP_GRACE);
             return;
         }
+        drop(state);
         let what = match &self.segment {
             None => format!("rank {rank} {how}"),
             Some(segment) => format!("rank {rank} {how} at {}", segment.last_site(rank)),
@@ -570,6 +572,7 @@ impl Supervisor {
             return;
         }
         state.is_ready = true;
+        state.stop_is_news = state.stop_at.is_some();
         state.signs = vec![Sign::of_life(clock::now()); self.cfg.n_ranks];
         // In the order of arrival, those that ran before included.
         state.new = state.in_flight.keys().copied().collect();
@@ -743,6 +746,7 @@ mod tests {
                 max_tokens: 9,
                 stop_tokens: Arc::new([]),
                 sampling: SamplingParams::default(),
+                grammar: None,
                 top_logprobs: None,
                 deadline: None,
                 cache_owner: CacheOwner::default(),
@@ -828,6 +832,31 @@ mod tests {
         streams.into_iter().for_each(must_have_ended);
         assert_eq!(supervisor.step(now), None);
         assert!(!supervisor.life.is_ready() && !supervisor.has_failed_at_first());
+    }
+
+    #[test]
+    fn a_rank_that_is_lost_while_the_group_drains_costs_nobody_its_answer() {
+        let (mut supervisor, first, now) = supervisor();
+        assert_eq!(supervisor.step(now), Some(1));
+        supervisor.hear_ready(0, "old", "text", now);
+        supervisor.hear_ready(1, "old", "text", now);
+        assert!(first.recv().unwrap().is_ok());
+        let _stream = begun(&supervisor, 1, vec![5]);
+        supervisor.shared.lock().stop_at = Some(now + Duration::from_secs(3600));
+        assert!(!supervisor.obey_handles());
+        supervisor.rank_ended(0, "died");
+        assert_eq!(supervisor.step(now), None);
+        assert!(!supervisor.obey_handles(), "somebody waits for it");
+        assert_eq!(supervisor.step(now), Some(2));
+        supervisor.hear_ready(0, "old", "text", now);
+        supervisor.hear_ready(1, "old", "text", now);
+        let mut state = supervisor.shared.lock();
+        assert!(state.stop_is_news, "the new ranks have to drain too");
+        assert_eq!(std::mem::take(&mut state.new), [1]);
+        state.remove(1);
+        drop(state);
+        supervisor.rank_ended(0, "exited");
+        assert!(supervisor.obey_handles(), "nothing is left to wait for");
     }
 
     /// A request that came further between two losses is not what ends groups.

@@ -20,6 +20,7 @@ use crate::{
         KvType as KvTypeKey, LogConfig, ModelSettings,
     },
     flow::Class,
+    grammar::Checker,
     group::{self, CostFile, GroupConfig, STEP_TARGET_CPU},
     model::{self, ModelError},
     replica::{AdmissionConfig, Replica},
@@ -214,6 +215,7 @@ fn load(
         path: path.to_owned(),
         architecture: spec.architecture.clone(),
         text,
+        grammars: Checker::default(),
         replica,
         stop_token_ids: checkpoint.eos_token_ids().into(),
         class: match service.class {

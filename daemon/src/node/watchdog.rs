@@ -80,6 +80,7 @@ mod tests {
             max_tokens: 1,
             stop_tokens: Arc::new([]),
             sampling: SamplingParams::default(),
+            grammar: None,
             top_logprobs: None,
             deadline: None,
             cache_owner: flow::CacheOwner::default(),

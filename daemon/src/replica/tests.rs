@@ -57,6 +57,7 @@ fn request(id: u64, n_prompt: usize, max_tokens: usize) -> (Request, TokenStream
         max_tokens,
         stop_tokens: Arc::new([]),
         sampling: SamplingParams::default(),
+        grammar: None,
         top_logprobs: None,
         deadline: None,
         cache_owner: CacheOwner::default(),

@@ -61,6 +61,9 @@ pub struct SampleContext<'a> {
     pub top_logprobs: Option<usize>,
     /// Ids from here on are padding of the vocabulary and never chosen or listed.
     pub sampleable_len: usize,
+    /// A bit for each id that may be chosen, the first in the lowest bit of the first word; ids beyond
+    /// its end may not. `None`: all may.
+    pub allowed: Option<&'a [u32]>,
 }
 
 /// A chosen token.
@@ -100,6 +103,9 @@ pub fn sample(
     let n_logits = ctx.sampleable_len.min(logits.len());
     let logits = &mut logits[..n_logits];
     penalty::apply(scratch, logits, ctx);
+    if let Some(allowed) = ctx.allowed {
+        rule_out(logits, allowed);
+    }
     let (best, best_logit) = argmax(logits).ok_or(SampleError::NoCandidate { n_logits })?;
 
     let token = if 0.0 < ctx.params.temperature {
@@ -114,6 +120,21 @@ pub fn sample(
         .top_logprobs
         .map(|n| token_logprobs(scratch, token, n, n_logits));
     Ok(Sampled { token, logprobs })
+}
+
+/// Leaves those whose bit is set.
+fn rule_out(logits: &mut [f32], allowed: &[u32]) {
+    let words = allowed.iter().copied().chain(std::iter::repeat(0));
+    for (part, word) in logits.chunks_mut(32).zip(words) {
+        if word == u32::MAX {
+            continue;
+        }
+        for (bit, logit) in part.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
 }
 
 /// The id of the largest logit that is a number, the smallest id among equals.

@@ -28,6 +28,7 @@ fn ctx<'a>(params: &'a SamplingParams, prompt: &'a [u32], output: &'a [u32]) -> 
         prompt,
         output,
         top_logprobs: None,
+        allowed: None,
         sampleable_len: usize::MAX,
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Knows a checkpoint's tokenizer and template files; knows no request, no model and no sampling.
 //!
-//! Invariant: text from a client never becomes a special or added token, whatever it spells; only
-//! a chat template and [`TextModel::encode_trusted`] make those.
+//! Invariant: text of a conversation never becomes a special or added token, whatever it spells; only
+//! chat templates, [`TextModel::encode_trusted`] and raw prompts that ask for it make those.
 //! Invariant: the text of a token stream does not depend on how the stream was cut.
 //!
 //! `catalog` opens one [`TextModel`] per model; `gateway` renders prompts and parses output with it.
@@ -33,7 +33,7 @@ pub use chat::{ChatOptions, ChatPrompt};
 pub use decoder::OutputDecoder;
 pub use error::TextError;
 pub use load::FILE_NAMES;
-pub use model::TextModel;
+pub use model::{PromptForm, TextModel};
 pub use output::{OutputDelta, OutputForm, OutputParser, OutputStep};
 pub use reasoning::ReasoningMode;
 pub use tools::ToolMarkup;

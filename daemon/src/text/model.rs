@@ -33,6 +33,24 @@ pub struct TextModel {
     templates: Option<ChatTemplates>,
 }
 
+/// How the prompt of a raw completion is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptForm {
+    /// BOS goes in front where the model wants it.
+    pub add_special: bool,
+    /// What spells an added token is that token: who writes raw prompts templates by itself.
+    pub parse_special: bool,
+}
+
+impl Default for PromptForm {
+    fn default() -> Self {
+        Self {
+            add_special: true,
+            parse_special: true,
+        }
+    }
+}
+
 /// The named tokens of a tokenizer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct SpecialTokens {
@@ -109,15 +127,31 @@ impl TextModel {
         Ok(ids)
     }
 
-    /// Encodes the prompt of a raw completion: ordinary text, with BOS where the model wants it.
-    /// Stops once it is certain that there are more than `tokens_max` tokens.
+    /// Encodes the prompt of a raw completion. Stops once it is certain that there are more than
+    /// `tokens_max` tokens.
     ///
     /// # Errors
     /// [`TextError::TooLong`], [`TextError::Encode`], [`TextError::LongWhole`].
-    pub fn encode_prompt(&self, text: &str, tokens_max: usize) -> Result<Vec<u32>, TextError> {
-        let bos = self.bos_id().filter(|_| self.special.add_bos);
-        let mut ids: Vec<u32> = bos.into_iter().collect();
-        self.encode_plain(text, tokens_max, &mut ids)?;
+    pub fn encode_prompt(
+        &self,
+        text: &str,
+        form: PromptForm,
+        tokens_max: usize,
+    ) -> Result<Vec<u32>, TextError> {
+        let mut ids = Vec::new();
+        match form.parse_special {
+            true => ids = self.encode_marked(text, None, tokens_max)?,
+            false => self.encode_plain(text, tokens_max, &mut ids)?,
+        }
+        // A client that templates by itself may have written it.
+        let bos = self
+            .bos_id()
+            .filter(|_| form.add_special && self.special.add_bos);
+        if let Some(bos) = bos
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
         Ok(ids)
     }
 
@@ -170,6 +204,16 @@ impl TextModel {
     /// The token at the end of a sequence.
     pub fn eos_id(&self) -> Option<u32> {
         self.added.id_of(self.special.eos.as_deref()?)
+    }
+
+    /// The added token that reads so.
+    pub fn added_id(&self, content: &str) -> Option<u32> {
+        self.added.id_of(content)
+    }
+
+    /// All added tokens, special or not.
+    pub fn added_ids(&self) -> HashSet<u32> {
+        self.added.tokens().iter().map(|token| token.id).collect()
     }
 
     /// True when raw prompts start with BOS.

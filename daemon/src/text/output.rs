@@ -133,6 +133,11 @@ impl OutputParser {
         self.n_tool_calls
     }
 
+    /// The stop string that ended the answer.
+    pub fn stop_string(&self) -> Option<&str> {
+        self.stop.found()
+    }
+
     fn read(&mut self, parts: Vec<Part>, deltas: &mut Vec<OutputDelta>) {
         for part in parts {
             match part {

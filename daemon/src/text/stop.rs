@@ -10,7 +10,8 @@
 pub(super) struct StopMatcher {
     stops: Vec<String>,
     held: String,
-    stopped: bool,
+    /// The one that was found.
+    found: Option<usize>,
 }
 
 impl StopMatcher {
@@ -20,18 +21,23 @@ impl StopMatcher {
         Self {
             stops,
             held: String::new(),
-            stopped: false,
+            found: None,
         }
     }
 
     /// True once a stop string was found; nothing comes out any more.
     pub(super) fn is_stopped(&self) -> bool {
-        self.stopped
+        self.found.is_some()
+    }
+
+    /// The stop string that was found.
+    pub(super) fn found(&self) -> Option<&str> {
+        self.found.map(|idx| self.stops[idx].as_str())
     }
 
     /// Takes text and returns what can be shown.
     pub(super) fn push(&mut self, text: &str) -> String {
-        if self.stopped {
+        if self.found.is_some() {
             return String::new();
         }
         if self.stops.is_empty() {
@@ -40,12 +46,10 @@ impl StopMatcher {
         let mut shown = String::new();
         for c in text.chars() {
             self.held.push(c);
-            let found = self
-                .stops
-                .iter()
-                .filter(|s| self.held.ends_with(s.as_str()));
-            if let Some(len) = found.map(String::len).max() {
-                self.stopped = true;
+            let found = (0..self.stops.len()).filter(|idx| self.held.ends_with(&self.stops[*idx]));
+            if let Some(idx) = found.max_by_key(|idx| self.stops[*idx].len()) {
+                self.found = Some(idx);
+                let len = self.stops[idx].len();
                 shown.push_str(&self.held[..self.held.len() - len]);
                 self.held.clear();
                 return shown;

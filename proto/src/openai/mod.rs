@@ -9,6 +9,8 @@ mod locate;
 mod raw;
 mod request;
 mod response;
+mod shape;
+mod tokenize;
 mod tools;
 #[cfg(test)]
 mod tests;
@@ -16,13 +18,15 @@ mod tests;
 pub use error::{ErrorBody, ErrorDetail, RequestError};
 pub use request::{
     ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationOptions, Prompt,
-    ReasoningEffort, Role, ServiceTier, limits, positive_seconds,
+    ReasoningEffort, Role, ServiceTier, limits, positive_seconds, unknown_fields,
 };
 pub use response::{
     ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
     ChatTokenLogprob, Completion, CompletionChoice, CompletionLogprobs, CompletionTokensDetails,
     FinishReason, Model, ModelList, TopLogprob, Usage,
 };
+pub use shape::AnswerShape;
+pub use tokenize::{DetokenizeRequest, Detokenized, TokenizeRequest, Tokenized};
 pub use tools::{
     FunctionDelta, FunctionReply, Tool, ToolCall, ToolCallDelta, ToolCallReply, ToolChoice,
 };

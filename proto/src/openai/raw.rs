@@ -17,6 +17,7 @@ use super::{
     error::RequestError,
     locate,
     request::limits,
+    shape::{RawFormat, RawStructured},
     tools::{RawToolCall, RawToolChoice},
 };
 
@@ -59,13 +60,26 @@ pub(super) struct RawRequest {
     pub(super) tool_choice: Option<RawToolChoice>,
     pub(super) parallel_tool_calls: Option<bool>,
     pub(super) continue_final_message: Option<bool>,
+    pub(super) response_format: Option<RawFormat>,
+    pub(super) structured_outputs: Option<RawStructured>,
+    pub(super) guided_json: Option<Box<RawValue>>,
+    pub(super) guided_regex: Option<String>,
+    pub(super) guided_choice: Option<Vec<String>>,
+    pub(super) guided_grammar: Option<String>,
+    pub(super) grammar: Option<String>,
+    pub(super) add_special_tokens: Option<bool>,
+    pub(super) parse_special: Option<bool>,
+    pub(super) enable_thinking: Option<bool>,
     // Known and refused when they ask for something.
+    pub(super) min_tokens: Option<u64>,
+    pub(super) include_stop_str_in_output: Option<bool>,
+    pub(super) skip_special_tokens: Option<bool>,
+    pub(super) prompt_logprobs: Presence,
     pub(super) echo: Option<bool>,
     pub(super) suffix: Option<String>,
     pub(super) best_of: Option<u64>,
     pub(super) functions: Presence,
     pub(super) function_call: Presence,
-    pub(super) response_format: Option<RawTyped>,
     pub(super) modalities: Option<Vec<String>>,
     pub(super) audio: Presence,
 }
@@ -125,13 +139,81 @@ pub(super) fn parse(body: &[u8]) -> Result<RawRequest, RequestError> {
         let problem = problem
             .rsplit_once(" at line ")
             .map_or(problem.as_str(), |(start, _)| start);
-        let problem = shorten(problem, PROBLEM_LEN_MAX);
+        let problem = shorten(&in_json_words(problem), PROBLEM_LEN_MAX);
         if param.is_empty() {
             RequestError::Json { problem }
         } else {
             RequestError::WrongType { param, problem }
         }
     })
+}
+
+/// Names of a body's members that nothing here reads, the first of them, each shortened.
+pub(super) fn unknown_fields(body: &[u8]) -> Vec<String> {
+    /// The names of the fields of a struct.
+    struct FieldNames<'a>(&'a mut &'static [&'static str]);
+    impl<'de> Deserializer<'de> for FieldNames<'_> {
+        type Error = serde::de::value::Error;
+        fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+            Err(Error::custom("only names are asked for"))
+        }
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _: &'static str,
+            fields: &'static [&'static str],
+            visitor: V,
+        ) -> Result<V::Value, Self::Error> {
+            *self.0 = fields;
+            self.deserialize_any(visitor)
+        }
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+            unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+        }
+    }
+    let mut known: &[&str] = &[];
+    drop(RawRequest::deserialize(FieldNames(&mut known)));
+    let members: BTreeMap<String, IgnoredAny> = serde_json::from_slice(body).unwrap_or_default();
+    let unknown = members
+        .into_keys()
+        .filter(|name| !known.contains(&name.as_str()));
+    unknown
+        .take(limits::UNKNOWN_FIELDS_MAX)
+        .map(|name| shorten(&name, 64))
+        .collect()
+}
+
+/// The reader's names of types in JSON's words.
+fn in_json_words(problem: &str) -> String {
+    const WORDS: [(&str, &str); 11] = [
+        ("expected f64", "expected a number"),
+        ("expected f32", "expected a number"),
+        ("expected u64", "expected an integer from 0 on"),
+        ("expected u32", "expected an integer from 0 on"),
+        ("expected i64", "expected an integer"),
+        ("expected a sequence", "expected an array"),
+        ("type: floating point ", "type: number "),
+        ("type: sequence", "type: array"),
+        ("type: map", "type: object"),
+        ("type: unit value", "type: null"),
+        ("type: null value", "type: null"),
+    ];
+    // What the client sent stands quoted behind the type, and is left alone.
+    let (found, expected) = problem.rsplit_once(", expected ").unwrap_or((problem, ""));
+    let mut found = found.to_owned();
+    if let Some((from, to)) = WORDS
+        .iter()
+        .find(|(from, _)| found.starts_with(&format!("invalid {from}")))
+    {
+        found = found.replacen(from, to, 1);
+    }
+    if expected.is_empty() {
+        return found;
+    }
+    let expected = format!("expected {expected}");
+    let word = WORDS.iter().find(|(from, _)| *from == expected);
+    let expected = word.map_or(expected.as_str(), |(_, to)| to);
+    format!("{found}, {expected}")
 }
 
 /// At most `len_max` characters of a text.

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{
     error::RequestError,
     raw::{self, Presence, RawContent, RawLogprobs, RawMessage, RawPrompt, RawRequest},
+    shape::{self, AnswerShape},
     tools::{self, Tool, ToolCall, ToolChoice},
 };
 
@@ -26,6 +27,12 @@ pub mod limits {
     pub const TEMPLATE_ARGS_MAX: usize = 32;
     /// Bytes of one extra template variable.
     pub const TEMPLATE_ARG_LEN_MAX: usize = 4096;
+    /// Unknown members of a body that are told.
+    pub const UNKNOWN_FIELDS_MAX: usize = 16;
+    /// Bytes of a schema, a regular expression or a grammar.
+    pub const SHAPE_LEN_MAX: usize = 256 << 10;
+    /// Texts of which an answer may be one.
+    pub const TEXTS_MAX: usize = 1024;
     /// Tools of a request.
     pub const TOOLS_MAX: usize = 1024;
     /// Bytes of one tool, its schema included.
@@ -84,6 +91,10 @@ pub struct CompletionRequest {
     pub model: Option<String>,
     /// At least one.
     pub prompts: Vec<Prompt>,
+    /// BOS goes in front of a text where the model wants it; the default is yes.
+    pub add_special_tokens: bool,
+    /// What spells a special token in a text is that token; the default is yes.
+    pub parse_special: bool,
     /// Everything that both kinds of request share.
     pub options: GenerationOptions,
 }
@@ -128,6 +139,9 @@ pub struct GenerationOptions {
     pub stop_token_ids: Vec<u32>,
     /// Whether the model's own end tokens are ignored.
     pub ignore_eos: bool,
+    /// The field that says what the answer has to look like, and what it says; `None`: nothing in
+    /// particular.
+    pub shape: Option<(&'static str, AnswerShape)>,
     /// `None`: none; `Some(n)`: the chosen token's and the `n` likeliest.
     pub top_logprobs: Option<usize>,
     /// Whether the answer is a stream of events.
@@ -313,9 +327,10 @@ impl ChatCompletionRequest {
             .map(reasoning_effort)
             .transpose()?;
         let thinking = match raw.thinking.as_ref().map(|t| t.kind.as_deref()) {
-            None => reasoning_effort
-                .filter(|e| *e == ReasoningEffort::None)
-                .map(|_| false),
+            None => raw.enable_thinking.or_else(|| {
+                let none = reasoning_effort.filter(|e| *e == ReasoningEffort::None);
+                none.map(|_| false)
+            }),
             Some(Some("enabled")) => Some(true),
             Some(Some("disabled")) => Some(false),
             // Left to the model, which is what absence means here.
@@ -409,6 +424,8 @@ impl CompletionRequest {
         Ok(Self {
             model: raw.model.take(),
             prompts,
+            add_special_tokens: raw.add_special_tokens.unwrap_or(true),
+            parse_special: raw.parse_special.unwrap_or(true),
             options: options(raw, top_logprobs, Some(COMPLETION_TOKENS_DEFAULT))?,
         })
     }
@@ -634,11 +651,19 @@ fn template_args(raw: &mut RawRequest) -> Result<Map<String, Value>, RequestErro
 
 /// Checks everything that both kinds share.
 fn options(
-    raw: RawRequest,
+    mut raw: RawRequest,
     top_logprobs: Option<usize>,
     max_tokens_default: Option<usize>,
 ) -> Result<GenerationOptions, RequestError> {
     refuse_unsupported(&raw)?;
+    let shape = shape::shape(&mut raw)?;
+    if shape.is_some() && raw.ignore_eos == Some(true) {
+        return Err(RequestError::Conflict {
+            param: "ignore_eos".into(),
+            problem: "does not go with an answer of a given shape, which ends where it is complete"
+                .into(),
+        });
+    }
     let max_tokens = match (raw.max_tokens, raw.max_completion_tokens) {
         (Some(a), Some(b)) if a != b => {
             return Err(RequestError::Conflict {
@@ -712,6 +737,7 @@ fn options(
         stop: stop_strings(raw.stop.map(|list| list.0).unwrap_or_default())?,
         stop_token_ids,
         ignore_eos: raw.ignore_eos.unwrap_or(false),
+        shape,
         top_logprobs,
         stream,
         include_usage: raw
@@ -723,6 +749,11 @@ fn options(
         service_tier: service_tier(raw.service_tier.as_deref())?,
         deadline_s,
     })
+}
+
+/// Names of members of a body that are ignored, some of them where there are many.
+pub fn unknown_fields(body: &[u8]) -> Vec<String> {
+    raw::unknown_fields(body)
 }
 
 /// A time to wait that makes sense: a number above 0.
@@ -770,16 +801,30 @@ fn service_tier(word: Option<&str>) -> Result<ServiceTier, RequestError> {
 }
 
 fn refuse_unsupported(raw: &RawRequest) -> Result<(), RequestError> {
-    match raw.response_format.as_ref().map(|f| f.kind.as_deref()) {
-        None | Some(Some("text")) => {}
-        Some(None) => {
-            return Err(RequestError::Missing {
-                param: "response_format.type".into(),
-            });
-        }
-        Some(Some(other)) => {
-            let what = format!("response format {:?}", raw::shorten(other, 64));
-            return Err(unsupported("response_format.type", what));
+    for (param, asks, what) in [
+        (
+            "min_tokens",
+            raw.min_tokens.is_some_and(|n| 0 < n),
+            "a least number of tokens",
+        ),
+        (
+            "include_stop_str_in_output",
+            raw.include_stop_str_in_output == Some(true),
+            "the stop string in the answer",
+        ),
+        (
+            "skip_special_tokens",
+            raw.skip_special_tokens == Some(false),
+            "special tokens in the answer",
+        ),
+        (
+            "prompt_logprobs",
+            raw.prompt_logprobs == Presence::Something,
+            "log-probabilities of the prompt",
+        ),
+    ] {
+        if asks {
+            return Err(unsupported(param, what));
         }
     }
     let not_text = |modalities: &Vec<String>| modalities.iter().any(|m| m != "text");

@@ -173,8 +173,11 @@ pub struct ChatDelta {
 /// Log-probabilities of a chat choice.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ChatLogprobs {
-    /// One entry for each generated token, end tokens excluded.
+    /// One entry for each generated token of the answer, end tokens excluded.
     pub content: Vec<ChatTokenLogprob>,
+    /// The same of the thoughts; absent when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reasoning_content: Vec<ChatTokenLogprob>,
 }
 
 /// Log-probability of one generated token.

@@ -123,6 +123,7 @@ fn every_field_is_read() {
             stop: vec!["a".into(), "b".into()],
             stop_token_ids: vec![5],
             ignore_eos: true,
+            shape: None,
             top_logprobs: Some(4),
             stream: true,
             include_usage: true,
@@ -327,7 +328,7 @@ fn chat_errors_name_the_field() {
             "unsupported",
         ),
         (
-            r#", "response_format": {"type": "json_object"}"#,
+            r#", "response_format": {"type": "xml"}"#,
             "response_format.type",
             "unsupported",
         ),

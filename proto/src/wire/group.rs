@@ -12,7 +12,7 @@ wire_messages! {
     RankReady = 0x0302, 2, Control;
     RankFailed = 0x0303, 1, Control;
     RankFault = 0x0304, 1, Control;
-    GroupSubmit = 0x0311, 2, Request;
+    GroupSubmit = 0x0311, 3, Request;
     GroupCancel = 0x0312, 1, Control;
     GroupStop = 0x0313, 1, Control;
     GroupEvents = 0x0314, 2, Request;
@@ -139,6 +139,8 @@ wire_struct! {
         pub stop_tokens: Vec<u32>,
         /// How tokens are chosen.
         pub sampling: TokenSampling,
+        /// What tokens may follow each other; absent: all.
+        pub grammar: Option<String>,
         /// Log-probabilities of this many likeliest tokens.
         pub top_logprobs: Option<u32>,
         /// Time left.

@@ -381,6 +381,7 @@ pub(crate) fn group_submit() -> GroupSubmit {
             }],
             seed: 1 << 40,
         },
+        grammar: Some("{}".to_owned()),
         top_logprobs: Some(2),
         deadline_ms: Some(60_000),
         cache_owner: vec![7; 32],

@@ -21,3 +21,4 @@ mod start_up;
 mod state_folder;
 mod tenants;
 mod tidy;
+mod tools;

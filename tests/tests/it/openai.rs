@@ -48,6 +48,11 @@ fn the_official_client_gets_answers_of_real_weights() {
 }
 
 #[test]
+fn the_official_client_calls_tools_and_parses_answers() {
+    check(Node::builder(&data::smollm2()), "Tools");
+}
+
+#[test]
 fn the_official_client_gets_errors_as_its_own_classes() {
     let queue = tiny()
         .env("DSD_ENGINE__RUNNING_MAX", 1)

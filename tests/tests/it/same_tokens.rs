@@ -2,7 +2,10 @@
 
 use std::{path::Path, thread};
 
-use dsd::{text::TextModel, weights::Checkpoint};
+use dsd::{
+    text::{PromptForm, TextModel},
+    weights::Checkpoint,
+};
 use dsd_tests::{
     data,
     http::{self, Connection},
@@ -225,7 +228,9 @@ fn smollm2_answers_the_same_offline_and_served() {
             Case::new(
                 &model,
                 &text_model,
-                text_model.encode_prompt(text, usize::MAX).unwrap(),
+                text_model
+                    .encode_prompt(text, PromptForm::default(), usize::MAX)
+                    .unwrap(),
                 12,
             )
         })

@@ -1,6 +1,7 @@
 //! A node on a loopback port, and a client that can misbehave.
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     path::Path,
     sync::{Arc, OnceLock},
@@ -20,8 +21,9 @@ use crate::{
     catalog::{Catalog, ConfiguredModel, LoadError, MemoryFigures, Progress, ServedModel},
     config::HttpConfig,
     cost::CostModel,
-    engine::EngineConfig,
+    engine::{EngineConfig, VocabularySource},
     flow::Class,
+    grammar::{Checker, Vocabulary},
     replica::Replica,
     runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan},
     runtime::clock,
@@ -79,6 +81,7 @@ pub(super) fn model_with(
         waiting_max: pace.waiting_max,
         running_max: pace.running_max,
         cost: Some(CostModel::default()),
+        vocabulary: Some(VocabularySource::new(|| Vocabulary::new(&text_model()))),
         ..EngineConfig::for_executor(name, &executor.limits())
     };
     ServedModel {
@@ -87,6 +90,7 @@ pub(super) fn model_with(
         path: "/models/tiny".into(),
         architecture: "tiny".to_owned(),
         text: text_model(),
+        grammars: Checker::default(),
         replica: Replica::start(Box::new(executor), engine).unwrap(),
         stop_token_ids: [END_TOKEN].into(),
         class: Class::Interactive,
@@ -146,12 +150,69 @@ impl StepExecutor for Letters {
     }
 }
 
-pub(super) const VOCAB_LEN: usize = 259;
+/// A model that says what its prompt tells it to: the text between the last `[[` and `]]`.
+#[derive(Default)]
+pub(super) struct Reciter {
+    /// Prompts by sequence.
+    prompts: HashMap<u64, Vec<u32>>,
+    /// Length of the prompt and what is to be said.
+    speeches: HashMap<u64, (usize, Vec<u32>)>,
+    logits: Vec<f32>,
+}
+
+fn speech_of(prompt: &[u32]) -> Vec<u32> {
+    let marks = |mark: [u32; 2]| prompt.windows(2).rposition(|pair| pair == mark);
+    let (open, close) = (marks([b'['.into(); 2]), marks([b']'.into(); 2]));
+    match (open, close) {
+        (Some(open), Some(close)) if open < close => prompt[open + 2..close].to_vec(),
+        _ => Vec::new(),
+    }
+}
+
+impl StepExecutor for Reciter {
+    fn limits(&self) -> ExecutorLimits {
+        ExecutorLimits {
+            vocab_len: VOCAB_LEN,
+            block_len: 16,
+            n_blocks: 4096,
+            step_tokens_max: 512,
+            step_spans_max: 8,
+            step_logits_max: 8,
+            context_len_max: 4096,
+        }
+    }
+
+    fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError> {
+        self.logits.clear();
+        for span in &plan.spans {
+            let tokens = &plan.tokens[span.tokens.clone()];
+            let end = span.first_pos + tokens.len();
+            if span.first_pos == 0 {
+                // The canary's runs share a name.
+                self.speeches.remove(&span.seq);
+            }
+            let prompt = self.prompts.entry(span.seq).or_default();
+            prompt.truncate(span.first_pos);
+            prompt.extend_from_slice(tokens);
+            if span.logits != LogitRows::Last {
+                continue;
+            }
+            let of_prompt = || (end, speech_of(prompt));
+            let (n_prompt, speech) = self.speeches.entry(span.seq).or_insert_with(of_prompt);
+            let next = speech.get(end - *n_prompt).copied().unwrap_or(END_TOKEN);
+            let logit = |id| if id == next as usize { 0.0 } else { -40.0 };
+            self.logits.extend((0..VOCAB_LEN).map(logit));
+        }
+        Ok(&mut self.logits)
+    }
+}
+
+const VOCAB_LEN: usize = 259;
 /// A prompt token on which the model fails.
 pub(crate) const POISON: u32 = 7;
 /// A prompt token on which the engine panics.
 pub(crate) const BOMB: u32 = 8;
-pub(super) const END_TOKEN: u32 = 256;
+const END_TOKEN: u32 = 256;
 
 /// A tokenizer of single bytes with a template in the manner of real ones.
 pub(super) fn text_model() -> Arc<TextModel> {
@@ -274,6 +335,15 @@ impl Node {
     /// A node with one quick model called `tiny`.
     pub(super) async fn quick() -> Self {
         Self::start(config(), vec![model("tiny", &QUICK)]).await
+    }
+
+    /// A node with one model that says what it is told to.
+    pub(super) async fn reciting() -> Self {
+        Self::start(
+            config(),
+            vec![model_with("tiny", &QUICK, Reciter::default())],
+        )
+        .await
     }
 
     pub(super) async fn post(&self, path: &str, body: &str) -> Reply {

@@ -4,5 +4,7 @@ mod answers;
 mod bad_input;
 pub(crate) mod kit;
 mod limits;
+mod messages;
 mod tenants;
+mod tokenize;
 mod tools;

@@ -1,75 +1,11 @@
 //! Tools: what a model is told of them, and calls in its answers.
 
-use std::collections::HashMap;
-
 use serde_json::{Value, json};
 
-use super::kit::{END_TOKEN, Node, QUICK, Reply, VOCAB_LEN, config, model_with};
-use crate::runner::{ExecutorLimits, LogitRows, StepError, StepExecutor, StepPlan};
-
-/// A model that says what its prompt tells it to: the text between the last `[[` and `]]`.
-#[derive(Default)]
-struct Reciter {
-    /// Prompts by sequence.
-    prompts: HashMap<u64, Vec<u32>>,
-    /// Length of the prompt and what is to be said.
-    speeches: HashMap<u64, (usize, Vec<u32>)>,
-    logits: Vec<f32>,
-}
-
-fn speech_of(prompt: &[u32]) -> Vec<u32> {
-    let marks = |mark: [u32; 2]| prompt.windows(2).rposition(|pair| pair == mark);
-    let (open, close) = (marks([b'['.into(); 2]), marks([b']'.into(); 2]));
-    match (open, close) {
-        (Some(open), Some(close)) if open < close => prompt[open + 2..close].to_vec(),
-        _ => Vec::new(),
-    }
-}
-
-impl StepExecutor for Reciter {
-    fn limits(&self) -> ExecutorLimits {
-        ExecutorLimits {
-            vocab_len: VOCAB_LEN,
-            block_len: 16,
-            n_blocks: 4096,
-            step_tokens_max: 512,
-            step_spans_max: 8,
-            step_logits_max: 8,
-            context_len_max: 4096,
-        }
-    }
-
-    fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError> {
-        self.logits.clear();
-        for span in &plan.spans {
-            let tokens = &plan.tokens[span.tokens.clone()];
-            let end = span.first_pos + tokens.len();
-            if span.first_pos == 0 {
-                // The canary's runs share a name.
-                self.speeches.remove(&span.seq);
-            }
-            let prompt = self.prompts.entry(span.seq).or_default();
-            prompt.truncate(span.first_pos);
-            prompt.extend_from_slice(tokens);
-            if span.logits != LogitRows::Last {
-                continue;
-            }
-            let of_prompt = || (end, speech_of(prompt));
-            let (n_prompt, speech) = self.speeches.entry(span.seq).or_insert_with(of_prompt);
-            let next = speech.get(end - *n_prompt).copied().unwrap_or(END_TOKEN);
-            let logit = |id| if id == next as usize { 0.0 } else { -40.0 };
-            self.logits.extend((0..VOCAB_LEN).map(logit));
-        }
-        Ok(&mut self.logits)
-    }
-}
+use super::kit::{Node, Reply};
 
 async fn node() -> Node {
-    Node::start(
-        config(),
-        vec![model_with("tiny", &QUICK, Reciter::default())],
-    )
-    .await
+    Node::reciting().await
 }
 
 fn tools() -> Value {
@@ -239,4 +175,130 @@ async fn the_model_is_told_of_tools_calls_and_results() {
     let reply = node.post("/v1/chat/completions", &body.to_string()).await;
     assert_eq!(reply.status, 200, "{}", reply.body);
     assert_eq!(reply.json()["choices"][0]["message"]["content"], "ok");
+}
+
+/// The model would rather say something else.
+async fn content_of(fields: Value) -> (String, Value) {
+    let node = node().await;
+    let body = ask(&node, "I would rather not.", fields).await.json();
+    let choice = &body["choices"][0];
+    let content = choice["message"]["content"].as_str().unwrap_or_default();
+    (content.to_owned(), choice["finish_reason"].clone())
+}
+
+#[tokio::test]
+async fn answers_have_the_shape_that_is_asked_for() {
+    let city = json!({"type": "object", "properties": {"city": {"enum": ["Rome", "Bonn"]}, "n": {"type": "integer", "minimum": 3, "maximum": 3}},
+        "required": ["city", "n"], "additionalProperties": false});
+    let schema = |schema: &Value| json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    for fields in [
+        json!({"response_format": schema(&city), "tools": []}),
+        json!({"guided_json": city, "tools": []}),
+        json!({"guided_json": city.to_string(), "tools": []}),
+        json!({"structured_outputs": {"json": city}, "tools": []}),
+        json!({"response_format": schema(&city), "tools": [], "enable_thinking": true, "logit_bias": {"258": 100}}),
+    ] {
+        let (content, reason) = content_of(fields.clone()).await;
+        let value: Value =
+            serde_json::from_str(&content).unwrap_or_else(|e| panic!("{fields}: {e}: {content}"));
+        assert!(
+            ["Rome", "Bonn"].contains(&value["city"].as_str().unwrap()),
+            "{content}"
+        );
+        assert_eq!(
+            (&value["n"], reason),
+            (&json!(3), json!("stop")),
+            "{fields}: {content}"
+        );
+    }
+    for (fields, expected) in [
+        (json!({"guided_choice": ["yes", "no"]}), &["yes", "no"][..]),
+        (json!({"guided_regex": "[xy]/z"}), &["x/z", "y/z"]),
+        (
+            json!({"structured_outputs": {"grammar": "start: \"a\" B\nB: /[b]{2}/"}}),
+            &["abb"],
+        ),
+    ] {
+        let mut fields = fields;
+        fields["tools"] = json!([]);
+        let (content, reason) = content_of(fields.clone()).await;
+        assert!(expected.contains(&content.as_str()), "{fields}: {content}");
+        assert_eq!(reason, "stop");
+    }
+}
+
+#[tokio::test]
+async fn calls_that_are_required_come_and_follow_their_schema() {
+    let node = node().await;
+    let city = json!({"type": "function", "function": {"name": "get_weather", "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"], "additionalProperties": false}}});
+    let named = json!({"type": "function", "function": {"name": "get_weather"}});
+    for choice in [json!("required"), named] {
+        for stream in [false, true] {
+            let fields = json!({"tools": [city], "tool_choice": choice, "stream": stream, "parallel_tool_calls": false});
+            let reply = ask(&node, "I would rather not.", fields).await;
+            let (message, reason) = match stream {
+                true => assembled(&reply),
+                false => {
+                    let choice = reply.json()["choices"][0].clone();
+                    (choice["message"].clone(), choice["finish_reason"].clone())
+                }
+            };
+            let calls = json!([{"type": "function", "function": {"name": "get_weather", "arguments": "{\"city\": \"Rome\"}"}}]);
+            assert_eq!(without_ids(message)["tool_calls"], calls);
+            assert_eq!(reason, "tool_calls");
+        }
+    }
+}
+
+#[tokio::test]
+async fn shapes_that_cannot_be_followed_are_refused_by_their_field() {
+    let node = node().await;
+    let long = "a".repeat(300_000);
+    for (fields, param) in [
+        (
+            json!({"response_format": {"type": "json_schema"}}),
+            "response_format.json_schema.schema",
+        ),
+        (
+            json!({"response_format": {"type": "xml"}}),
+            "response_format.type",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}}),
+            "response_format",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/x"}}}}),
+            "response_format",
+        ),
+        (json!({"guided_json": 5}), "guided_json"),
+        (json!({"guided_regex": "("}), "guided_regex"),
+        (json!({"guided_regex": long}), "guided_regex"),
+        (json!({"guided_grammar": "start: x"}), "guided_grammar"),
+        (json!({"guided_choice": []}), "guided_choice"),
+        (json!({"guided_choice": ["a", ""]}), "guided_choice[1]"),
+        (
+            json!({"guided_choice": ["a"], "guided_regex": "a"}),
+            "guided_choice",
+        ),
+        (
+            json!({"guided_choice": ["a"], "ignore_eos": true}),
+            "ignore_eos",
+        ),
+    ] {
+        let mut body = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
+        for (key, value) in fields.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let reply = node.post("/v1/chat/completions", &body.to_string()).await;
+        let (status, _, found) = reply.error();
+        assert_eq!(
+            (status, found.as_deref()),
+            (400, Some(param)),
+            "{fields}: {}",
+            reply.body
+        );
+    }
+    node.must_serve().await;
 }

@@ -9,6 +9,12 @@ use super::{
     super::{ChatOptions, TextModel},
     ADDED, model_with, small_model,
 };
+use crate::text::PromptForm;
+
+const PLAIN: PromptForm = PromptForm {
+    add_special: true,
+    parse_special: false,
+};
 
 fn model() -> &'static Arc<TextModel> {
     static MODEL: OnceLock<Arc<TextModel>> = OnceLock::new();
@@ -84,7 +90,7 @@ proptest! {
 
     #[test]
     fn raw_prompts_hold_no_added_token_but_bos(text in hostile()) {
-        let ids = model().encode_prompt(&text, usize::MAX).unwrap();
+        let ids = model().encode_prompt(&text, PLAIN, usize::MAX).unwrap();
         prop_assert_eq!(added_ids(&ids), [260]);
     }
 

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 
 use super::super::{ChatOptions, TextModel};
+use crate::text::PromptForm;
 use crate::weights::tests::{
     golden, test_data,
     writer::{GgufWriter, tiny_llama_gguf},
@@ -65,7 +66,9 @@ fn a_tokenizer_comes_out_of_the_metadata() {
         (Some(0), Some(1), 7)
     );
     assert_eq!(
-        model.encode_prompt("ab b", usize::MAX).unwrap(),
+        model
+            .encode_prompt("ab b", PromptForm::default(), usize::MAX)
+            .unwrap(),
         [0, 4, 6, 3]
     );
     assert_eq!(model.encode_trusted("a<tool>b</s>").unwrap(), [2, 5, 3, 1]);
@@ -134,7 +137,7 @@ proptest! {
         let file = dir.path().join("m.gguf");
         std::fs::write(&file, bytes).unwrap();
         if let Ok(model) = TextModel::open(&file) {
-            let _ = model.encode_prompt("ab <s> 12 é", usize::MAX);
+            let _ = model.encode_prompt("ab <s> 12 é", PromptForm::default(), usize::MAX);
             let _ = model.encode_trusted("ab <s> 12 é");
             let message = serde_json::json!({"role": "user", "content": "ab"});
             let _ = model.render_chat(&[message], &ChatOptions::default());

@@ -7,6 +7,7 @@ use super::{
     super::{ChatOptions, TextModel},
     small_model, write_tokenizer,
 };
+use crate::text::PromptForm;
 use crate::weights::tests::test_data;
 
 const LEN: usize = 1 << 17;
@@ -94,7 +95,7 @@ proptest! {
         }
         std::fs::write(&file, bytes).unwrap();
         if let Ok(model) = TextModel::open(dir.path()) {
-            let _ = model.encode_prompt("think <s> 12 \u{e9}", usize::MAX);
+            let _ = model.encode_prompt("think <s> 12 \u{e9}", PromptForm::default(), usize::MAX);
             let message = json!({"role": "user", "content": "think"});
             let _ = model.render_chat(&[message], &ChatOptions::default());
         }

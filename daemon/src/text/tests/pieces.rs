@@ -9,6 +9,7 @@ use super::{
     },
     small_model,
 };
+use crate::text::PromptForm;
 use crate::weights::tests::test_data;
 
 /// Every pre-tokenizer that is known, by real tokenizers.
@@ -161,7 +162,9 @@ fn a_prompt_that_cannot_fit_is_refused_before_it_is_encoded() {
     for model in models() {
         let text = "\n".repeat(64 << 20);
         let start = crate::runtime::clock::now();
-        let refused = model.encode_prompt(&text, 8191).map(|ids| ids.len());
+        let refused = model
+            .encode_prompt(&text, PromptForm::default(), 8191)
+            .map(|ids| ids.len());
         let Err(TextError::TooLong { tokens_min, max }) = refused else {
             panic!("64 MiB cannot be 8191 tokens: {refused:?}");
         };
@@ -173,7 +176,9 @@ fn a_prompt_that_cannot_fit_is_refused_before_it_is_encoded() {
         assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
         // What may fit is found out on the way.
         let text = "word ".repeat(100_000);
-        let error = model.encode_prompt(&text, 8191).unwrap_err();
+        let error = model
+            .encode_prompt(&text, PromptForm::default(), 8191)
+            .unwrap_err();
         assert!(matches!(error, TextError::TooLong { .. }), "{error}");
     }
 }

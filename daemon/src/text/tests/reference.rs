@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::super::{ChatOptions, TextModel};
+use crate::text::PromptForm;
 use crate::weights::tests::{golden, test_data};
 
 fn read(path: &std::path::Path) -> Value {
@@ -65,7 +66,12 @@ fn smollm2_prompts_encode_as_recorded() {
             prompt["greedy_text"].as_str().unwrap()
         );
         if prompt["kind"] == "raw" {
-            assert_eq!(model.encode_prompt(rendered, usize::MAX).unwrap(), expected);
+            assert_eq!(
+                model
+                    .encode_prompt(rendered, PromptForm::default(), usize::MAX)
+                    .unwrap(),
+                expected
+            );
             continue;
         }
         let messages = prompt["prompt"].as_array().unwrap();

@@ -10,6 +10,7 @@ use super::{
     },
     model_with, small_model, write_tokenizer,
 };
+use crate::text::PromptForm;
 
 fn options(thinking: Option<bool>) -> ChatOptions {
     ChatOptions {
@@ -26,7 +27,12 @@ fn only_trusted_text_becomes_special_tokens() {
     assert_eq!(model.eos_id(), Some(261));
     assert_eq!(model.vocab_len(), 268);
     assert_eq!(model.encode_trusted("<s>thi").unwrap(), [260, 257]);
-    assert_eq!(model.encode_prompt("thi", usize::MAX).unwrap(), [260, 257]);
+    assert_eq!(
+        model
+            .encode_prompt("thi", PromptForm::default(), usize::MAX)
+            .unwrap(),
+        [260, 257]
+    );
     assert_eq!(model.encode("<s>", false).unwrap(), [60, 115, 62]);
     assert_eq!(model.encode("", true).unwrap(), [260]);
     assert_eq!(model.token_bytes(259), Some(&b" a"[..]));

@@ -1,0 +1,250 @@
+//! Random walks over the tokens that a grammar allows, with a real vocabulary: whatever a model
+//! prefers, what comes out follows the schema.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail by panicking"
+)]
+
+use std::{path::PathBuf, sync::Arc};
+
+use dsd::{
+    grammar::{self, Answer, Calls, Constraint, GrammarError, Vocabulary},
+    text::{OutputDelta, OutputForm, OutputParser, ReasoningMode, TextModel, ToolMarkup},
+};
+use serde_json::{Map, Value, json};
+
+const N_SCHEMAS: u64 = 1_000;
+/// Every schema here bounds what it allows; no answer to one needs so many tokens.
+const TOKENS_MAX: usize = 5_000;
+
+fn text() -> Arc<TextModel> {
+    let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
+    let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
+    let file = data.join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    Arc::new(TextModel::open(&file).unwrap_or_else(|e| panic!("{e}: run `make test-setup`")))
+}
+
+/// SplitMix64.
+struct Draws(u64);
+
+impl Draws {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        x ^ (x >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+}
+
+/// A schema that bounds the length of what follows it.
+fn schema(draws: &mut Draws, depth: usize) -> Value {
+    let n_kinds = if depth == 0 { 7 } else { 11 };
+    match draws.below(n_kinds) {
+        0 => json!({"type": "string", "maxLength": draws.below(12)}),
+        1 => json!({"type": "integer", "minimum": -20, "maximum": draws.below(1000)}),
+        2 => json!({"type": "number", "minimum": 0, "maximum": 1}),
+        3 => json!({"type": "boolean"}),
+        4 => json!({"enum": ["a", 5, null, "ü\"\n", [1, 2], {"k": "v"}]}),
+        5 => json!({"const": {"fixed": [true, "x y"]}}),
+        6 => json!({"type": "string", "pattern": "^[a-c]{1,3}-[0-9]{2}$"}),
+        7 => {
+            let items = without_references(draws, depth - 1);
+            json!({"type": "array", "items": items, "minItems": draws.below(2), "maxItems": 1 + draws.below(3)})
+        }
+        8 => {
+            json!({"anyOf": [without_references(draws, depth - 1), without_references(draws, depth - 1)]})
+        }
+        9 => {
+            let inner = without_references(draws, depth - 1);
+            json!({"$ref": "#/$defs/inner", "$defs": {"inner": inner}})
+        }
+        _ => {
+            let mut properties = Map::new();
+            let mut required = Vec::new();
+            for idx in 0..1 + draws.below(4) {
+                let name = format!("key {idx}");
+                let property = without_references(draws, depth - 1);
+                if draws.below(2) == 0 {
+                    required.push(json!(name));
+                }
+                properties.insert(name, property);
+            }
+            json!({"type": "object", "properties": properties, "required": required, "additionalProperties": false})
+        }
+    }
+}
+
+/// References lead to the root, where a part's are not.
+fn without_references(draws: &mut Draws, depth: usize) -> Value {
+    loop {
+        let schema = schema(draws, depth);
+        if !schema.to_string().contains("$ref") {
+            return schema;
+        }
+    }
+}
+
+/// Follows the grammar at random until the answer may end and does.
+fn walk(
+    text: &TextModel,
+    constraint: &mut Constraint,
+    stop: u32,
+    draws: &mut Draws,
+) -> Result<Vec<u32>, GrammarError> {
+    let mut tokens = Vec::new();
+    while tokens.len() < TOKENS_MAX {
+        let allowed = constraint.allowed()?;
+        let ids: Vec<u32> = (0..text.vocab_len() as u32)
+            .filter(|id| {
+                let word = allowed.words().get(*id as usize / 32);
+                word.is_some_and(|word| word >> (id % 32) & 1 == 1)
+            })
+            .collect();
+        let token = ids[draws.below(ids.len())];
+        if token == stop {
+            return Ok(tokens);
+        }
+        constraint.advance(token)?;
+        tokens.push(token);
+    }
+    panic!("no end: {}", text.decode(&tokens[..200], false));
+}
+
+#[test]
+fn whatever_is_drawn_follows_a_thousand_random_schemas() {
+    let text = text();
+    let vocabulary = Vocabulary::new(&text).unwrap();
+    let stop = text.eos_id().unwrap();
+    let stop_tokens: Arc<[u32]> = Arc::from([stop]);
+    let mut n_tokens = 0;
+    for seed in 0..N_SCHEMAS {
+        let mut draws = Draws(seed);
+        let schema = schema(&mut draws, 3);
+        let answer = Answer::Json(schema.clone());
+        let grammar = grammar::write(&text, ReasoningMode::Off, Some(&answer), None);
+        let mut constraint = vocabulary
+            .compile(&grammar, &stop_tokens)
+            .unwrap_or_else(|e| panic!("seed {seed}: {schema}: {e}"));
+        let tokens = walk(&text, &mut constraint, stop, &mut draws)
+            .unwrap_or_else(|e| panic!("seed {seed}: {schema}: {e}"));
+        n_tokens += tokens.len();
+        let found = text.decode(&tokens, false);
+        let value: Value = serde_json::from_str(&found)
+            .unwrap_or_else(|e| panic!("seed {seed}: {schema}: {e}: {found}"));
+        let validator = jsonschema::validator_for(&schema).unwrap();
+        assert!(validator.is_valid(&value), "seed {seed}: {schema}: {found}");
+        // Tokens that came before a loss lead to the same state.
+        let mut again = vocabulary.compile(&grammar, &stop_tokens).unwrap();
+        tokens.iter().for_each(|t| again.advance(*t).unwrap());
+        assert_eq!(
+            again.allowed().unwrap().words(),
+            constraint.allowed().unwrap().words()
+        );
+    }
+    assert!(N_SCHEMAS as usize <= n_tokens);
+}
+
+/// What a client sees of an answer that is nothing but calls.
+fn calls_of(text: &Arc<TextModel>, markup: ToolMarkup, tokens: &[u32]) -> Vec<(String, String)> {
+    let form = OutputForm {
+        tools: Some(markup),
+        ..OutputForm::PLAIN
+    };
+    let mut parser = OutputParser::new(Arc::clone(text), &form, Vec::new());
+    let mut deltas: Vec<OutputDelta> = tokens.iter().flat_map(|t| parser.push(*t).deltas).collect();
+    deltas.extend(parser.finish());
+    let mut calls: Vec<(String, String)> = Vec::new();
+    for delta in deltas {
+        match delta {
+            OutputDelta::ToolCall(name) => calls.push((name, String::new())),
+            OutputDelta::ToolArguments(text) => calls.last_mut().unwrap().1 += &text,
+            other => panic!("no call: {other:?}"),
+        }
+    }
+    calls
+}
+
+#[test]
+fn calls_that_are_required_are_calls_in_every_markup() {
+    let text = text();
+    let vocabulary = Vocabulary::new(&text).unwrap();
+    let stop = text.eos_id().unwrap();
+    let parameters = json!({
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 5}},
+        "required": ["city"], "additionalProperties": false,
+    });
+    let parameters = parameters.as_object().unwrap();
+    for markup in [
+        ToolMarkup::DeepseekV3,
+        ToolMarkup::DeepseekV31,
+        ToolMarkup::Hermes,
+        ToolMarkup::Llama,
+    ] {
+        for seed in 0..20 {
+            let calls = Calls {
+                markup,
+                functions: vec![("get_weather", parameters), ("add", parameters)],
+                max: 3,
+            };
+            let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            let tokens = walk(&text, &mut constraint, stop, &mut Draws(seed)).unwrap();
+            let answer = text.decode(&tokens, false);
+            let found = calls_of(&text, markup, &tokens);
+            assert!((1..=3).contains(&found.len()), "{markup:?}: {answer}");
+            for (name, arguments) in found {
+                assert!(name == "get_weather" || name == "add", "{name}");
+                let arguments: Value = serde_json::from_str(&arguments).unwrap();
+                let schema = Value::Object(parameters.clone());
+                let validator = jsonschema::validator_for(&schema).unwrap();
+                assert!(validator.is_valid(&arguments), "{markup:?}: {answer}");
+            }
+        }
+    }
+}
+
+#[test]
+fn grammars_that_cannot_be_followed_are_refused_in_bounded_time() {
+    let text = text();
+    let vocabulary = Vocabulary::new(&text).unwrap();
+    let deep = (0..100).fold(
+        json!({"type": "string"}),
+        |inner, _| json!({"type": "array", "items": inner}),
+    );
+    let wide: Map<String, Value> = (0..5_000)
+        .map(|i| (format!("property {i}"), json!({"type": "string"})))
+        .collect();
+    let refused = [
+        Answer::Json(json!({"type": "strin"})),
+        Answer::Json(json!(false)),
+        Answer::Json(json!({"$ref": "#/$defs/none"})),
+        Answer::Json(json!({"$ref": "https://example.com/schema"})),
+        Answer::Regex("(".to_owned()),
+        Answer::Lark("start: nothing".to_owned()),
+        Answer::Lark("begin: \"a\"".to_owned()),
+    ];
+    for answer in refused {
+        let grammar = grammar::write(&text, ReasoningMode::Off, Some(&answer), None);
+        let compiled = vocabulary.compile(&grammar, &Arc::from([0]));
+        let outcome = compiled.and_then(|mut constraint| constraint.allowed().map(drop));
+        assert!(outcome.is_err(), "{answer:?}");
+    }
+    // Whether they are taken or not: they end.
+    for answer in [
+        Answer::Json(deep),
+        Answer::Json(json!({"type": "object", "properties": wide})),
+        Answer::Json(json!({"$ref": "#"})),
+        Answer::Regex("(a{1000}){1000}".to_owned()),
+        Answer::Regex("(a|aa)*b{0,500}(c|d|e){0,500}".to_owned()),
+        Answer::Lark("start: start start | \"a\"".to_owned()),
+    ] {
+        let grammar = grammar::write(&text, ReasoningMode::Off, Some(&answer), None);
+        let compiled = vocabulary.compile(&grammar, &Arc::from([0]));
+        drop(compiled.and_then(|mut constraint| constraint.allowed().map(drop)));
+    }
+}
