@@ -404,6 +404,15 @@ pub trait Backend: WeightStore + Send + 'static {
     fn kv_type(&self) -> KvType;
     /// Zeroed, resident memory for one layer's keys and values.
     fn cache(&self, shape: CacheShape) -> Self::Cache;
+    /// Bytes of one block of a cache.
+    fn cache_block<'a>(&self, cache: &'a Self::Cache, shape: CacheShape, block: usize) -> &'a [u8];
+    /// The same, to be written.
+    fn cache_block_mut<'a>(
+        &self,
+        cache: &'a mut Self::Cache,
+        shape: CacheShape,
+        block: usize,
+    ) -> &'a mut [u8];
     /// The first `len` elements, in host memory.
     fn download<'a>(&self, buffer: &'a mut Self::Buffer, len: usize) -> &'a mut [f32];
     /// Bytes of scratch that steps of this shape take besides buffers and routes.

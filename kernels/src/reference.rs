@@ -59,6 +59,21 @@ impl Backend for Reference {
         vec![0.0; shape.size()]
     }
 
+    fn cache_block<'a>(&self, cache: &'a Vec<f32>, shape: CacheShape, block: usize) -> &'a [u8] {
+        let n = shape.block_size();
+        bytemuck::cast_slice(&cache[block * n..][..n])
+    }
+
+    fn cache_block_mut<'a>(
+        &self,
+        cache: &'a mut Vec<f32>,
+        shape: CacheShape,
+        block: usize,
+    ) -> &'a mut [u8] {
+        let n = shape.block_size();
+        bytemuck::cast_slice_mut(&mut cache[block * n..][..n])
+    }
+
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
         &mut buffer[..len]
     }

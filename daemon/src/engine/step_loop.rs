@@ -16,7 +16,7 @@ use crate::{
     flow::{FinishReason, RequestId, SamplingParams, StreamItem, TokenEvent, TokenSink},
     grammar::{Allowed, Constraint, GrammarError},
     kv_cache::BlockKey,
-    runner::{StepError, StepExecutor, StepPlan},
+    runner::{KeptKey, StepError, StepExecutor, StepPlan},
     runtime::clock,
     sampler::{self, SampleContext, Sampled, Scratch},
     scheduler::{EndReason, Ended, Scheduler, SequenceSpec, Slot},
@@ -74,6 +74,8 @@ pub(super) struct StepLoop {
     outlet: Outlet,
     last_token_at: Option<Instant>,
     n_preemptions_counted: u64,
+    /// Blocks that a step filled and what they hold.
+    keys: Vec<(u32, KeptKey)>,
 }
 
 /// What drawing the tokens of a step takes, by several threads at once.
@@ -155,6 +157,7 @@ impl StepLoop {
             outlet,
             last_token_at: None,
             n_preemptions_counted: 0,
+            keys: Vec::with_capacity(limits.n_blocks),
             executor,
             scheduler,
             limits,
@@ -217,7 +220,17 @@ impl StepLoop {
 
     /// Measures step times where nothing is known of them.
     pub(super) fn calibrate(&mut self) -> Result<(), StepError> {
-        if !self.is_calibrated {
+        let kept = self.executor.take_kept();
+        if self.is_calibrated {
+            let of_requests = |(id, _): &(u32, KeptKey)| (*id as usize) < self.limits.n_blocks;
+            let kept = kept.into_iter().filter(of_requests);
+            let kept: Vec<_> = kept
+                .map(|(id, key)| (id, BlockKey::from_bytes(key)))
+                .collect();
+            tracing::debug!(model = %self.model, n_blocks = kept.len(), "blocks kept");
+            self.scheduler.seed(&kept);
+        } else {
+            // Measuring writes over what was kept.
             let n_blocks = self.limits.n_blocks;
             let limits = self.executor.limits();
             self.cost = calibration::run(&mut *self.executor, &limits, n_blocks)?;
@@ -452,6 +465,7 @@ impl StepLoop {
                 self.note_prompts();
                 self.scheduler
                     .apply(&self.sampled, took, &self.cost, &mut self.ended);
+                self.note_keys();
                 self.settle(None);
             }
             Err(e @ StepError::Missing(_)) => {
@@ -546,6 +560,21 @@ impl StepLoop {
         self.shared
             .n_prompt_tokens
             .fetch_add(n_prompt as u64, Ordering::AcqRel);
+    }
+
+    /// Tells the executor what the blocks hold that the step filled.
+    fn note_keys(&mut self) {
+        self.keys.clear();
+        let block_len = self.limits.block_len;
+        for scheduled in self.scheduler.scheduled() {
+            let (n, end) = (scheduled.n_tokens, scheduled.n_computed);
+            if (end - n) / block_len < end / block_len {
+                let labelled = self.scheduler.labelled(scheduled.slot);
+                self.keys
+                    .extend(labelled.map(|(id, key)| (id, key.to_bytes())));
+            }
+        }
+        self.executor.note_keys(&self.keys);
     }
 
     /// Tells how far prompts are.

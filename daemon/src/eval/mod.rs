@@ -123,6 +123,7 @@ impl Model {
             prefix_cache: false,
             sampleable_len: plan.spec.vocab_len,
             drain_limit: Duration::ZERO,
+            kept_bytes_max: 0,
         };
         let (mut collective, followers) = Followers::start(&group)?;
         let executor = load_cpu(checkpoint, cpu, &plan.ranks[0])?;

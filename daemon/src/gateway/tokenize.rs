@@ -67,7 +67,10 @@ fn ids(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Tokenized, ApiErr
     })
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "as all preparations are called")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "as all preparations are called"
+)]
 fn text(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Detokenized, ApiError> {
     let request = DetokenizeRequest::from_slice(body)?;
     let model = auth::lookup(catalog, terms.caller(), request.model.as_deref())?;

@@ -85,6 +85,8 @@ pub struct GroupConfig {
     pub sampleable_len: usize,
     /// How long requests may go on after the last handle was dropped without a stop.
     pub drain_limit: Duration,
+    /// Bytes of keys and values, of each rank, that outlive its process; 0: none.
+    pub kept_bytes_max: u64,
 }
 
 /// Why a group was not formed.
@@ -114,7 +116,7 @@ pub fn this_program() -> PathBuf {
 impl GroupConfig {
     /// What rank `rank` is told. Beside those that wait, the engine has room for those that ran in a
     /// lost group.
-    fn start(&self, rank: usize, segment: &Path) -> RankStart {
+    fn start(&self, rank: usize, segment: &Path, kept: &Path) -> RankStart {
         let n_running = self.budget.step_spans_max;
         RankStart {
             rank: rank as u32,
@@ -122,6 +124,8 @@ impl GroupConfig {
             model: self.model.clone(),
             path: self.path.display().to_string(),
             segment: segment.display().to_string(),
+            kept: kept.display().to_string(),
+            kept_bytes_max: self.kept_bytes_max,
             step_timeout_ms: self.step_timeout.as_millis() as u64,
             agent_timeout_ms: self.agent_timeout.as_millis() as u64,
             n_threads: self.cpu.n_threads as u32,
@@ -144,8 +148,14 @@ impl GroupConfig {
         }
     }
 
-    fn spawn(&self, rank: usize, segment: &Path, epoch: u64) -> Result<RankProcess, GroupError> {
-        let start = self.start(rank, segment);
+    fn spawn(
+        &self,
+        rank: usize,
+        segment: &Path,
+        kept: &Path,
+        epoch: u64,
+    ) -> Result<RankProcess, GroupError> {
+        let start = self.start(rank, segment, kept);
         RankProcess::spawn(&self.program, &self.log, &start, epoch).map_err(GroupError::Start)
     }
 }
@@ -192,7 +202,7 @@ impl Followers {
         let path = segment.path();
         let (mut sockets, mut watchers) = (Vec::new(), Vec::new());
         for rank in 1..cfg.n_ranks {
-            let process = cfg.spawn(rank, &path, 1)?;
+            let process = cfg.spawn(rank, &path, Path::new(""), 1)?;
             sockets.push(process.socket.try_clone().map_err(GroupError::Start)?);
             let segment = segment.clone();
             let watch = move || watch_follower(rank, process, &segment);

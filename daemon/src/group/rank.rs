@@ -297,7 +297,18 @@ fn form(start: &RankStart) -> Result<(ModelExecutor<CpuBackend>, Identity), Form
         let site = Site::outside(Op::Plan);
         member.meet(site, LOAD_LIMIT).map_err(StepError::from)?;
     }
-    Ok((executor.in_group(group), identity))
+    let mut executor = executor.in_group(group);
+    if !start.kept.is_empty() {
+        let name = format!("{} {} {}", identity.weights, start.kv_type, start.n_ranks);
+        let whose = blake3::hash(name.as_bytes()).into();
+        executor = executor.keeping(
+            Path::new(&start.kept),
+            whose,
+            rank == 0,
+            start.kept_bytes_max,
+        );
+    }
+    Ok((executor, identity))
 }
 
 /// Keeps the process, and all threads it will start, on these cores.

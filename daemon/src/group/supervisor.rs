@@ -4,8 +4,10 @@
 //! The thread sleeps in `poll` on the ranks' sockets and pidfds and on an event that handles raise.
 
 use std::{
+    fs::File,
     io,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
+    path::PathBuf,
     sync::{Arc, mpsc::SyncSender},
     time::{Duration, Instant},
 };
@@ -14,7 +16,10 @@ use dsd_proto::wire::group::{
     AgentTick, GroupCancel, GroupEvent, GroupEvents, GroupLoad, GroupStop, GroupTick, RankFailed,
     RankFault, RankReady,
 };
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, memfd_create},
+};
 use tracing::{error, info, warn};
 
 use super::{
@@ -55,6 +60,8 @@ pub(super) struct Supervisor {
     life: Life,
     ranks: Vec<RankProcess>,
     segment: Option<Segment>,
+    /// Keys and values that outlive the ranks, a file for each.
+    kept: Vec<File>,
     /// Who waits for the first formation.
     first: Option<SyncSender<Result<EngineLimits, GroupError>>>,
     /// The first formation succeeded.
@@ -84,6 +91,7 @@ impl Supervisor {
             shared,
             ranks: Vec::new(),
             segment: None,
+            kept: Vec::new(),
             first: Some(first),
             has_formed: false,
             canary_token: None,
@@ -135,6 +143,14 @@ impl Supervisor {
     fn form(&mut self, epoch: u64) {
         self.identity_of_epoch = None;
         self.formed_at = clock::now();
+        if self.kept.is_empty() && self.cfg.prefix_cache && 0 < self.cfg.kept_bytes_max {
+            let file = |_| memfd_create("dsd-kept", MemfdFlags::CLOEXEC).map(File::from);
+            let files = (0..self.cfg.n_ranks).map(file).collect::<Result<_, _>>();
+            self.kept = files.unwrap_or_else(|e| {
+                warn!(error = %io::Error::from(e), "keys and values are not kept for a lost rank");
+                Vec::new()
+            });
+        }
         match self.start_ranks(epoch) {
             Ok((ranks, segment)) => {
                 info!(
@@ -158,8 +174,9 @@ impl Supervisor {
             _ => Some(Segment::create(n_ranks)?),
         };
         let path = segment.as_ref().map(Segment::path).unwrap_or_default();
+        let kept = |rank: usize| self.kept.get(rank).map(path_of).unwrap_or_default();
         let ranks = (0..n_ranks)
-            .map(|rank| self.cfg.spawn(rank, &path, epoch))
+            .map(|rank| self.cfg.spawn(rank, &path, &kept(rank), epoch))
             .collect::<Result<_, _>>()?;
         Ok((ranks, segment))
     }
@@ -171,6 +188,10 @@ impl Supervisor {
         self.ranks.iter().for_each(RankProcess::kill);
         self.ranks.clear();
         self.segment = None;
+        if matches!(blame.cause, Cause::Identity | Cause::Fault) {
+            // What computed wrongly has kept what it computed.
+            self.kept.clear();
+        }
         let mut state = self.shared.lock();
         state.is_ready = false;
         let mut given_up = Vec::new();
@@ -630,9 +651,18 @@ impl Supervisor {
     }
 }
 
+/// Where processes of the same user find it while this one lives.
+fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        file.as_raw_fd()
+    ))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{path::PathBuf, sync::mpsc};
+    use std::sync::mpsc;
 
     use dsd_kernels::{
         backend::{Activations, KvType},
@@ -682,6 +712,7 @@ mod tests {
             prefix_cache: false,
             sampleable_len: 1,
             drain_limit: hour,
+            kept_bytes_max: 0,
         };
         let (first_tx, first_rx) = mpsc::sync_channel(1);
         let now = clock::now();

@@ -22,6 +22,16 @@ impl BlockKey {
         Self::of(&hasher)
     }
 
+    /// As bytes, for memory that outlives this process.
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// From such bytes.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
     fn of(hasher: &blake3::Hasher) -> Self {
         let mut key = [0; 16];
         hasher.finalize_xof().fill(&mut key);

@@ -60,6 +60,31 @@ impl BlockPool {
         }
     }
 
+    /// Notes what free blocks hold, so that they are taken over and not handed out before others.
+    ///
+    /// # Panics
+    /// When one is not free.
+    pub fn seed(&mut self, contents: &[(u32, BlockKey)]) {
+        for (id, key) in contents {
+            let index = self.index(*id);
+            let at = self.free.iter().position(|free| *free == index);
+            let Some(at) = at else {
+                unreachable!("block {id} is not free at the start");
+            };
+            if let std::collections::hash_map::Entry::Vacant(entry) = self.by_key.entry(*key) {
+                entry.insert(index);
+                self.free.remove(at);
+                self.blocks[index as usize].key = Some(*key);
+                self.link_newest(index);
+            }
+        }
+    }
+
+    /// What a block holds; `None` where it is not known or another one has the same.
+    pub fn key_of(&self, id: u32) -> Option<BlockKey> {
+        self.blocks[self.index(id) as usize].key
+    }
+
     /// Takes a block for new contents: a free one, else the idle one that was used longest ago.
     pub(super) fn take(&mut self) -> Option<u32> {
         let index = match self.free.pop() {

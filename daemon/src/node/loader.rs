@@ -132,6 +132,7 @@ fn load(
     let mut ledger = settings.ledger.open();
     let available = Available::now().map(|available| available.less(ledger.promised()));
     let PlannedModel { cpu, budget, plan } = plan(&checkpoint, keys, available)?;
+    let kept_bytes_max = (plan.ranks.iter().map(|r| r.memory.kept_bytes).max()).unwrap_or(0);
     let own_bytes = plan.ranks.iter().map(|r| r.memory.bytes_of_its_own()).sum();
     ledger.enter(&text, own_bytes);
     drop(ledger);
@@ -186,6 +187,7 @@ fn load(
         prefix_cache: keys.prefix_cache,
         sampleable_len: text.vocab_len().min(spec.vocab_len),
         drain_limit: settings.drain_limit,
+        kept_bytes_max,
     };
     let admission = AdmissionConfig {
         ttft_target: Some(Duration::from_secs_f64(service.ttft_target_s)),

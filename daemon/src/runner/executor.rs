@@ -4,6 +4,7 @@
 use std::{
     iter,
     ops::Range,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -13,6 +14,7 @@ use std::{
 
 use dsd_kernels::backend::{Backend, CacheShape, StepInputs, StepSpan, Workers};
 
+use super::kept::{BlockBytes, KeptBlocks, KeptKey, KeptShape};
 use super::{ExecutorLimits, RankPlan, Span, StepError, StepExecutor, StepPlan};
 use crate::{
     collective::{Collective, Op, Site, Told},
@@ -40,6 +42,31 @@ pub struct ModelExecutor<B: Backend> {
     words: Vec<u32>,
     /// The backend's threads.
     workers: Arc<dyn Workers>,
+    /// What outlives this process, and what it found.
+    kept: Option<(KeptBlocks, Vec<(u32, KeptKey)>)>,
+}
+
+/// The caches of all layers, block by block.
+struct Caches<'a, B: Backend> {
+    backend: &'a B,
+    caches: &'a mut [B::Cache],
+    shape: CacheShape,
+}
+
+impl<B: Backend> BlockBytes for Caches<'_, B> {
+    fn n_layers(&self) -> usize {
+        self.caches.len()
+    }
+
+    fn block(&self, layer: usize, block: usize) -> &[u8] {
+        self.backend
+            .cache_block(&self.caches[layer], self.shape, block)
+    }
+
+    fn block_mut(&mut self, layer: usize, block: usize) -> &mut [u8] {
+        self.backend
+            .cache_block_mut(&mut self.caches[layer], self.shape, block)
+    }
 }
 
 /// A plan flattened into rows; refilled every step.
@@ -168,7 +195,35 @@ impl<B: Backend> ModelExecutor<B> {
             columns: split.vocab_of_ranks.clone(),
             group: Collective::Solo,
             is_lost: false,
+            kept: None,
         }
+    }
+
+    /// The same with a file that keeps blocks beyond this process, at most so many bytes of them; what
+    /// it holds by the same weights is put back.
+    pub fn keeping(
+        mut self,
+        path: &Path,
+        identity: [u8; 32],
+        is_first: bool,
+        bytes_max: u64,
+    ) -> Self {
+        let shape = KeptShape {
+            n_blocks: self.limits.n_blocks,
+            block_len: self.limits.block_len,
+            block_bytes: self.caches.len() * self.cache_shape.block_bytes(self.backend.kv_type()),
+            bytes_max,
+        };
+        let mut caches = Caches {
+            backend: &self.backend,
+            caches: &mut self.caches,
+            shape: self.cache_shape,
+        };
+        match KeptBlocks::open(path, shape, identity, is_first, &mut caches) {
+            Ok(kept) => self.kept = Some(kept),
+            Err(e) => tracing::warn!(error = %e, "keys and values are not kept for a lost rank"),
+        }
+        self
     }
 
     /// The same in its group, whose ranks have met.
@@ -274,6 +329,9 @@ impl<B: Backend> ModelExecutor<B> {
                 ms => Duration::from_millis(u64::from(ms)),
             });
         }
+        if let Some((kept, _)) = &mut self.kept {
+            kept.before_step(plan);
+        }
         self.rows.fill(plan);
         let step = Step {
             rows: self.rows.all.inputs(plan),
@@ -296,6 +354,14 @@ impl<B: Backend> ModelExecutor<B> {
         let site = Site::outside(Op::Logits);
         self.group
             .gather_columns(site, local, &self.columns, n_rows, whole)?;
+        if let Some((kept, _)) = &mut self.kept {
+            let caches = Caches {
+                backend: &self.backend,
+                caches: &mut self.caches,
+                shape: self.cache_shape,
+            };
+            kept.after_step(plan, &caches);
+        }
         Ok(n_rows)
     }
 }
@@ -351,6 +417,18 @@ impl<B: Backend> StepExecutor for ModelExecutor<B> {
         match first_bad.into_inner() {
             usize::MAX => Ok(logits),
             row => Err(StepError::NotFinite { row }),
+        }
+    }
+
+    fn take_kept(&mut self) -> Vec<(u32, KeptKey)> {
+        self.kept
+            .as_mut()
+            .map_or_else(Vec::new, |(_, found)| std::mem::take(found))
+    }
+
+    fn note_keys(&mut self, keys: &[(u32, KeptKey)]) {
+        if let Some((kept, _)) = &mut self.kept {
+            kept.note_keys(keys.iter().copied());
         }
     }
 

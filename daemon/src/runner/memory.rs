@@ -79,6 +79,9 @@ impl WeightBytes {
     }
 }
 
+/// The part of the KV cache that may outlive a rank's process.
+const KEPT_DIVISOR: u64 = 4;
+
 /// Byte-exact plan of one rank's memory, fixed before anything is allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlan {
@@ -88,6 +91,8 @@ pub struct MemoryPlan {
     pub panels_bytes: u64,
     /// KV cache.
     pub kv_bytes: u64,
+    /// Keys and values of long sequences that outlive the rank's process, at most.
+    pub kept_bytes: u64,
     /// Activations and logits of one step.
     pub workspace_bytes: u64,
     /// KV blocks.
@@ -179,6 +184,8 @@ impl MemoryPlan {
                 mapped_bytes: weights.mapped,
                 panels_bytes: weights.panels,
                 kv_bytes: bytes_per_token(split) * (KV_BLOCK_LEN * n_blocks) as u64,
+                kept_bytes: bytes_per_token(split) * (KV_BLOCK_LEN * n_blocks) as u64
+                    / KEPT_DIVISOR,
                 workspace_bytes: workspace as u64 + (gathered * size_of::<f32>()) as u64,
                 n_blocks,
                 block_len: KV_BLOCK_LEN,
@@ -201,10 +208,10 @@ impl MemoryPlan {
         }
     }
 
-    /// What the rank takes beside the mapped weights: panels, KV cache, workspace and what any process
-    /// of ours takes.
+    /// What the rank takes beside the mapped weights: panels, KV cache, what of it is kept, workspace and
+    /// what any process of ours takes.
     pub const fn bytes_of_its_own(&self) -> u64 {
-        self.panels_bytes + self.kv_bytes + self.workspace_bytes + PROCESS_BYTES
+        self.panels_bytes + self.kv_bytes + self.kept_bytes + self.workspace_bytes + PROCESS_BYTES
     }
 
     /// The cache of one layer of a rank's part.
@@ -240,6 +247,11 @@ impl fmt::Display for MemoryPlan {
             mib(self.kv_bytes),
             self.n_blocks,
             self.kv_bytes_per_token
+        )?;
+        writeln!(
+            f,
+            "  kept       {:>12}  of it, of long sequences, beyond the rank's process",
+            mib(self.kept_bytes)
         )?;
         writeln!(
             f,

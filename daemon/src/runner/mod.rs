@@ -14,10 +14,12 @@ pub mod plan;
 mod available;
 mod memory;
 mod executor;
+mod kept;
 mod load;
 
 pub use available::{Available, MemoryBound};
 pub use executor::ModelExecutor;
+pub use kept::KeptKey;
 pub use load::{
     LoadError, RankPlan, ReplicaPlan, kv_bytes_per_token, load_cpu, plan_cpu, weight_bytes,
 };
@@ -85,6 +87,14 @@ pub trait StepExecutor: Send {
     /// # Errors
     /// [`StepError`]; the KV contents of the plan's positions are then undefined.
     fn execute(&mut self, plan: &StepPlan) -> Result<&mut [f32], StepError>;
+
+    /// Blocks that a lost process of this rank left and that hold what their keys say; once.
+    fn take_kept(&mut self) -> Vec<(u32, KeptKey)> {
+        Vec::new()
+    }
+
+    /// Notes what blocks hold that the last step filled, so that they may be kept.
+    fn note_keys(&mut self, _keys: &[(u32, KeptKey)]) {}
 
     /// Threads for what is done with the logits; not for use while a step runs.
     fn workers(&self) -> Arc<dyn Workers> {

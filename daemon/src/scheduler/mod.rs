@@ -38,7 +38,7 @@ use std::{
 
 use crate::{
     cost::{CostModel, StepShape},
-    kv_cache::{BlockPool, BlockTable},
+    kv_cache::{BlockKey, BlockPool, BlockTable},
     runner::StepPlan,
 };
 
@@ -453,6 +453,25 @@ impl Scheduler {
     /// Of those waiting, the preempted ones.
     pub fn n_waiting_again(&self) -> usize {
         self.waiting.len() - self.n_waiting_new
+    }
+
+    /// Notes what free blocks hold.
+    ///
+    /// # Panics
+    /// When one is not free.
+    pub fn seed(&mut self, contents: &[(u32, BlockKey)]) {
+        if self.cfg.prefix_cache {
+            self.pool.seed(contents);
+        }
+    }
+
+    /// Blocks of a sequence whose contents are known; none of one that has ended.
+    pub fn labelled(&self, slot: Slot) -> impl Iterator<Item = (u32, BlockKey)> {
+        let seq = self.slots[slot.0].as_ref();
+        let blocks = seq.map_or(&[][..], |seq| seq.table.blocks());
+        blocks
+            .iter()
+            .filter_map(|id| Some((*id, self.pool.key_of(*id)?)))
     }
 
     /// KV blocks in use.

@@ -10,7 +10,7 @@
 //!
 //! Invariant: a position's bytes depend on its own row alone.
 
-use bytemuck::cast_slice;
+use bytemuck::{cast_slice, cast_slice_mut};
 use half::bf16;
 
 use super::{
@@ -97,6 +97,10 @@ impl CpuCache {
 
     pub(super) fn bytes(&self) -> &[u8] {
         cast_slice(&self.words)
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        cast_slice_mut(&mut self.words)
     }
 
     /// See [`crate::backend::Backend::store_heads`].

@@ -382,6 +382,21 @@ impl Backend for CpuBackend {
         CpuCache::new(&self.pool, shape, self.config.kv_type)
     }
 
+    fn cache_block<'a>(&self, cache: &'a CpuCache, shape: CacheShape, block: usize) -> &'a [u8] {
+        let n_bytes = shape.block_bytes(self.config.kv_type);
+        &cache.bytes()[block * n_bytes..][..n_bytes]
+    }
+
+    fn cache_block_mut<'a>(
+        &self,
+        cache: &'a mut CpuCache,
+        shape: CacheShape,
+        block: usize,
+    ) -> &'a mut [u8] {
+        let n_bytes = shape.block_bytes(self.config.kv_type);
+        &mut cache.bytes_mut()[block * n_bytes..][..n_bytes]
+    }
+
     fn download<'a>(&self, buffer: &'a mut Vec<f32>, len: usize) -> &'a mut [f32] {
         &mut buffer[..len]
     }

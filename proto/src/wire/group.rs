@@ -8,7 +8,7 @@
 use crate::wire::schema::{wire_enum, wire_messages, wire_struct};
 
 wire_messages! {
-    RankStart = 0x0301, 2, Control;
+    RankStart = 0x0301, 3, Control;
     RankReady = 0x0302, 2, Control;
     RankFailed = 0x0303, 1, Control;
     RankFault = 0x0304, 1, Control;
@@ -33,6 +33,10 @@ wire_struct! {
         pub path: String,
         /// The group's shared memory; empty for a group of one.
         pub segment: String,
+        /// Where keys and values are kept that outlive the rank; empty: nowhere.
+        pub kept: String,
+        /// Bytes of them at most.
+        pub kept_bytes_max: u64,
         /// How long another rank may be late in a step at most.
         pub step_timeout_ms: u64,
         /// A rank ends when its agent was silent for so long.

@@ -309,6 +309,8 @@ pub(crate) fn rank_start() -> RankStart {
         model: "tiny".into(),
         path: "/models/tiny".into(),
         segment: "/proc/1/fd/9".into(),
+        kept: "/proc/1/fd/10".into(),
+        kept_bytes_max: 1 << 33,
         agent_timeout_ms: 30_000,
         step_timeout_ms: 10_000,
         n_threads: 1,
