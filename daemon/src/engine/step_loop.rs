@@ -19,7 +19,7 @@ use crate::{
     runner::{KeptKey, StepError, StepExecutor, StepPlan},
     runtime::clock,
     sampler::{self, SampleContext, Sampled, Scratch},
-    scheduler::{EndReason, Ended, Scheduler, SequenceSpec, Slot},
+    scheduler::{EndReason, Ended, Scheduled, Scheduler, SequenceSpec, Slot},
 };
 
 use super::{
@@ -74,7 +74,9 @@ pub(super) struct StepLoop {
     outlet: Outlet,
     last_token_at: Option<Instant>,
     n_preemptions_counted: u64,
-    /// Blocks that a step filled and what they hold.
+    /// Sequences that filled a block in the last step.
+    filled: Vec<Slot>,
+    /// What their blocks hold.
     keys: Vec<(u32, KeptKey)>,
 }
 
@@ -157,6 +159,7 @@ impl StepLoop {
             outlet,
             last_token_at: None,
             n_preemptions_counted: 0,
+            filled: Vec::with_capacity(limits.running_max),
             keys: Vec::with_capacity(limits.n_blocks),
             executor,
             scheduler,
@@ -463,6 +466,7 @@ impl StepLoop {
                 self.note_step(shape, took);
                 self.note_emissions(done_at);
                 self.note_prompts();
+                self.note_filled();
                 self.scheduler
                     .apply(&self.sampled, took, &self.cost, &mut self.ended);
                 self.note_keys();
@@ -562,17 +566,23 @@ impl StepLoop {
             .fetch_add(n_prompt as u64, Ordering::AcqRel);
     }
 
+    /// Notes whose blocks the step filled.
+    fn note_filled(&mut self) {
+        let block_len = self.limits.block_len;
+        let fills =
+            |s: &&Scheduled| (s.n_computed - s.n_tokens) / block_len < s.n_computed / block_len;
+        let filled = self.scheduler.scheduled().iter().filter(fills);
+        self.filled.clear();
+        self.filled.extend(filled.map(|s| s.slot));
+    }
+
     /// Tells the executor what the blocks hold that the step filled.
     fn note_keys(&mut self) {
         self.keys.clear();
-        let block_len = self.limits.block_len;
-        for scheduled in self.scheduler.scheduled() {
-            let (n, end) = (scheduled.n_tokens, scheduled.n_computed);
-            if (end - n) / block_len < end / block_len {
-                let labelled = self.scheduler.labelled(scheduled.slot);
-                self.keys
-                    .extend(labelled.map(|(id, key)| (id, key.to_bytes())));
-            }
+        for slot in &self.filled {
+            let labelled = self.scheduler.labelled(*slot);
+            self.keys
+                .extend(labelled.map(|(id, key)| (id, key.to_bytes())));
         }
         self.executor.note_keys(&self.keys);
     }

@@ -14,7 +14,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 use super::StepPlan;
 
 /// Sequences with as many positions are kept.
-const LONG_MIN: usize = 512;
+const LONG_MIN: usize = 256;
 /// Bytes of a key.
 const KEY_LEN: usize = 16;
 /// Bytes that name the weights.
@@ -368,14 +368,14 @@ mod tests {
         let file = file();
         let mut mine = caches(1);
         let (mut kept, _) = open(file.path(), 5, &mut mine);
-        for plan in [step(0, 500), step(500, 501), step(501, 502)] {
+        for plan in [step(0, 250), step(250, 251), step(251, 252)] {
             kept.before_step(&plan);
             kept.after_step(&plan, &mine);
-            kept.note_keys(keys(15));
+            kept.note_keys(keys(7));
         }
         assert_eq!(open(file.path(), 5, &mut caches(0)).1, []);
         kept.touched_max = 3;
-        for plan in [step(502, 600), step(600, 601)] {
+        for plan in [step(252, 600), step(600, 601)] {
             kept.before_step(&plan);
             kept.after_step(&plan, &mine);
             kept.note_keys(keys(18));

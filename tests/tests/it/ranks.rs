@@ -180,6 +180,13 @@ fn ten_kills_in_a_row_are_short_pauses_of_one_stream_with_the_same_bytes() {
         });
     }
     assert_eq!(text_of(stream), undisturbed, "the same bytes");
+    // What the ranks had computed was taken over: its prompt is too short to be found otherwise.
+    let metrics = node.get("/metrics").body;
+    let cached = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("dsd_prompt_tokens_cached_total{"));
+    let cached = cached.map(|line| line.rsplit_once(' ').unwrap().1);
+    assert!(cached.is_some_and(|n| n != "0"), "{cached:?}");
     for lost in node.records("group lost") {
         assert_eq!(
             (&lost["retry_in_ms"], &lost["n_given_up"]),
