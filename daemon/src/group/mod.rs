@@ -116,15 +116,20 @@ pub fn this_program() -> PathBuf {
 impl GroupConfig {
     /// What rank `rank` is told. Beside those that wait, the engine has room for those that ran in a
     /// lost group.
-    fn start(&self, rank: usize, segment: &Path, kept: &Path) -> RankStart {
+    fn start(&self, rank: usize, segment: &Path, kept: &[PathBuf]) -> RankStart {
         let n_running = self.budget.step_spans_max;
+        let told = |path: &PathBuf| path.display().to_string();
         RankStart {
             rank: rank as u32,
             n_ranks: self.n_ranks as u32,
             model: self.model.clone(),
             path: self.path.display().to_string(),
             segment: segment.display().to_string(),
-            kept: kept.display().to_string(),
+            kept: kept.get(rank).map(told).unwrap_or_default(),
+            kept_of_others: match rank {
+                0 => kept.iter().skip(1).map(told).collect(),
+                _ => Vec::new(),
+            },
             kept_bytes_max: self.kept_bytes_max,
             step_timeout_ms: self.step_timeout.as_millis() as u64,
             agent_timeout_ms: self.agent_timeout.as_millis() as u64,
@@ -152,7 +157,7 @@ impl GroupConfig {
         &self,
         rank: usize,
         segment: &Path,
-        kept: &Path,
+        kept: &[PathBuf],
         epoch: u64,
     ) -> Result<RankProcess, GroupError> {
         let start = self.start(rank, segment, kept);
@@ -202,7 +207,7 @@ impl Followers {
         let path = segment.path();
         let (mut sockets, mut watchers) = (Vec::new(), Vec::new());
         for rank in 1..cfg.n_ranks {
-            let process = cfg.spawn(rank, &path, Path::new(""), 1)?;
+            let process = cfg.spawn(rank, &path, &[], 1)?;
             sockets.push(process.socket.try_clone().map_err(GroupError::Start)?);
             let segment = segment.clone();
             let watch = move || watch_follower(rank, process, &segment);

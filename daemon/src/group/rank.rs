@@ -102,6 +102,9 @@ pub enum FormError {
     /// The memory shared with other ranks cannot be used.
     #[error(transparent)]
     Segment(#[from] SegmentError),
+    /// What a lost process of the rank left cannot be read.
+    #[error("keys and values that were kept cannot be read")]
+    Kept(#[source] io::Error),
     /// Another rank did not arrive.
     #[error(transparent)]
     Step(#[from] StepError),
@@ -301,12 +304,11 @@ fn form(start: &RankStart) -> Result<(ModelExecutor<CpuBackend>, Identity), Form
     if !start.kept.is_empty() {
         let name = format!("{} {} {}", identity.weights, start.kv_type, start.n_ranks);
         let whose = blake3::hash(name.as_bytes()).into();
-        executor = executor.keeping(
-            Path::new(&start.kept),
-            whose,
-            rank == 0,
-            start.kept_bytes_max,
-        );
+        let others: Vec<PathBuf> = start.kept_of_others.iter().map(PathBuf::from).collect();
+        let others = (rank == 0).then_some(&others[..]);
+        executor = executor
+            .keeping(Path::new(&start.kept), whose, others, start.kept_bytes_max)
+            .map_err(FormError::Kept)?;
     }
     Ok((executor, identity))
 }

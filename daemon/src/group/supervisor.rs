@@ -174,9 +174,9 @@ impl Supervisor {
             _ => Some(Segment::create(n_ranks)?),
         };
         let path = segment.as_ref().map(Segment::path).unwrap_or_default();
-        let kept = |rank: usize| self.kept.get(rank).map(path_of).unwrap_or_default();
+        let kept: Vec<PathBuf> = self.kept.iter().map(path_of).collect();
         let ranks = (0..n_ranks)
-            .map(|rank| self.cfg.spawn(rank, &path, &kept(rank), epoch))
+            .map(|rank| self.cfg.spawn(rank, &path, &kept, epoch))
             .collect::<Result<_, _>>()?;
         Ok((ranks, segment))
     }
@@ -188,8 +188,8 @@ impl Supervisor {
         self.ranks.iter().for_each(RankProcess::kill);
         self.ranks.clear();
         self.segment = None;
-        if matches!(blame.cause, Cause::Identity | Cause::Fault) {
-            // What computed wrongly has kept what it computed.
+        if matches!(blame.cause, Cause::Start | Cause::Identity | Cause::Fault) {
+            // What computed wrongly has kept what it computed; what cannot start may be stopped by it.
             self.kept.clear();
         }
         let mut state = self.shared.lock();

@@ -13,8 +13,9 @@ use crate::{config::Config, gateway};
 const NODE_FILES: u64 = 64;
 /// A model's event and what starting a rank opens for a moment: sockets, pipes, shared memory.
 const MODEL_FILES: u64 = 8;
-/// A rank's socket and process, twice: one may be on its way out while the next one comes in.
-const RANK_FILES: u64 = 4;
+/// A rank's socket and process, twice, since one may be on its way out while the next one comes in, and
+/// what of its keys and values outlives it.
+const RANK_FILES: u64 = 5;
 /// Models that may come besides those of the configuration.
 const MODELS_LATER: u64 = 2;
 /// With less than this there is no point in serving.

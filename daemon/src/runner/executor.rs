@@ -2,9 +2,9 @@
 //! engine plans and tells the others, which follow.
 
 use std::{
-    iter,
+    io, iter,
     ops::Range,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
@@ -200,14 +200,17 @@ impl<B: Backend> ModelExecutor<B> {
     }
 
     /// The same with a file that keeps blocks beyond this process, at most so many bytes of them; what
-    /// it holds by the same weights is put back.
+    /// it holds by the same weights is put back. The first rank knows the `others`' files.
+    ///
+    /// # Errors
+    /// From the system.
     pub fn keeping(
         mut self,
         path: &Path,
         identity: [u8; 32],
-        is_first: bool,
+        others: Option<&[PathBuf]>,
         bytes_max: u64,
-    ) -> Self {
+    ) -> io::Result<Self> {
         let shape = KeptShape {
             n_blocks: self.limits.n_blocks,
             block_len: self.limits.block_len,
@@ -219,11 +222,14 @@ impl<B: Backend> ModelExecutor<B> {
             caches: &mut self.caches,
             shape: self.cache_shape,
         };
-        match KeptBlocks::open(path, shape, identity, is_first, &mut caches) {
-            Ok(kept) => self.kept = Some(kept),
-            Err(e) => tracing::warn!(error = %e, "keys and values are not kept for a lost rank"),
-        }
-        self
+        self.kept = Some(KeptBlocks::open(
+            path,
+            shape,
+            identity,
+            others,
+            &mut caches,
+        )?);
+        Ok(self)
     }
 
     /// The same in its group, whose ranks have met.

@@ -9,7 +9,12 @@
 //! that writes the block anew, and comes one step after the one that filled it: by then all ranks have
 //! copied what they had.
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use super::StepPlan;
 
@@ -76,15 +81,16 @@ pub(super) struct KeptShape {
 
 impl KeptBlocks {
     /// Opens a rank's file and puts back into `caches` what it keeps, if it was made by the same weights;
-    /// else it is emptied. The first rank gets the keys, too.
+    /// else it is emptied. The first rank, which knows the `others`' files, gets the keys of blocks that
+    /// all of them keep.
     ///
     /// # Errors
-    /// From the system.
+    /// From the system; the caches are not to be used then.
     pub(super) fn open(
         path: &Path,
         shape: KeptShape,
         identity: [u8; IDENTITY_LEN],
-        has_keys: bool,
+        others: Option<&[PathBuf]>,
         caches: &mut dyn BlockBytes,
     ) -> io::Result<(Self, Vec<(u32, KeptKey)>)> {
         let file = File::options().read(true).write(true).open(path)?;
@@ -98,22 +104,40 @@ impl KeptBlocks {
             touched_max: usize::try_from(shape.bytes_max / block_bytes.max(1))
                 .unwrap_or(usize::MAX),
             pending: Vec::new(),
-            has_keys,
+            has_keys: others.is_some(),
             is_broken: false,
         };
-        let len = kept.data_at(shape.n_blocks);
-        let mut found = [0; IDENTITY_LEN];
-        let is_mine = kept.file.metadata()?.len() == len
-            && kept.file.read_exact_at(&mut found, 0).is_ok()
-            && found == identity;
-        if !is_mine {
+        if !is_of(&kept.file, identity)? {
             kept.file.set_len(0)?;
-            kept.file.set_len(len)?;
+            kept.file.set_len(kept.data_at(shape.n_blocks))?;
             kept.file.write_all_at(&identity, 0)?;
             return Ok((kept, Vec::new()));
         }
-        let keys = kept.restore(caches)?;
+        let mut is_everywhere = vec![true; shape.n_blocks];
+        for path in others.unwrap_or_default() {
+            kept.intersect(&File::open(path)?, identity, &mut is_everywhere)?;
+        }
+        let keys = kept.restore(&is_everywhere, caches)?;
         Ok((kept, keys))
+    }
+
+    /// Takes out the blocks that another rank's file does not keep: it may have had no memory for them.
+    fn intersect(
+        &self,
+        other: &File,
+        identity: [u8; IDENTITY_LEN],
+        is_everywhere: &mut [bool],
+    ) -> io::Result<()> {
+        if !is_of(other, identity)? {
+            is_everywhere.fill(false);
+            return Ok(());
+        }
+        let mut marks = vec![0; is_everywhere.len()];
+        other.read_exact_at(&mut marks, self.mark_at(0))?;
+        for (is_kept, mark) in is_everywhere.iter_mut().zip(marks) {
+            *is_kept &= mark != 0;
+        }
+        Ok(())
     }
 
     fn key_at(block: usize) -> u64 {
@@ -129,7 +153,11 @@ impl KeptBlocks {
     }
 
     /// Copies what counts into the caches.
-    fn restore(&mut self, caches: &mut dyn BlockBytes) -> io::Result<Vec<(u32, KeptKey)>> {
+    fn restore(
+        &mut self,
+        is_everywhere: &[bool],
+        caches: &mut dyn BlockBytes,
+    ) -> io::Result<Vec<(u32, KeptKey)>> {
         let mut keys = Vec::new();
         for block in 0..self.states.len() {
             let (mut mark, mut key) = ([0], [0; KEY_LEN]);
@@ -141,7 +169,8 @@ impl KeptBlocks {
             self.n_touched += 1;
             if self.has_keys {
                 self.file.read_exact_at(&mut key, Self::key_at(block))?;
-                if key == [0; KEY_LEN] {
+                if key == [0; KEY_LEN] || !is_everywhere[block] {
+                    self.file.write_all_at(&[0; KEY_LEN], Self::key_at(block))?;
                     self.file.write_all_at(&[0], self.mark_at(block))?;
                     continue;
                 }
@@ -254,6 +283,16 @@ impl KeptBlocks {
     }
 }
 
+/// True for a file that the same weights made in the same shape, which they name.
+fn is_of(file: &File, identity: [u8; IDENTITY_LEN]) -> io::Result<bool> {
+    if file.metadata()?.len() < PAGE {
+        return Ok(false);
+    }
+    let mut found = [0; IDENTITY_LEN];
+    file.read_exact_at(&mut found, 0)?;
+    Ok(found == identity)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,7 +350,42 @@ mod tests {
     }
 
     fn open(path: &Path, identity: u8, caches: &mut Caches) -> (KeptBlocks, Vec<(u32, KeptKey)>) {
-        KeptBlocks::open(path, shape(), [identity; IDENTITY_LEN], true, caches).unwrap()
+        open_beside(path, identity, &[], caches)
+    }
+
+    fn open_beside(
+        path: &Path,
+        identity: u8,
+        others: &[PathBuf],
+        caches: &mut Caches,
+    ) -> (KeptBlocks, Vec<(u32, KeptKey)>) {
+        let identity = [identity; IDENTITY_LEN];
+        KeptBlocks::open(path, shape(), identity, Some(others), caches).unwrap()
+    }
+
+    #[test]
+    fn blocks_count_that_every_rank_keeps() {
+        let (file, other) = (file(), file());
+        let mut mine = caches(1);
+        let (mut kept, _) = open(file.path(), 5, &mut mine);
+        let identity = [5; IDENTITY_LEN];
+        let (mut follower, _) =
+            KeptBlocks::open(other.path(), shape(), identity, None, &mut mine).unwrap();
+        follower.touched_max = 4;
+        for plan in [step(0, 600), step(600, 601)] {
+            kept.before_step(&plan);
+            kept.after_step(&plan, &mine);
+            kept.note_keys(keys(18));
+            follower.before_step(&plan);
+            follower.after_step(&plan, &mine);
+        }
+        let others = [other.path().to_owned()];
+        let found = open_beside(file.path(), 5, &others, &mut caches(0)).1;
+        assert_eq!(found, keys(4).collect::<Vec<_>>());
+        // One that had no memory any more has emptied its file.
+        other.as_file().set_len(0).unwrap();
+        let found = open_beside(file.path(), 5, &others, &mut caches(0)).1;
+        assert_eq!(found, []);
     }
 
     #[test]

@@ -183,37 +183,34 @@ pub(super) fn unknown_fields(body: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// The reader's names of types in JSON's words.
+/// The reader's names of types in JSON's words. What the client sent stands quoted between them and is
+/// left alone.
 fn in_json_words(problem: &str) -> String {
-    const WORDS: [(&str, &str); 11] = [
-        ("expected f64", "expected a number"),
-        ("expected f32", "expected a number"),
-        ("expected u64", "expected an integer from 0 on"),
-        ("expected u32", "expected an integer from 0 on"),
-        ("expected i64", "expected an integer"),
-        ("expected a sequence", "expected an array"),
-        ("type: floating point ", "type: number "),
-        ("type: sequence", "type: array"),
-        ("type: map", "type: object"),
-        ("type: unit value", "type: null"),
-        ("type: null value", "type: null"),
+    const FOUND: [(&str, &str); 4] = [
+        ("invalid type: floating point ", "invalid type: number "),
+        ("invalid type: sequence", "invalid type: array"),
+        ("invalid type: map", "invalid type: object"),
+        ("invalid type: unit value", "invalid type: null"),
     ];
-    // What the client sent stands quoted behind the type, and is left alone.
-    let (found, expected) = problem.rsplit_once(", expected ").unwrap_or((problem, ""));
-    let mut found = found.to_owned();
-    if let Some((from, to)) = WORDS
+    const EXPECTED: [(&str, &str); 6] = [
+        ("f64", "a number"),
+        ("f32", "a number"),
+        ("u64", "an integer from 0 on"),
+        ("u32", "an integer from 0 on"),
+        ("i64", "an integer"),
+        ("a sequence", "an array"),
+    ];
+    let Some((found, expected)) = problem.rsplit_once(", expected ") else {
+        return problem.to_owned();
+    };
+    let begins = |(from, to): &(&str, &str)| Some(format!("{to}{}", found.strip_prefix(from)?));
+    let found = FOUND
         .iter()
-        .find(|(from, _)| found.starts_with(&format!("invalid {from}")))
-    {
-        found = found.replacen(from, to, 1);
-    }
-    if expected.is_empty() {
-        return found;
-    }
-    let expected = format!("expected {expected}");
-    let word = WORDS.iter().find(|(from, _)| *from == expected);
-    let expected = word.map_or(expected.as_str(), |(_, to)| to);
-    format!("{found}, {expected}")
+        .find_map(begins)
+        .unwrap_or_else(|| found.to_owned());
+    let word = EXPECTED.iter().find(|(from, _)| *from == expected);
+    let expected = word.map_or(expected, |(_, to)| to);
+    format!("{found}, expected {expected}")
 }
 
 /// At most `len_max` characters of a text.

@@ -345,6 +345,28 @@ fn chat_errors_name_the_field() {
 }
 
 #[test]
+fn types_in_errors_are_jsons() {
+    for (extra, words) in [
+        (r#", "temperature": "a, expected f64""#, "expected a number"),
+        (
+            r#", "max_tokens": 1.5"#,
+            "number `1.5`, expected an integer from 0 on",
+        ),
+        (
+            r#", "top_k": []"#,
+            "invalid type: array, expected an integer",
+        ),
+        (
+            r#", "stream": {}"#,
+            "invalid type: object, expected a boolean",
+        ),
+    ] {
+        let error = chat(extra).expect_err(extra).to_string();
+        assert!(error.contains(words), "{extra}: {error}");
+    }
+}
+
+#[test]
 fn message_errors_name_the_message() {
     for (messages, param, code) in [
         ("null", "messages", "invalid_request"),

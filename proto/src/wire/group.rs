@@ -37,6 +37,8 @@ wire_struct! {
         pub kept: String,
         /// Bytes of them at most.
         pub kept_bytes_max: u64,
+        /// Of the first rank: where the others keep theirs.
+        pub kept_of_others: Vec<String>,
         /// How long another rank may be late in a step at most.
         pub step_timeout_ms: u64,
         /// A rank ends when its agent was silent for so long.

@@ -311,6 +311,7 @@ pub(crate) fn rank_start() -> RankStart {
         segment: "/proc/1/fd/9".into(),
         kept: "/proc/1/fd/10".into(),
         kept_bytes_max: 1 << 33,
+        kept_of_others: vec!["/proc/1/fd/11".into()],
         agent_timeout_ms: 30_000,
         step_timeout_ms: 10_000,
         n_threads: 1,
