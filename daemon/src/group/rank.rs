@@ -5,6 +5,7 @@
 //! when the agent ends, and it ends itself when the agent is silent for too long.
 
 use std::{
+    fs::File,
     io,
     os::{fd::AsFd, unix::net::UnixStream},
     path::{Path, PathBuf},
@@ -301,7 +302,10 @@ fn form(start: &RankStart) -> Result<(ModelExecutor<CpuBackend>, Identity), Form
         member.meet(site, LOAD_LIMIT).map_err(StepError::from)?;
     }
     let mut executor = executor.in_group(group);
-    if !start.kept.is_empty() {
+    // Without the first rank's nothing is taken over, so that one may do without; another that could not
+    // read its own would compute from an empty cache.
+    let is_there = || File::open(&start.kept).inspect_err(told_missing).is_ok();
+    if !start.kept.is_empty() && (rank != 0 || is_there()) {
         let name = format!("{} {} {}", identity.weights, start.kv_type, start.n_ranks);
         let whose = blake3::hash(name.as_bytes()).into();
         let others: Vec<PathBuf> = start.kept_of_others.iter().map(PathBuf::from).collect();
@@ -311,6 +315,10 @@ fn form(start: &RankStart) -> Result<(ModelExecutor<CpuBackend>, Identity), Form
             .map_err(FormError::Kept)?;
     }
     Ok((executor, identity))
+}
+
+fn told_missing(e: &io::Error) {
+    warn!(error = %e, "keys and values are not kept for a lost rank");
 }
 
 /// Keeps the process, and all threads it will start, on these cores.

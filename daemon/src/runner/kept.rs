@@ -159,7 +159,7 @@ impl KeptBlocks {
         caches: &mut dyn BlockBytes,
     ) -> io::Result<Vec<(u32, KeptKey)>> {
         let mut keys = Vec::new();
-        for block in 0..self.states.len() {
+        for (block, is_everywhere) in is_everywhere.iter().enumerate() {
             let (mut mark, mut key) = ([0], [0; KEY_LEN]);
             self.file.read_exact_at(&mut mark, self.mark_at(block))?;
             if mark == [0] {
@@ -169,7 +169,7 @@ impl KeptBlocks {
             self.n_touched += 1;
             if self.has_keys {
                 self.file.read_exact_at(&mut key, Self::key_at(block))?;
-                if key == [0; KEY_LEN] || !is_everywhere[block] {
+                if key == [0; KEY_LEN] || !is_everywhere {
                     self.file.write_all_at(&[0; KEY_LEN], Self::key_at(block))?;
                     self.file.write_all_at(&[0], self.mark_at(block))?;
                     continue;
