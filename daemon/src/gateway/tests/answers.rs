@@ -583,3 +583,86 @@ async fn special_tokens_in_a_user_s_text_stay_text() {
         );
     }
 }
+
+/// A model that takes its time, and a node that says so soon.
+async fn slow_node() -> Node {
+    let config = GatewayConfig {
+        keep_alive: Duration::from_millis(20),
+        ..config()
+    };
+    let pace = Pace {
+        step: Duration::from_millis(50),
+        ..QUICK
+    };
+    Node::start(config, vec![model("tiny", &pace)]).await
+}
+
+#[tokio::test]
+async fn whoever_waits_is_told_that_the_answer_is_still_made() {
+    let node = slow_node().await;
+    for path in ["/v1/chat/completions", "/v1/completions"] {
+        let body = format!(r#"{{{MESSAGES}, "prompt": "hi", "max_tokens": 4, "temperature": 0}}"#);
+        let whole = node.post(path, &body).await;
+        assert_eq!(whole.status, 200);
+        assert!(whole.body.starts_with("\n\n"), "{path}: {:?}", whole.body);
+        assert_eq!(whole.header("content-type"), Some("application/json"));
+        assert_eq!(whole.json()["usage"]["completion_tokens"], 4, "{path}");
+        let streamed = node
+            .post(
+                path,
+                &body.replace("\"max_tokens\"", "\"stream\": true, \"max_tokens\""),
+            )
+            .await;
+        assert!(
+            streamed.body.contains(": keep-alive\n\n"),
+            "{path}: {}",
+            streamed.body
+        );
+    }
+    let body = format!(r#"{{{MESSAGES}, "max_tokens": 4, "stream": true}}"#);
+    let events = node.post("/v1/messages", &body).await;
+    assert!(events.body.contains("event: ping\n"), "{}", events.body);
+}
+
+#[tokio::test]
+async fn members_that_nothing_reads_are_named() {
+    let node = Node::quick().await;
+    let reply = chat(
+        &node,
+        r#""max_tokens": 1, "best": 1, "store": true, "bad\r\nname": 2"#,
+    )
+    .await;
+    assert_eq!(reply.header("x-dsd-ignored-fields"), Some("best, store"));
+    let reply = completion(&node, r#""max_tokens": 1, "stream": true, "x": 1"#).await;
+    assert_eq!(reply.header("x-dsd-ignored-fields"), Some("x"));
+    let reply = chat(&node, r#""max_tokens": 1"#).await;
+    assert_eq!(reply.header("x-dsd-ignored-fields"), None);
+}
+
+#[tokio::test]
+async fn raw_prompts_may_spell_special_tokens() {
+    let node = Node::quick().await;
+    let n_prompt = async |fields: &str| {
+        let body = format!(r#"{{"prompt": "a<|end|>b", "max_tokens": 1, {fields}}}"#);
+        let reply = node.post("/v1/completions", &body).await;
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        reply.json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(n_prompt(r#""n": 1"#).await, 3);
+    assert_eq!(n_prompt(r#""parse_special": false"#).await, 9);
+}
+
+#[tokio::test]
+async fn log_probabilities_of_thoughts_stand_apart() {
+    let node = Node::quick().await;
+    let fields = r#""max_tokens": 6, "temperature": 0, "logprobs": true, "enable_thinking": true,
+        "logit_bias": {"258": 3.9}, "presence_penalty": 2"#;
+    let body = chat(&node, fields).await.json();
+    let choice = &body["choices"][0];
+    let n = |name: &str| choice["logprobs"][name].as_array().map_or(0, Vec::len) as u64;
+    let n_thoughts = body["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        .as_u64()
+        .unwrap();
+    assert_eq!(n("reasoning_content"), n_thoughts, "{body}");
+    assert_eq!(n("content") + n_thoughts, 6, "{body}");
+}
