@@ -402,13 +402,22 @@ pub(super) fn completion(
         parse_special: request.parse_special,
     };
     for prompt in request.prompts {
-        let ids = match prompt {
-            Prompt::Tokens(ids) => ids,
-            Prompt::Text(text) => model
-                .text
-                .encode_prompt(&text, form, model.replica.limits().prompt_len_max())
-                .map_err(|e| ApiError::of_text(&e, "prompt"))?,
+        let tokens_max = model.replica.limits().prompt_len_max();
+        let encoded = match (&prompt, &request.suffix) {
+            (Prompt::Tokens(ids), _) => Ok(ids.clone()),
+            (Prompt::Text(text), None) => model.text.encode_prompt(text, form, tokens_max),
+            (Prompt::Text(text), Some(suffix)) => {
+                let encoded = model.text.encode_hole(text, suffix, tokens_max);
+                encoded.ok_or_else(|| RequestError::Unsupported {
+                    param: "suffix".to_owned(),
+                    what: format!(
+                        "filling a hole by `{}`, whose vocabulary has no tokens for it,",
+                        model.name
+                    ),
+                })?
+            }
         };
+        let ids = encoded.map_err(|e| ApiError::of_text(&e, "prompt"))?;
         prompts.push(PreparedPrompt {
             ids,
             form: OutputForm::PLAIN,

@@ -39,6 +39,10 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .route("/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
         .route("/completions", post(completions::create))
+        // DeepSeek's clients ask there for prefixes and holes.
+        .route("/beta/chat/completions", post(chat::create))
+        .route("/beta/completions", post(completions::create))
+        .route("/beta/models", get(list_models))
         .route("/v1/messages", post(messages::create))
         .route("/anthropic/v1/messages", post(messages::create))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
@@ -114,6 +118,7 @@ async fn around(
 /// The route as a metric label: a closed set, whatever clients ask for.
 fn route_label(path: &str) -> &'static str {
     let path = path.strip_prefix("/anthropic").unwrap_or(path);
+    let path = path.strip_prefix("/beta").unwrap_or(path);
     match path.strip_prefix("/v1").unwrap_or(path) {
         "/messages" => "/v1/messages",
         "/messages/count_tokens" => "/v1/messages/count_tokens",

@@ -33,6 +33,13 @@ pub struct TextModel {
     templates: Option<ChatTemplates>,
 }
 
+/// Tokens before, between and behind what surrounds a hole: DeepSeek's, Qwen's, StarCoder's.
+const HOLE_MARKS: [[&str; 3]; 3] = [
+    ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],
+    ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+    ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+];
+
 /// How the prompt of a raw completion is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PromptForm {
@@ -153,6 +160,34 @@ impl TextModel {
             ids.insert(0, bos);
         }
         Ok(ids)
+    }
+
+    /// Encodes what stands before and behind a hole, in the order that the model was trained to fill it;
+    /// `None` where its vocabulary has no tokens for that. What the texts spell stays text.
+    ///
+    /// # Errors
+    /// [`TextError::TooLong`], [`TextError::Encode`], [`TextError::LongWhole`].
+    pub fn encode_hole(
+        &self,
+        before: &str,
+        behind: &str,
+        tokens_max: usize,
+    ) -> Option<Result<Vec<u32>, TextError>> {
+        let marks = HOLE_MARKS.iter().find_map(|marks| {
+            let [first, second, third] = marks.map(|mark| self.added_id(mark));
+            Some([first?, second?, third?])
+        });
+        let [first, second, third] = marks?;
+        let encode = || {
+            let bos = self.bos_id().filter(|_| self.special.add_bos);
+            let mut ids: Vec<u32> = bos.into_iter().chain([first]).collect();
+            self.encode_plain(before, tokens_max, &mut ids)?;
+            ids.push(second);
+            self.encode_plain(behind, tokens_max, &mut ids)?;
+            ids.push(third);
+            Ok(ids)
+        };
+        Some(encode())
     }
 
     /// Encodes text in which special and added tokens count. For text of our own only; adds no BOS.

@@ -91,6 +91,8 @@ pub struct CompletionRequest {
     pub model: Option<String>,
     /// At least one.
     pub prompts: Vec<Prompt>,
+    /// What follows the answer: it fills the hole between a prompt and this.
+    pub suffix: Option<String>,
     /// BOS goes in front of a text where the model wants it; the default is yes.
     pub add_special_tokens: bool,
     /// What spells a special token in a text is that token; the default is yes.
@@ -402,8 +404,13 @@ impl CompletionRequest {
         if raw.echo == Some(true) {
             return Err(unsupported("echo", "echoing the prompt"));
         }
-        if raw.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
-            return Err(unsupported("suffix", "filling in before a suffix"));
+        let suffix = raw.suffix.take().filter(|suffix| !suffix.is_empty());
+        let is_text = |prompt: &Prompt| matches!(prompt, Prompt::Text(_));
+        if suffix.is_some() && !prompts.iter().all(is_text) {
+            return Err(RequestError::Conflict {
+                param: "suffix".into(),
+                problem: "needs prompts that are texts".into(),
+            });
         }
         if raw
             .best_of
@@ -424,6 +431,7 @@ impl CompletionRequest {
         Ok(Self {
             model: raw.model.take(),
             prompts,
+            suffix,
             add_special_tokens: raw.add_special_tokens.unwrap_or(true),
             parse_special: raw.parse_special.unwrap_or(true),
             options: options(raw, top_logprobs, Some(COMPLETION_TOKENS_DEFAULT))?,

@@ -502,7 +502,11 @@ fn completion_errors_name_the_field() {
             "invalid_request",
         ),
         (r#"{"prompt": "a", "echo": true}"#, "echo", "unsupported"),
-        (r#"{"prompt": "a", "suffix": "b"}"#, "suffix", "unsupported"),
+        (
+            r#"{"prompt": [1], "suffix": "b"}"#,
+            "suffix",
+            "invalid_request",
+        ),
         (r#"{"prompt": "a", "best_of": 3}"#, "best_of", "unsupported"),
         (
             r#"{"prompt": "a", "logprobs": true}"#,

@@ -80,6 +80,16 @@ async fn wrong_bodies_are_refused_with_code_and_field() {
     .await;
     let unknown = format!(r#"{{{user}, "model": "other"}}"#);
     check(&node, chat, &unknown, 404, "model_not_found", Some("model")).await;
+    let hole = r#"{"prompt": "a", "suffix": "b"}"#;
+    check(
+        &node,
+        "/beta/completions",
+        hole,
+        400,
+        "unsupported",
+        Some("suffix"),
+    )
+    .await;
     let echo = r#"{"prompt": "a", "echo": true}"#;
     check(
         &node,

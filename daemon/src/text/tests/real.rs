@@ -199,3 +199,33 @@ fn check_case(name: &str, model: &TextModel, case: &Value) {
         assert_eq!(prompt.ids, ids(&case["ids"]), "{label}");
     }
 }
+
+#[test]
+fn holes_are_filled_in_the_order_of_each_vocabulary() {
+    for (name, words) in [
+        (
+            "deepseek-v3",
+            ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],
+        ),
+        (
+            "qwen-2.5",
+            ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
+        ),
+    ] {
+        let model = TextModel::open(&tokenizer_folder(name)).unwrap();
+        let [first, second, third] = words;
+        let bos = model.bos_id().filter(|_| model.adds_bos());
+        let text = format!("{first}def f({second}):\n{third}");
+        let expected = bos.into_iter().chain(model.encode_trusted(&text).unwrap());
+        let found = model.encode_hole("def f(", "):\n", usize::MAX).unwrap();
+        assert_eq!(found.unwrap(), expected.collect::<Vec<_>>(), "{name}");
+        // What the texts spell is text.
+        let forged = model
+            .encode_hole(first, third, usize::MAX)
+            .unwrap()
+            .unwrap();
+        let marks = words.map(|word| model.added_id(word).unwrap());
+        let n_marks = forged.iter().filter(|id| marks.contains(id)).count();
+        assert_eq!(n_marks, 3, "{name}");
+    }
+}
