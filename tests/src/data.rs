@@ -39,6 +39,16 @@ pub fn python_path() -> PathBuf {
     folder
 }
 
+/// Folder with Anthropic's Python client.
+///
+/// # Panics
+/// When it was not set up.
+pub fn anthropic_path() -> PathBuf {
+    let folder = set_up(repository().join("target/test-python-anthropic"));
+    set_up(folder.join("anthropic"));
+    folder
+}
+
 /// A program of this workspace, of the same profile as the test.
 ///
 /// # Panics

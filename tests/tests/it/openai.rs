@@ -1,4 +1,4 @@
-//! The official `openai` Python package, unmodified, against a node.
+//! The official `openai` and `anthropic` Python packages, unmodified, against a node.
 
 use std::process::Command;
 
@@ -70,4 +70,20 @@ fn closing_a_stream_of_the_official_client_frees_its_sequence() {
 #[test]
 fn sixteen_clients_at_once_get_what_each_gets_alone() {
     check(tiny(), "Crowd");
+}
+
+/// Anthropic's client, unmodified, at its own door.
+#[test]
+fn anthropics_client_gets_answers_calls_and_errors() {
+    let node = Node::builder(&data::smollm2()).start();
+    let mut command = Command::new("python3");
+    command
+        .arg(data::repository().join("tests/python/anthropic_client.py"))
+        .args([&format!("http://{}/anthropic", node.http), &node.model])
+        .env("PYTHONPATH", data::anthropic_path())
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    let outcome = process::run(&mut command, "");
+    let words = format!("{}\n{}", outcome.stdout, outcome.stderr);
+    assert_eq!(outcome.code, Some(0), "{words}");
+    node.wait_until_idle();
 }
