@@ -99,13 +99,19 @@ impl Certificates {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::UdpSocket, sync::Arc};
+    use std::{
+        net::{SocketAddr, UdpSocket},
+        sync::Arc,
+    };
 
     use dsd_proto::{
         quic::{Client, ClientError, Role, Server, ServerLimits},
         wire::admin::StatusRequest,
     };
-    use tokio::time::{Instant, sleep};
+    use tokio::{
+        task::JoinSet,
+        time::{Instant, sleep},
+    };
 
     use super::*;
     use crate::{
@@ -115,8 +121,27 @@ mod tests {
         node::{NodeAddresses, admin_config, loader},
     };
 
-    const DEADLINE: Duration = Duration::from_secs(20);
+    const DEADLINE: Duration = Duration::from_secs(120);
     const YEAR_S: u64 = 365 * 24 * 3600;
+
+    /// A node's admin service with `identity`, for as long as the set is kept.
+    fn serve(identity: &Identity) -> (SocketAddr, IdentityHandle, JoinSet<()>) {
+        let config = Config::default();
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let addresses = NodeAddresses {
+            http: address,
+            quic: address,
+        };
+        let catalog = Arc::new(Catalog::new(loader::new(&config)));
+        let tenants = Arc::new(crate::tenants::Tenants::open(clock::now()));
+        let admin = Admin::new(admin_config(&config, addresses), catalog, tenants);
+        let server = Server::new(socket, identity, admin, ServerLimits::default()).unwrap();
+        let handle = server.identity_handle();
+        let mut serving = JoinSet::new();
+        serving.spawn(server.run(std::future::pending()));
+        (address, handle, serving)
+    }
 
     /// An expired certificate used to stop `dsctl` until somebody removed it and started dsd again.
     #[tokio::test]
@@ -127,29 +152,26 @@ mod tests {
             cluster: "dsd".parse().unwrap(),
             node: "node-1".parse().unwrap(),
         };
-        // Made so long ago that they have five seconds left.
-        let past = clock::unix_seconds() - YEAR_S + 5;
         let (cluster, node) = (&certificates.cluster, &certificates.node);
-        let identity = pki::ensure(folder.path(), cluster, node, past).unwrap();
-        let operator = pki::load(folder.path(), Role::Admin, past).unwrap();
-
-        let config = Config::default();
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let address = socket.local_addr().unwrap();
-        let addresses = NodeAddresses {
-            http: address,
-            quic: address,
+        // A disk that syncs slowly may take the first of these lives; one of them is long enough.
+        let mut lives_s = [5, 20, 60].into_iter();
+        let (address, operator, handle, open, _serving) = loop {
+            let left_s = lives_s.next().expect("a machine that connects in a minute");
+            let folder = folder.path();
+            for entry in std::fs::read_dir(folder).unwrap() {
+                std::fs::remove_file(entry.unwrap().path()).unwrap();
+            }
+            // Made so long ago that little is left of it.
+            let past = clock::unix_seconds() - YEAR_S + left_s;
+            let identity = pki::ensure(folder, cluster, node, past).unwrap();
+            let operator = pki::load(folder, Role::Admin, past).unwrap();
+            let (address, handle, serving) = serve(&identity);
+            match Client::connect(address, &operator, DEADLINE).await {
+                Ok(open) => break (address, operator, handle, open, serving),
+                Err(ClientError::Untrusted { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
         };
-        let loader = loader::new(&config);
-        let catalog = Arc::new(Catalog::new(loader));
-        let tenants = Arc::new(crate::tenants::Tenants::open(clock::now()));
-        let admin = Admin::new(admin_config(&config, addresses), catalog, tenants);
-        let server = Server::new(socket, &identity, admin, ServerLimits::default()).unwrap();
-        let handle = server.identity_handle();
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(server.run(std::future::pending()));
-
-        let open = Client::connect(address, &operator, DEADLINE).await.unwrap();
         let deadline = Instant::now() + DEADLINE;
         loop {
             match Client::connect(address, &operator, DEADLINE).await {
