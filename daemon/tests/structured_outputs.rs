@@ -10,7 +10,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use dsd::{
     grammar::{self, Answer, Calls, Constraint, GrammarError, Vocabulary},
-    text::{OutputDelta, OutputForm, OutputParser, ReasoningMode, TextModel, ToolMarkup},
+    text::{DsmlTags, OutputDelta, OutputForm, OutputParser, ReasoningMode, TextModel, ToolMarkup},
 };
 use serde_json::{Map, Value, json};
 
@@ -18,10 +18,13 @@ const N_SCHEMAS: u64 = 1_000;
 /// Every schema here bounds what it allows; no answer to one needs so many tokens.
 const TOKENS_MAX: usize = 5_000;
 
-fn text() -> Arc<TextModel> {
+fn data() -> PathBuf {
     let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
-    let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
-    let file = data.join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from)
+}
+
+fn text() -> Arc<TextModel> {
+    let file = data().join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     Arc::new(TextModel::open(&file).unwrap_or_else(|e| panic!("{e}: run `make test-setup`")))
 }
 
@@ -184,6 +187,8 @@ fn calls_that_are_required_are_calls_in_every_markup() {
         ToolMarkup::DeepseekV31,
         ToolMarkup::Hermes,
         ToolMarkup::Llama,
+        ToolMarkup::Dsml(DsmlTags::V4),
+        ToolMarkup::Dsml(DsmlTags::V41),
     ] {
         for seed in 0..20 {
             let calls = Calls {
@@ -205,6 +210,123 @@ fn calls_that_are_required_are_calls_in_every_markup() {
                 assert!(validator.is_valid(&arguments), "{markup:?}: {answer}");
             }
         }
+    }
+}
+
+/// Functions whose arguments DSML has tags for, and some for which it has one object.
+#[test]
+fn calls_in_dsml_follow_their_schemas_with_published_vocabularies() {
+    let functions = [
+        json!({
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 6, "description": "Its name"},
+                "unit": {"type": "string", "enum": ["c", "f"]},
+                "fixed": {"const": "x y"},
+                "day": {"type": "string", "pattern": "^[0-9]{2}$"},
+                "n": {"type": "integer", "minimum": 0, "maximum": 20},
+                "list": {"type": "array", "items": {"$ref": "#/$defs/item"}, "maxItems": 2},
+            },
+            "required": ["city", "list"],
+            "$defs": {"item": {"type": "object", "properties": {"k": {"type": "boolean"}}, "additionalProperties": false}},
+            "additionalProperties": false,
+        }),
+        json!({"type": "object", "properties": {}, "additionalProperties": false}),
+        json!({
+            "anyOf": [
+                {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"], "additionalProperties": false},
+                {"type": "object", "properties": {"b": {"const": null}}, "required": ["b"], "additionalProperties": false},
+            ],
+        }),
+        json!({
+            "type": "object", "properties": {"a\"b": {"type": "boolean"}}, "required": ["a\"b"], "additionalProperties": false,
+        }),
+    ];
+    let names = ["get_weather", "ping", "either", "quoted"];
+    for (name, tags) in [
+        ("deepseek-v3.2", DsmlTags::V32),
+        ("deepseek-v4", DsmlTags::V4),
+    ] {
+        let text = Arc::new(TextModel::open(&data().join("tokenizers").join(name)).unwrap());
+        let vocabulary = Vocabulary::new(&text).unwrap();
+        let stop = text.eos_id().unwrap();
+        let markup = ToolMarkup::Dsml(tags);
+        let mut n_seen = [0; 4];
+        for seed in 0..24 {
+            let named = names.iter().zip(&functions);
+            let calls = Calls {
+                markup,
+                functions: named
+                    .map(|(name, f)| (*name, f.as_object().unwrap()))
+                    .collect(),
+                max: 2,
+            };
+            let reasoning = match seed % 2 {
+                0 => ReasoningMode::Off,
+                _ => ReasoningMode::Inside,
+            };
+            let grammar = grammar::write(&text, reasoning, None, Some(&calls));
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            if reasoning == ReasoningMode::Inside {
+                let thoughts = text.encode_trusted("Well.</think>\n\n").unwrap();
+                thoughts
+                    .iter()
+                    .for_each(|t| constraint.advance(*t).unwrap());
+            }
+            let tokens = walk(&text, &mut constraint, stop, &mut Draws(seed)).unwrap();
+            let answer = text.decode(&tokens, false);
+            for (name, arguments) in calls_of(&text, markup, &tokens) {
+                let idx = names.iter().position(|known| *known == name).unwrap();
+                n_seen[idx] += 1;
+                let arguments: Value = serde_json::from_str(&arguments)
+                    .unwrap_or_else(|e| panic!("{e}: {arguments}: {answer}"));
+                let validator = jsonschema::validator_for(&functions[idx]).unwrap();
+                assert!(validator.is_valid(&arguments), "{answer}: {arguments}");
+            }
+        }
+        assert!(!n_seen.contains(&0), "{n_seen:?}");
+    }
+}
+
+/// What a model of these generations writes by itself is what the grammar allows.
+#[test]
+fn calls_in_dsml_as_models_write_them_are_allowed() {
+    let text = Arc::new(TextModel::open(&data().join("tokenizers/deepseek-v4")).unwrap());
+    let vocabulary = Vocabulary::new(&text).unwrap();
+    let stop = text.eos_id().unwrap();
+    let schema = json!({
+        "type": "object",
+        "properties": {"html": {"type": "string"}, "unit": {"enum": ["c", "f"]}, "xs": {"type": "array"}},
+        "required": ["html"],
+    });
+    let calls = Calls {
+        markup: ToolMarkup::Dsml(DsmlTags::V4),
+        functions: vec![("f", schema.as_object().unwrap())],
+        max: 2,
+    };
+    let call = "<｜DSML｜invoke name=\"f\">\n\
+        <｜DSML｜parameter name=\"html\" string=\"true\"><b>x</b> </ y\n｜ & \"q\"</｜DSML｜parameter>\n\
+        <｜DSML｜parameter name=\"unit\" string=\"true\">f</｜DSML｜parameter>\n\
+        <｜DSML｜parameter name=\"xs\" string=\"false\">[1, 2.5]</｜DSML｜parameter>\n\
+        </｜DSML｜invoke>\n";
+    for begin in ["", "\n\n"] {
+        let answer = format!("{begin}<｜DSML｜tool_calls>\n{call}{call}</｜DSML｜tool_calls>");
+        let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
+        let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+        for token in text.encode_trusted(&answer).unwrap() {
+            let advanced = constraint.advance(token);
+            assert!(
+                advanced.is_ok(),
+                "{:?}: {advanced:?}",
+                text.token_text(token)
+            );
+        }
+        let allowed = constraint.allowed().unwrap();
+        assert_eq!(
+            allowed.words()[stop as usize / 32] >> (stop % 32) & 1,
+            1,
+            "it may end"
+        );
     }
 }
 

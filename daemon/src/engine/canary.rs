@@ -2,9 +2,9 @@
 //!
 //! All of it runs when no token came out for a while. Under load its first token joins a step every
 //! second, since it costs what a decode does and meets every matrix of a dense model; it runs by itself
-//! where steps have no room, and all of it now and then, both at a small share of the time. In an engine's life the whole row of logits has to be the
-//! same bits, which batches do not change; from one engine to the next only the token is compared, since
-//! another processor may round otherwise.
+//! where steps have no room, and all of it now and then, both at a small share of the time. In an engine's
+//! life the whole row of logits has to be the same bits, which batches do not change; from one engine to
+//! the next only the token is compared, since another processor may round otherwise.
 
 use std::time::{Duration, Instant};
 

@@ -328,6 +328,10 @@ fn of_chat(
         thinking: request.thinking,
         tools: offers_tools.then(|| sources.collect()),
         describe_tools: true,
+        schema: match &request.options.shape {
+            Some((_, AnswerShape::Json(schema))) => Some(schema.clone()),
+            _ => None,
+        },
         continues: request.continues,
         template_kwargs,
         tokens_max: Some(model.replica.limits().prompt_len_max()),

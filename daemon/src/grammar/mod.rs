@@ -11,6 +11,7 @@
 
 mod vocabulary;
 mod write;
+mod dsml;
 
 pub use vocabulary::{Allowed, Constraint, Vocabulary};
 pub use write::{Answer, Calls, write};

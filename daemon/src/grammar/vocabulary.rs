@@ -1,10 +1,11 @@
 //! A model's tokens as automata see them, and the automaton of one answer.
 
-use std::sync::Arc;
+use std::{panic::AssertUnwindSafe, sync::Arc};
 
 use llguidance::{
     Matcher, ParserFactory,
     api::{ParserLimits, TopLevelGrammar},
+    panic_utils::catch_unwind,
     toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie},
 };
 
@@ -53,12 +54,16 @@ impl Vocabulary {
         };
         let words: Vec<Vec<u8>> = (0..n).map(word).collect();
         let eos = text.eos_id().unwrap_or_default();
-        let trie = TokTrie::from(&TokRxInfo::new(n, eos), &words);
-        let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
-        let mut factory = ParserFactory::new_simple(&tokens).map_err(|e| {
-            let problem = e.to_string();
-            GrammarError::Vocabulary { problem }
-        })?;
+        // The library panics where it does not know what to do; nobody else is to end by that.
+        let make = || {
+            let trie = TokTrie::from(&TokRxInfo::new(n, eos), &words);
+            let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+            ParserFactory::new_simple(&tokens)
+        };
+        let mut factory =
+            catch_unwind(AssertUnwindSafe(make)).map_err(|e| GrammarError::Vocabulary {
+                problem: problem(&e.to_string()),
+            })?;
         factory.quiet();
         *factory.limits_mut() = ParserLimits {
             max_lexer_states: LEXER_STATES_MAX,
@@ -82,8 +87,8 @@ impl Vocabulary {
         grammar: &str,
         stop_tokens: &Arc<[u32]>,
     ) -> Result<Constraint, GrammarError> {
-        let failed = |problem: String| GrammarError::Compile {
-            problem: problem.chars().take(PROBLEM_LEN_MAX).collect(),
+        let failed = |found: String| GrammarError::Compile {
+            problem: problem(&found),
         };
         if GRAMMAR_LEN_MAX < grammar.len() {
             let problem = format!(
@@ -94,7 +99,8 @@ impl Vocabulary {
         }
         let grammar: TopLevelGrammar =
             serde_json::from_str(grammar).map_err(|e| failed(e.to_string()))?;
-        let parser = self.factory.create_parser(grammar);
+        let create = || self.factory.create_parser(grammar);
+        let parser = catch_unwind(AssertUnwindSafe(create));
         let matcher = Matcher::new(parser);
         match matcher.get_error() {
             Some(problem) => Err(failed(problem)),
@@ -174,8 +180,13 @@ impl Constraint {
 
 #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn dead_end(e: impl ToString) -> GrammarError {
-    let problem = e.to_string();
     GrammarError::DeadEnd {
-        problem: problem.chars().take(PROBLEM_LEN_MAX).collect(),
+        problem: problem(&e.to_string()),
     }
+}
+
+/// What is told of the library's words: its first line, since a backtrace may follow.
+fn problem(found: &str) -> String {
+    let line = found.lines().next().unwrap_or_default();
+    line.chars().take(PROBLEM_LEN_MAX).collect()
 }

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::dsml;
 use crate::text::{ReasoningMode, TextModel, ToolMarkup};
 
 /// What an answer's text has to look like.
@@ -50,7 +51,7 @@ pub fn write(
         alternatives.push("answer");
     }
     if let Some(calls) = calls {
-        writer.calls(calls);
+        writer.calls(calls, reasoning);
         alternatives.push("calls");
     }
     let thoughts = writer.thoughts(reasoning);
@@ -66,7 +67,7 @@ pub fn write(
 
 /// A schema in one line, with the spaces that models are used to: white space without an end would be
 /// allowed otherwise.
-fn compact(schema: &Value) -> Value {
+pub(super) fn compact(schema: &Value) -> Value {
     match schema {
         Value::Object(fields) => {
             let mut fields = fields.clone();
@@ -82,7 +83,7 @@ fn compact(schema: &Value) -> Value {
     }
 }
 
-struct Writer<'a> {
+pub(super) struct Writer<'a> {
     text: &'a TextModel,
     /// Of the start grammar, behind its first rule.
     rules: String,
@@ -91,12 +92,22 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn rule(&mut self, name: &str, body: &str) {
+    pub(super) fn rule(&mut self, name: &str, body: &str) {
         self.rules.push_str(&format!("{name}: {body}\n"));
     }
 
+    /// A grammar of JSON that rules can name.
+    pub(super) fn part(&mut self, name: &str, schema: Value) {
+        self.parts
+            .push(json!({"name": name, "json_schema": schema}));
+    }
+
+    pub(super) fn has_token(&self, word: &str) -> bool {
+        self.text.added_id(word).is_some()
+    }
+
     /// The token that reads so where there is one, else its text.
-    fn mark(&self, word: &str) -> String {
+    pub(super) fn mark(&self, word: &str) -> String {
         match self.text.added_id(word) {
             Some(id) => format!("<[{id}]>"),
             None => literal(word),
@@ -121,14 +132,16 @@ impl Writer<'_> {
         self.rule("answer", "@text");
     }
 
-    fn calls(&mut self, calls: &Calls<'_>) {
+    fn calls(&mut self, calls: &Calls<'_>, reasoning: ReasoningMode) {
+        if let ToolMarkup::Dsml(tags) = calls.markup {
+            return dsml::calls(self, tags, calls, reasoning, calls.max.min(CALLS_MAX));
+        }
         let mut each = Vec::new();
         for (idx, (name, schema)) in calls.functions.iter().enumerate() {
             let mut schema = (*schema).clone();
             schema.entry("type").or_insert_with(|| json!("object"));
             let part = format!("arguments_{idx}");
-            self.parts
-                .push(json!({"name": part, "json_schema": compact(&Value::Object(schema))}));
+            self.part(&part, compact(&Value::Object(schema)));
             let separator = self.mark("<｜tool▁sep｜>");
             let body = match calls.markup {
                 ToolMarkup::DeepseekV3 => {
@@ -140,7 +153,7 @@ impl Writer<'_> {
                     let head = literal(&format!("{{\"name\": \"{name}\", \"arguments\": "));
                     format!("{head} @{part} \"}}\"")
                 }
-                ToolMarkup::Llama => {
+                ToolMarkup::Llama | ToolMarkup::Dsml(_) => {
                     let head = literal(&format!("{{\"name\": \"{name}\", \"parameters\": "));
                     format!("{head} @{part} \"}}\"")
                 }
@@ -168,7 +181,7 @@ impl Writer<'_> {
                 format!("{} {}", self.mark("<tool_call>"), literal("\n")),
                 format!("{} {}", literal("\n"), self.mark("</tool_call>")),
             ),
-            ToolMarkup::Llama => (
+            ToolMarkup::Llama | ToolMarkup::Dsml(_) => (
                 String::new(),
                 literal("; "),
                 String::new(),
@@ -217,7 +230,7 @@ impl Writer<'_> {
 }
 
 /// A literal of Lark's, which escapes like JSON.
-fn literal(text: &str) -> String {
+pub(super) fn literal(text: &str) -> String {
     Value::from(text).to_string()
 }
 

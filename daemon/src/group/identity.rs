@@ -22,10 +22,12 @@ use crate::{
 };
 
 /// What a tokenizer is read from, in folders and packs; the last is there in packs of GGUF files.
-const TEXT_NAMES: [&str; 4] = [
+const TEXT_NAMES: [&str; 6] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "encoding/encoding_dsv4.py",
+    "encoding_dsv4.py",
     "metadata.gguf",
 ];
 /// Longest of them; the largest real ones have about 20 MB.

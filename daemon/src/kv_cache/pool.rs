@@ -1,6 +1,9 @@
 //! The blocks of one KV memory.
 
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{HashMap, HashSet, hash_map::Entry},
+    ops::Range,
+};
 
 use super::BlockKey;
 
@@ -65,19 +68,20 @@ impl BlockPool {
     /// # Panics
     /// When one is not free.
     pub fn seed(&mut self, contents: &[(u32, BlockKey)]) {
+        let free: HashSet<u32> = self.free.iter().copied().collect();
+        let mut taken = HashSet::with_capacity(contents.len());
         for (id, key) in contents {
             let index = self.index(*id);
-            let at = self.free.iter().position(|free| *free == index);
-            let Some(at) = at else {
-                unreachable!("block {id} is not free at the start");
-            };
-            if let std::collections::hash_map::Entry::Vacant(entry) = self.by_key.entry(*key) {
+            assert!(free.contains(&index), "block {id} is not free at the start");
+            assert!(!taken.contains(&index), "block {id} is seeded twice");
+            if let Entry::Vacant(entry) = self.by_key.entry(*key) {
                 entry.insert(index);
-                self.free.remove(at);
+                taken.insert(index);
                 self.blocks[index as usize].key = Some(*key);
                 self.link_newest(index);
             }
         }
+        self.free.retain(|index| !taken.contains(index));
     }
 
     /// What a block holds; `None` where it is not known or another one has the same.
@@ -121,7 +125,7 @@ impl BlockPool {
             block.n_users > 0 && block.key.is_none(),
             "block {id} gets one label, while used"
         );
-        if let std::collections::hash_map::Entry::Vacant(entry) = self.by_key.entry(key) {
+        if let Entry::Vacant(entry) = self.by_key.entry(key) {
             entry.insert(index);
             block.key = Some(key);
         }

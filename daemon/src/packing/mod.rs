@@ -278,6 +278,11 @@ fn side_files(checkpoint: &Checkpoint) -> Result<Vec<PlannedFile>, PackingError>
     let mut files = Vec::new();
     for name in text::FILE_NAMES {
         let path = checkpoint.path().join(name);
+        // A pack has no folders.
+        let name = name.rsplit('/').next().unwrap_or(name);
+        if files.iter().any(|file: &PlannedFile| file.name == name) {
+            continue;
+        }
         match read_side_file(&path) {
             Ok(bytes) => files.push(PlannedFile {
                 name,

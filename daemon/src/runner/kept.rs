@@ -158,17 +158,22 @@ impl KeptBlocks {
         is_everywhere: &[bool],
         caches: &mut dyn BlockBytes,
     ) -> io::Result<Vec<(u32, KeptKey)>> {
+        let n_blocks = is_everywhere.len();
+        let (mut marks, mut all_keys) = (vec![0; n_blocks], vec![[0; KEY_LEN]; n_blocks]);
+        self.file.read_exact_at(&mut marks, self.mark_at(0))?;
+        if self.has_keys {
+            let keys = all_keys.as_flattened_mut();
+            self.file.read_exact_at(keys, Self::key_at(0))?;
+        }
         let mut keys = Vec::new();
-        for (block, is_everywhere) in is_everywhere.iter().enumerate() {
-            let (mut mark, mut key) = ([0], [0; KEY_LEN]);
-            self.file.read_exact_at(&mut mark, self.mark_at(block))?;
-            if mark == [0] {
+        let found = marks.into_iter().zip(all_keys).zip(is_everywhere);
+        for (block, ((mark, key), is_everywhere)) in found.enumerate() {
+            if mark == 0 {
                 continue;
             }
             self.states[block].is_touched = true;
             self.n_touched += 1;
             if self.has_keys {
-                self.file.read_exact_at(&mut key, Self::key_at(block))?;
                 if key == [0; KEY_LEN] || !is_everywhere {
                     self.file.write_all_at(&[0; KEY_LEN], Self::key_at(block))?;
                     self.file.write_all_at(&[0], self.mark_at(block))?;

@@ -1,4 +1,4 @@
-//! Conversations to prompts: prepares messages for the template, renders, encodes.
+//! Conversations to prompts: prepares messages for the template or the model's encoder, renders, encodes.
 //!
 //! Invariant: no character of a message, tool or template argument becomes part of an added token,
 //! except `<think>` and `</think>` in what the assistant said before.
@@ -6,6 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{
+    encoding::{ChatEncoding, Effort, Settings},
     error::TextError,
     guard::{Guard, UsedMarks},
     model::TextModel,
@@ -27,6 +28,8 @@ pub struct ChatOptions {
     /// Where the template shows no tools they are described in the system turn, and calls and results
     /// become text where it knows none; else both are left to the template, as transformers does.
     pub describe_tools: bool,
+    /// The schema that the answer will follow, for models that are told of it by their encoder.
+    pub schema: Option<Value>,
     /// The last message is an assistant's, and the prompt ends inside it.
     pub continues: bool,
     /// Further variables for the template; they win over all others but the messages.
@@ -59,11 +62,24 @@ const ROLES: [&str; 7] = [
     "latest_reminder",
 ];
 
-/// What stands in for a message without content.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum NoContent {
-    Null,
-    EmptyString,
+/// How messages are made ready for what renders them.
+#[derive(Debug, Clone, Copy)]
+struct Preparation {
+    /// Arguments of calls become values; else they stay the text that they are.
+    parses_arguments: bool,
+    /// A message without content has an empty one; else null.
+    fills_content: bool,
+    /// Between the parts of a content.
+    part_separator: &'static str,
+    /// `<think>` and `</think>` in what the assistant said are tokens.
+    keeps_reasoning_tags: bool,
+}
+
+/// What a template or an encoder made of a conversation.
+struct Rendered {
+    marked: String,
+    markup: ToolMarkup,
+    knows_reasoning: bool,
 }
 
 impl TextModel {
@@ -77,46 +93,22 @@ impl TextModel {
         messages: &[Value],
         options: &ChatOptions,
     ) -> Result<ChatPrompt, TextError> {
-        let templates = self.templates().ok_or(TextError::NoTemplate)?;
-        let guard = self.guard(templates, messages, options)?;
+        let sources = self.templates().map_or(&[][..], ChatTemplates::sources);
+        let guard = self.guard(sources, messages, options)?;
         let (messages, begun) = match messages.split_last() {
             Some((last, before)) if options.continues => (before, Some(last)),
             _ => (messages, None),
         };
-        let markup = templates.tool_markup().unwrap_or(ToolMarkup::Hermes);
-        let render = |no_content| -> Result<String, TextError> {
-            let mut prepared = Vec::with_capacity(messages.len());
-            for (index, message) in messages.iter().enumerate() {
-                let parse_arguments = templates.wants_parsed_arguments();
-                prepared.push(prepare(
-                    index,
-                    message,
-                    &guard,
-                    parse_arguments,
-                    no_content,
-                )?);
-            }
-            if options.describe_tools && templates.tool_markup().is_none() {
-                prepared = prompt::as_text(prepared);
-            }
-            if let Some(tools) = &options.tools
-                && options.describe_tools
-                && !templates.shows_tools()
-            {
-                let text = prompt::describe(markup, tools, &guard);
-                prompt::into_system_turn(&mut prepared, &text);
-            }
-            let context = self.context(prepared, options, &guard);
-            templates.render(&context, options.tools.is_some())
+        let rendered = match (self.templates(), self.encoding()) {
+            (Some(templates), _) => self.by_template(templates, messages, options, &guard)?,
+            (None, Some(encoding)) => by_encoding(encoding, messages, options, &guard)?,
+            (None, None) => return Err(TextError::NoTemplate),
         };
-        // Some templates want null for an absent content (V2.5 and later tell a tool call by it),
-        // others fail on it (V2, R1-0528-Qwen3).
-        let mut marked = match render(NoContent::Null) {
-            Err(TextError::Render { .. }) if messages.iter().any(lacks_content) => {
-                render(NoContent::EmptyString)?
-            }
-            other => other?,
-        };
+        let Rendered {
+            mut marked,
+            markup,
+            knows_reasoning,
+        } = rendered;
         let goes_on_inside = begun.map(|begun| continue_with(&mut marked, begun, &guard));
         let ids = self.encode_marked(
             &marked,
@@ -129,7 +121,7 @@ impl TextModel {
         let reasoning = match options.thinking {
             _ if starts_in_reasoning => ReasoningMode::Inside,
             Some(false) => ReasoningMode::Off,
-            _ if closed || !templates.knows_reasoning() => ReasoningMode::Off,
+            _ if closed || !knows_reasoning => ReasoningMode::Off,
             _ => ReasoningMode::MayOpen,
         };
         Ok(ChatPrompt {
@@ -144,21 +136,64 @@ impl TextModel {
         })
     }
 
+    fn by_template(
+        &self,
+        templates: &ChatTemplates,
+        messages: &[Value],
+        options: &ChatOptions,
+        guard: &Guard<'_>,
+    ) -> Result<Rendered, TextError> {
+        let markup = templates.tool_markup().unwrap_or(ToolMarkup::Hermes);
+        let render = |fills_content| -> Result<String, TextError> {
+            let preparation = Preparation {
+                parses_arguments: templates.wants_parsed_arguments(),
+                fills_content,
+                part_separator: "",
+                keeps_reasoning_tags: true,
+            };
+            let mut prepared = prepare_all(messages, guard, preparation)?;
+            if options.describe_tools && templates.tool_markup().is_none() {
+                prepared = prompt::as_text(prepared);
+            }
+            if let Some(tools) = &options.tools
+                && options.describe_tools
+                && !templates.shows_tools()
+            {
+                let text = prompt::describe(markup, tools, guard);
+                prompt::into_system_turn(&mut prepared, &text);
+            }
+            let context = self.context(prepared, options, guard);
+            templates.render(&context, options.tools.is_some())
+        };
+        // Some templates want null for an absent content (V2.5 and later tell a tool call by it),
+        // others fail on it (V2, R1-0528-Qwen3).
+        let marked = match render(false) {
+            Err(TextError::Render { .. }) if messages.iter().any(lacks_content) => render(true)?,
+            other => other?,
+        };
+        Ok(Rendered {
+            marked,
+            markup,
+            knows_reasoning: templates.knows_reasoning(),
+        })
+    }
+
     /// A guard whose mark occurs in nothing that is rendered.
     fn guard(
         &self,
-        templates: &ChatTemplates,
+        sources: &[String],
         messages: &[Value],
         options: &ChatOptions,
     ) -> Result<Guard<'_>, TextError> {
         let mut used = UsedMarks::default();
         messages.iter().for_each(|m| used.add(m));
         options.tools.iter().for_each(|t| used.add(t));
+        options.schema.iter().for_each(|s| used.add(s));
         for (key, value) in &options.template_kwargs {
             used.add_str(key);
             used.add(value);
         }
-        templates.sources().iter().for_each(|s| used.add_str(s));
+        sources.iter().for_each(|s| used.add_str(s));
         self.first_chars()
             .iter()
             .for_each(|c| used.add_str(c.encode_utf8(&mut [0; 4])));
@@ -202,6 +237,48 @@ impl TextModel {
     }
 }
 
+fn by_encoding(
+    encoding: ChatEncoding,
+    messages: &[Value],
+    options: &ChatOptions,
+    guard: &Guard<'_>,
+) -> Result<Rendered, TextError> {
+    let preparation = Preparation {
+        parses_arguments: true,
+        fills_content: true,
+        part_separator: "\n\n",
+        keeps_reasoning_tags: encoding.keeps_reasoning_tags(),
+    };
+    let prepared = prepare_all(messages, guard, preparation)?;
+    let argument = |name: &str| options.template_kwargs.get(name);
+    let switch = |name: &str| argument(name).and_then(Value::as_bool);
+    let effort = argument("reasoning_effort").and_then(Value::as_str);
+    let thinks = switch("thinking")
+        .or_else(|| switch("enable_thinking"))
+        .or(options.thinking)
+        .or_else(|| effort.map(|word| word != "none"))
+        .unwrap_or_else(|| encoding.thinks_by_default());
+    let (tools, schema) = (
+        options.tools.as_ref().map(|tools| guard.value(tools)),
+        options.schema.as_ref().map(|schema| guard.value(schema)),
+    );
+    let settings = Settings {
+        thinks,
+        effort: effort.and_then(Effort::of_word).unwrap_or(Effort::High),
+        tools: tools.as_ref(),
+        schema: schema.as_ref(),
+    };
+    let mut marked = encoding.render(&prepared, &settings)?;
+    if !options.add_generation_prompt && !options.continues {
+        encoding.close(&mut marked);
+    }
+    Ok(Rendered {
+        marked,
+        markup: ToolMarkup::Dsml(encoding.tags()),
+        knows_reasoning: true,
+    })
+}
+
 /// Opens the assistant's turn as far as it was given: its thoughts, if any, then its text. True when
 /// the answer goes on in the thoughts.
 fn continue_with(marked: &mut String, begun: &Value, guard: &Guard<'_>) -> bool {
@@ -233,13 +310,21 @@ fn lacks_content(message: &Value) -> bool {
     message.get("content").is_none_or(Value::is_null)
 }
 
+fn prepare_all(
+    messages: &[Value],
+    guard: &Guard<'_>,
+    preparation: Preparation,
+) -> Result<Vec<Value>, TextError> {
+    let one = |(index, message): (usize, &_)| prepare(index, message, guard, preparation);
+    messages.iter().enumerate().map(one).collect()
+}
+
 /// Checks one message and marks its strings.
 fn prepare(
     index: usize,
     message: &Value,
     guard: &Guard<'_>,
-    parse_arguments: bool,
-    no_content: NoContent,
+    preparation: Preparation,
 ) -> Result<Value, TextError> {
     let refuse = |field: &str, expected: &'static str, found: &Value| TextError::Message {
         index,
@@ -258,22 +343,24 @@ fn prepare(
             role,
         ));
     };
+    let mark = |text: &str| match role {
+        "assistant" if preparation.keeps_reasoning_tags => guard.assistant_text(text),
+        _ => guard.text(text),
+    };
     let content = match fields.get("content").unwrap_or(&Value::Null) {
-        Value::Null => match no_content {
-            NoContent::Null => Value::Null,
-            NoContent::EmptyString => json!(""),
-        },
-        Value::String(text) => json!(mark_content(guard, role, text)),
+        Value::Null if preparation.fills_content => json!(""),
+        Value::Null => Value::Null,
+        Value::String(text) => json!(mark(text)),
         Value::Array(parts) => {
-            let mut text = String::new();
+            let mut texts = Vec::with_capacity(parts.len());
             for part in parts {
                 let kind = part.get("type").and_then(Value::as_str);
                 match part.get("text").and_then(Value::as_str) {
-                    Some(t) if kind == Some("text") => text.push_str(t),
+                    Some(t) if kind == Some("text") => texts.push(t),
                     _ => return Err(refuse("content", "a list of text parts", part)),
                 }
             }
-            json!(mark_content(guard, role, &text))
+            json!(mark(&texts.join(preparation.part_separator)))
         }
         other => {
             return Err(refuse(
@@ -288,20 +375,15 @@ fn prepare(
         let value = match key.as_str() {
             "role" => value.clone(),
             "content" => continue,
-            "tool_calls" if parse_arguments => guard.value(&with_parsed_arguments(value)),
+            "tool_calls" if preparation.parses_arguments => {
+                guard.value(&with_parsed_arguments(value))
+            }
             _ => guard.value(value),
         };
         prepared.insert(guard.key(key), value);
     }
     prepared.insert("content".to_owned(), content);
     Ok(Value::Object(prepared))
-}
-
-fn mark_content(guard: &Guard<'_>, role: &str, text: &str) -> String {
-    match role {
-        "assistant" => guard.assistant_text(text),
-        _ => guard.text(text),
-    }
 }
 
 /// Tool calls with arguments as values; a string that is no JSON stays one.

@@ -87,6 +87,7 @@ pub(super) fn load(metadata: &GgufMetadata) -> Result<Parts, TextError> {
             .map(|t| ("default".to_owned(), t.to_owned()))
             .into_iter()
             .collect(),
+        encoder_source: None,
     })
 }
 

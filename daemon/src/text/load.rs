@@ -17,9 +17,17 @@ use crate::weights::side_file::{read_json, read_text};
 /// The file that makes a folder a tokenizer.
 pub(super) const TOKENIZER_NAME: &str = "tokenizer.json";
 /// Everything a folder's tokenizer is read from.
-pub const FILE_NAMES: [&str; 3] = [TOKENIZER_NAME, CONFIG_NAME, TEMPLATE_NAME];
+pub const FILE_NAMES: [&str; 5] = [
+    TOKENIZER_NAME,
+    CONFIG_NAME,
+    TEMPLATE_NAME,
+    ENCODER_NAMES[0],
+    ENCODER_NAMES[1],
+];
 const CONFIG_NAME: &str = "tokenizer_config.json";
 const TEMPLATE_NAME: &str = "chat_template.jinja";
+/// V4's encoder where its repository has it, and where packs do. It is not run, only looked at: its prompts changed once.
+const ENCODER_NAMES: [&str; 2] = ["encoding/encoding_dsv4.py", "encoding_dsv4.py"];
 
 /// An entry of `added_tokens`.
 #[derive(Deserialize)]
@@ -76,6 +84,11 @@ pub(super) fn folder(folder: &Path) -> Result<Parts, TextError> {
             source: e.into(),
         })?;
     let templates = templates(folder, &config_file, &config)?;
+    let mut encoders = ENCODER_NAMES.iter().map(|name| folder.join(name));
+    let encoder_source = match encoders.find(|file| file.exists()) {
+        Some(file) => Some(read_text(&file, "the encoder of prompts")?),
+        None => None,
+    };
     Ok(Parts {
         file,
         plain,
@@ -83,6 +96,7 @@ pub(super) fn folder(folder: &Path) -> Result<Parts, TextError> {
         added,
         special,
         templates,
+        encoder_source,
     })
 }
 

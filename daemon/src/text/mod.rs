@@ -1,4 +1,4 @@
-//! Text to tokens and back: tokenizer, chat templates, incremental output parsing.
+//! Text to tokens and back: tokenizer, chat templates and encoders, incremental output parsing.
 //!
 //! Knows a checkpoint's tokenizer and template files; knows no request, no model and no sampling.
 //!
@@ -26,6 +26,7 @@ mod stop;
 mod tools;
 mod jinja_value;
 mod pyjson;
+mod encoding;
 #[cfg(test)]
 mod tests;
 
@@ -36,4 +37,4 @@ pub use load::FILE_NAMES;
 pub use model::{PromptForm, TextModel};
 pub use output::{OutputDelta, OutputForm, OutputParser, OutputStep};
 pub use reasoning::ReasoningMode;
-pub use tools::ToolMarkup;
+pub use tools::{DSML, DsmlTags, ToolMarkup};

@@ -11,6 +11,7 @@ use tokenizers::Tokenizer;
 
 use super::{
     added::{AddedToken, AddedVocabulary, Piece},
+    encoding::ChatEncoding,
     error::TextError,
     gguf, load,
     pieces::{self, Cuts},
@@ -31,6 +32,8 @@ pub struct TextModel {
     table: TokenTable,
     special: SpecialTokens,
     templates: Option<ChatTemplates>,
+    /// What writes prompts where there is no template.
+    encoding: Option<ChatEncoding>,
 }
 
 /// Tokens before, between and behind what surrounds a hole: DeepSeek's, Qwen's, StarCoder's.
@@ -78,6 +81,8 @@ pub(super) struct Parts {
     pub(super) special: SpecialTokens,
     /// Name and source; the first is the default.
     pub(super) templates: Vec<(String, String)>,
+    /// The source of the encoder that came with the model.
+    pub(super) encoder_source: Option<String>,
 }
 
 impl TextModel {
@@ -107,6 +112,8 @@ impl TextModel {
     fn from_parts(parts: Parts) -> Result<Self, TextError> {
         let templates = ChatTemplates::compile(&parts.file, parts.templates)?;
         let added = AddedVocabulary::new(parts.added);
+        let has_token = |token: &str| added.id_of(token).is_some();
+        let encoding = ChatEncoding::of_vocabulary(has_token, parts.encoder_source.as_deref());
         let mut table = parts.table;
         let cuts = Cuts::of(&parts.plain, table.token_len_max());
         for token in added.tokens() {
@@ -120,6 +127,7 @@ impl TextModel {
             table,
             special: parts.special,
             templates,
+            encoding,
         })
     }
 
@@ -258,7 +266,7 @@ impl TextModel {
 
     /// True when [`TextModel::render_chat`] can work.
     pub fn has_chat_template(&self) -> bool {
-        self.templates.is_some()
+        self.templates.is_some() || self.encoding.is_some()
     }
 
     /// Encodes text whose genuine added tokens are those not spoilt by `mark`. Stops once it is
@@ -297,6 +305,10 @@ impl TextModel {
 
     pub(super) fn templates(&self) -> Option<&ChatTemplates> {
         self.templates.as_ref()
+    }
+
+    pub(super) fn encoding(&self) -> Option<ChatEncoding> {
+        self.encoding
     }
 
     #[cfg(test)]

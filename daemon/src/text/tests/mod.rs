@@ -5,6 +5,7 @@ mod gguf;
 mod hostile;
 mod pieces;
 mod real;
+mod encodings;
 mod reference;
 mod small;
 

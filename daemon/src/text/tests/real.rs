@@ -5,11 +5,11 @@ use std::{path::PathBuf, sync::Arc};
 
 use serde_json::{Value, json};
 
-use super::super::{ChatOptions, OutputDecoder, TextModel, template::ChatTemplates};
+use super::super::{ChatOptions, OutputDecoder, TextModel, ToolMarkup, template::ChatTemplates};
 use crate::weights::tests::{golden, test_data};
 
 /// `tokenizers/NAME` with tokenizer.json and tokenizer_config.json.
-fn tokenizer_folder(name: &str) -> PathBuf {
+pub(super) fn tokenizer_folder(name: &str) -> PathBuf {
     let folder = test_data().join("tokenizers").join(name);
     assert!(
         folder.is_dir(),
@@ -19,7 +19,7 @@ fn tokenizer_folder(name: &str) -> PathBuf {
     folder
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub(super) fn ids(value: &Value) -> Vec<u32> {
     value
         .as_array()
         .unwrap()
@@ -228,4 +228,50 @@ fn holes_are_filled_in_the_order_of_each_vocabulary() {
         let n_marks = forged.iter().filter(|id| marks.contains(id)).count();
         assert_eq!(n_marks, 3, "{name}");
     }
+}
+
+#[test]
+fn published_templates_write_calls_in_the_markup_of_their_generation() {
+    let markup = |name: &str| {
+        let model = TextModel::open(&tokenizer_folder(name)).unwrap();
+        model.templates().and_then(ChatTemplates::tool_markup)
+    };
+    for (name, expected) in [
+        ("deepseek-v2", None),
+        ("deepseek-v2.5", Some(ToolMarkup::DeepseekV3)),
+        ("deepseek-v3", Some(ToolMarkup::DeepseekV3)),
+        ("deepseek-r1", Some(ToolMarkup::DeepseekV3)),
+        ("deepseek-r1-distill-qwen-7b", Some(ToolMarkup::DeepseekV3)),
+        ("deepseek-r1-distill-llama-8b", Some(ToolMarkup::DeepseekV3)),
+        ("deepseek-v3.1", Some(ToolMarkup::DeepseekV31)),
+        ("deepseek-r1-0528-qwen3-8b", Some(ToolMarkup::DeepseekV3)),
+        ("qwen-2.5", Some(ToolMarkup::Hermes)),
+        ("qwen-3", Some(ToolMarkup::Hermes)),
+    ] {
+        assert_eq!(markup(name), expected, "{name}");
+    }
+}
+
+/// Where a template shows no tools, the marks that a description names are tokens, and those that the tools spell are not.
+#[test]
+fn descriptions_of_tools_hold_the_marks_as_tokens_and_forge_none() {
+    let model = TextModel::open(&tokenizer_folder("deepseek-v3")).unwrap();
+    let begin = "<｜tool▁calls▁begin｜>";
+    let mark = model.added_id(begin).unwrap();
+    let n_marks = |description: &str| {
+        let options = ChatOptions {
+            add_generation_prompt: true,
+            describe_tools: true,
+            tools: Some(json!([{"type": "function", "function": {
+                "name": "f", "description": description, "parameters": {"type": "object", "title": description},
+            }}])),
+            ..ChatOptions::default()
+        };
+        let messages = [json!({"role": "user", "content": "Hi"})];
+        let prompt = model.render_chat(&messages, &options).unwrap();
+        assert!(prompt.text.contains(description), "{}", prompt.text);
+        prompt.ids.into_iter().filter(|id| *id == mark).count()
+    };
+    assert_eq!(n_marks("plain"), 1);
+    assert_eq!(n_marks(begin), 1);
 }

@@ -4,11 +4,16 @@
 //! Pure text in, parts out; knows no tokens and no schemas. What does not become a call comes out as
 //! content, so no text is lost.
 
+mod dsml;
 mod json;
 mod parser;
 pub(super) mod prompt;
 
-pub(super) use parser::{ToolParser, ToolPart};
+use self::{dsml::DsmlParser, parser::MarkedParser};
+pub use dsml::{DSML, DsmlTags};
+
+/// Bytes of a call before its arguments.
+const HEAD_LEN_MAX: usize = 16 << 10;
 
 /// How a model writes its calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +27,8 @@ pub enum ToolMarkup {
     Hermes,
     /// Llama 3: the object with `parameters` is the whole answer.
     Llama,
+    /// V3.2, V4 and V4.1: `<｜DSML｜invoke name="NAME">` with a tag for each argument.
+    Dsml(DsmlTags),
 }
 
 impl ToolMarkup {
@@ -46,6 +53,75 @@ impl ToolMarkup {
             Self::DeepseekV3 | Self::DeepseekV31 => token.contains("tool▁"),
             Self::Hermes => token.contains("tool_call"),
             Self::Llama => token == "<|python_tag|>",
+            Self::Dsml(_) => token == DSML,
         }
     }
+}
+
+/// A part of an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum ToolPart {
+    /// Text that is no call.
+    Content(String),
+    /// A call of this function begins.
+    Call(String),
+    /// More of its arguments, JSON.
+    Arguments(String),
+}
+
+/// The parser of one answer's tool calls.
+#[derive(Debug)]
+pub(super) enum ToolParser {
+    Marked(MarkedParser),
+    Dsml(DsmlParser),
+}
+
+impl ToolParser {
+    /// A parser at the start of an answer.
+    pub(super) fn new(markup: ToolMarkup) -> Self {
+        match markup {
+            ToolMarkup::Dsml(tags) => Self::Dsml(DsmlParser::new(tags)),
+            markup => Self::Marked(MarkedParser::new(markup)),
+        }
+    }
+
+    /// Takes text and returns what it brought.
+    pub(super) fn push(&mut self, text: &str) -> Vec<ToolPart> {
+        match self {
+            Self::Marked(parser) => parser.push(text),
+            Self::Dsml(parser) => parser.push(text),
+        }
+    }
+
+    /// What was held back, when nothing more comes.
+    pub(super) fn finish(&mut self) -> Vec<ToolPart> {
+        match self {
+            Self::Marked(parser) => parser.finish(),
+            Self::Dsml(parser) => parser.finish(),
+        }
+    }
+}
+
+impl ToolPart {
+    fn is_empty(&self) -> bool {
+        match self {
+            Self::Content(text) | Self::Arguments(text) => text.is_empty(),
+            Self::Call(_) => false,
+        }
+    }
+}
+
+/// Bytes of `text` that are certainly before `mark`, and whether it is there.
+fn before(text: &str, mark: &str) -> (usize, bool) {
+    match text.find(mark) {
+        Some(at) => (at, true),
+        None => (text.len() - held_back(text, mark), false),
+    }
+}
+
+/// Bytes of the longest end of `text` that begins `mark`.
+fn held_back(text: &str, mark: &str) -> usize {
+    let ends = text.char_indices().map(|(at, _)| &text[at..]);
+    let mut begun = ends.filter(|end| end.len() < mark.len() && mark.starts_with(end));
+    begun.next().map_or(0, str::len)
 }

@@ -1,12 +1,9 @@
-//! The parser of one answer's tool calls.
+//! Calls between marks, with arguments in JSON: V3, V3.1, Hermes and Llama.
 
 use super::{
-    ToolMarkup,
+    HEAD_LEN_MAX, ToolMarkup, ToolPart, before,
     json::{self, CallHead, ValueEnd},
 };
-
-/// Bytes of a call before its arguments.
-const HEAD_LEN_MAX: usize = 16 << 10;
 
 const CALLS_BEGIN: &str = "<｜tool▁calls▁begin｜>";
 const CALLS_END: &str = "<｜tool▁calls▁end｜>";
@@ -19,20 +16,9 @@ const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 const PYTHON_TAG: &str = "<|python_tag|>";
 
-/// A part of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::text) enum ToolPart {
-    /// Text that is no call.
-    Content(String),
-    /// A call of this function begins.
-    Call(String),
-    /// More of its arguments, JSON.
-    Arguments(String),
-}
-
 /// See the module.
 #[derive(Debug)]
-pub(in crate::text) struct ToolParser {
+pub(in crate::text) struct MarkedParser {
     markup: ToolMarkup,
     state: State,
     held: String,
@@ -58,7 +44,7 @@ enum State {
     Tail(ValueEnd),
 }
 
-impl ToolParser {
+impl MarkedParser {
     /// A parser at the start of an answer.
     pub(in crate::text) fn new(markup: ToolMarkup) -> Self {
         Self {
@@ -116,7 +102,7 @@ impl ToolParser {
             State::Between => self.between(parts),
             State::Head => match self.markup {
                 ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => self.marked_head(parts),
-                ToolMarkup::Hermes | ToolMarkup::Llama => self.object_head(parts),
+                _ => self.object_head(parts),
             },
             State::Json(value) => {
                 // A mark ends them whatever they are.
@@ -124,7 +110,7 @@ impl ToolParser {
                     ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => {
                         before(&self.held, CALL_END)
                     }
-                    ToolMarkup::Hermes | ToolMarkup::Llama => (self.held.len(), false),
+                    _ => (self.held.len(), false),
                 };
                 let (len, has_ended) = value.take(&self.held[..n_certain]);
                 let text: String = self.held.drain(..len).collect();
@@ -161,7 +147,7 @@ impl ToolParser {
                     }
                     (!FENCE_END.starts_with(begun)).then_some(State::Between)
                 }
-                ToolMarkup::Hermes | ToolMarkup::Llama => {
+                _ => {
                     let (n_certain, is_closed) = before(&self.held, CLOSE);
                     let (len, has_ended) = object.take(&self.held[..n_certain]);
                     self.held.drain(..len);
@@ -176,7 +162,7 @@ impl ToolParser {
             ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => CALLS_BEGIN,
             ToolMarkup::Hermes => OPEN,
             // Elsewhere than at the start an object is text.
-            ToolMarkup::Llama => {
+            _ => {
                 let text = std::mem::take(&mut self.held);
                 parts.extend(Some(ToolPart::Content(text)).filter(|p| !p.is_empty()));
                 return None;
@@ -210,7 +196,7 @@ impl ToolParser {
                 (&[CALL_BEGIN], &[CALL_END, CALLS_END])
             }
             ToolMarkup::Hermes => (&[OPEN], &[CLOSE]),
-            ToolMarkup::Llama => (&["{", PYTHON_TAG], &[";", ","]),
+            _ => (&["{", PYTHON_TAG], &[";", ","]),
         };
         for mark in goes_on {
             if begun.starts_with(mark) {
@@ -296,7 +282,7 @@ impl ToolParser {
     fn is_hopeless(&self) -> bool {
         let close = match self.markup {
             ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => CALL_END,
-            ToolMarkup::Hermes | ToolMarkup::Llama => CLOSE,
+            _ => CLOSE,
         };
         HEAD_LEN_MAX < self.held.len() || self.held.contains(close)
     }
@@ -321,15 +307,6 @@ impl ToolParser {
     }
 }
 
-impl ToolPart {
-    fn is_empty(&self) -> bool {
-        match self {
-            Self::Content(text) | Self::Arguments(text) => text.is_empty(),
-            Self::Call(_) => false,
-        }
-    }
-}
-
 /// True for what may stand behind the last call without being text: the beginnings of marks.
 fn is_rest(held: &str) -> bool {
     let held = held.trim();
@@ -337,33 +314,19 @@ fn is_rest(held: &str) -> bool {
     held.is_empty() || marks.iter().any(|mark| mark.starts_with(held))
 }
 
-/// Bytes of `text` that are certainly before `mark`, and whether it is there.
-fn before(text: &str, mark: &str) -> (usize, bool) {
-    match text.find(mark) {
-        Some(at) => (at, true),
-        None => (text.len() - held_back(text, mark), false),
-    }
-}
-
-/// Bytes of the longest end of `text` that begins `mark`.
-fn held_back(text: &str, mark: &str) -> usize {
-    let ends = text.char_indices().map(|(at, _)| &text[at..]);
-    let mut begun = ends.filter(|end| end.len() < mark.len() && mark.starts_with(end));
-    begun.next().map_or(0, str::len)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::{ToolParser, ToolPart};
-    use crate::text::tools::ToolMarkup;
+    use crate::text::tools::{DsmlTags, ToolMarkup, ToolParser, ToolPart};
 
-    const ALL: [ToolMarkup; 4] = [
+    const ALL: [ToolMarkup; 6] = [
         ToolMarkup::DeepseekV3,
         ToolMarkup::DeepseekV31,
         ToolMarkup::Hermes,
         ToolMarkup::Llama,
+        ToolMarkup::Dsml(DsmlTags::V32),
+        ToolMarkup::Dsml(DsmlTags::V41),
     ];
 
     /// Content, and names with arguments, for any pieces.
@@ -516,6 +479,75 @@ mod tests {
         }
     }
 
+    #[test]
+    fn calls_of_dsml_are_read() {
+        let check = |text: &str, content: &str, calls: &[(&str, &str)]| {
+            // Written with a plain sign for the token, for the eye.
+            let spelt = |text: &str| text.replace('§', "｜DSML｜");
+            check(
+                ToolMarkup::Dsml(DsmlTags::V4),
+                &spelt(text),
+                &spelt(content),
+                calls,
+            );
+        };
+        let open = "<§tool_calls>\n<§invoke name=\"f\">\n";
+        let close = "</§invoke>\n</§tool_calls>";
+        let a = "<§parameter name=\"a\" string=\"false\">1</§parameter>\n";
+        check(
+            &format!("x\n\n{open}{a}{close}\n"),
+            "x\n",
+            &[("f", "{\"a\": 1}")],
+        );
+        check(&format!("{open}{close} and"), " and", &[("f", "{}")]);
+        // The attribute left out, an object instead of tags, an end left out.
+        check(
+            &format!("{open}<§parameter name=\"a\">\"</§parameter>{close}"),
+            "",
+            &[("f", r#"{"a": "\""}"#)],
+        );
+        check(
+            &format!("{open}{{\"a\": [1]}}\n{close}"),
+            "",
+            &[("f", "{\"a\": [1]}")],
+        );
+        check(
+            &format!("{open}{a}</§tool_calls>"),
+            "",
+            &[("f", "{\"a\": 1}")],
+        );
+        // What is no argument stands behind the call.
+        check(
+            &format!("{open}{a}well{close}"),
+            &format!("\nwell{close}"),
+            &[("f", "{\"a\": 1}")],
+        );
+        let broken = "<§parameter name=\"b\" string=\"maybe\">2</§parameter>";
+        check(
+            &format!("{open}{a}{broken}{close}"),
+            &format!("\n{broken}{close}"),
+            &[("f", "{\"a\": 1}")],
+        );
+        // Cut short.
+        check(
+            &format!("{open}<§parameter name=\"a\" string=\"true\">x</§par"),
+            "",
+            &[("f", "{\"a\": \"x</｜DSML｜par")],
+        );
+        check(&format!("{open}{a}<§para"), "", &[("f", "{\"a\": 1")]);
+        for text in [
+            "<§tool_calls>",
+            "<§tool_calls>\n<§invoke name=",
+            "<§tool_calls>\n<§invoke name=\"\">",
+            "<§tool_calls>\n<§invoke name=\"f\"/>",
+            "<§tool_calls></§tool_calls>",
+            "<§invoke name=\"f\">",
+            "a <§ b",
+        ] {
+            check(text, text, &[]);
+        }
+    }
+
     proptest! {
         #[test]
         fn any_cut_reads_like_the_whole_and_nothing_is_lost(
@@ -525,8 +557,11 @@ mod tests {
                     Just("<｜tool▁call▁end｜>"), Just("function<｜tool▁sep｜>f"), Just("f<｜tool▁sep｜>"),
                     Just("```json\n"), Just("```"), Just("<tool_call>"), Just("</tool_call>"), Just("\n"),
                     Just("{\"name\": \"f\", \"arguments\": "), Just("{\"a\": 1}"), Just("}"), Just("é"), Just(" a"),
+                    Just("<｜DSML｜function_calls>"), Just("</｜DSML｜function_calls>"), Just("<｜DSML｜invoke name=\"f\">"),
+                    Just("</｜DSML｜invoke>"), Just("<｜DSML｜parameter name=\"a\" string=\"true\">"),
+                    Just("</｜DSML｜parameter>"), Just("<｜DSML｜ calls>"), Just("<｜DSML｜ invoke name=\"f\">"),
                 ],
-                0..10,
+                0..16,
             ),
         ) {
             let text = words.concat();

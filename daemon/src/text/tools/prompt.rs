@@ -18,7 +18,8 @@ pub(in crate::text) fn describe(markup: ToolMarkup, tools: &Value, guard: &Guard
         ToolMarkup::DeepseekV31 => {
             "<｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>"
         }
-        ToolMarkup::Hermes | ToolMarkup::Llama => {
+        // Models that write DSML have an encoder, which shows tools itself.
+        ToolMarkup::Hermes | ToolMarkup::Llama | ToolMarkup::Dsml(_) => {
             let all: String = tools().map(|tool| dumped(tool) + "\n").collect();
             return format!(
                 "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n\
