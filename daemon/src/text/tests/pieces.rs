@@ -161,7 +161,7 @@ fn a_long_text_is_the_same_in_pieces() {
 fn a_prompt_that_cannot_fit_is_refused_before_it_is_encoded() {
     for model in models() {
         let start = crate::runtime::clock::now();
-        let piece = "\n".repeat(1 << 20);
+        let piece = "\n".repeat(WHOLE_LEN_MAX);
         model.encode(&piece, false).unwrap();
         let of_piece = start.elapsed();
         let text = "\n".repeat(64 << 20);
@@ -176,9 +176,9 @@ fn a_prompt_that_cannot_fit_is_refused_before_it_is_encoded() {
             max == 8191 && (64 << 20) / 1024 <= tokens_min,
             "{tokens_min}"
         );
-        // Encoding takes half a minute, 64 times as long as that of a piece.
+        // Encoding takes half a minute, 256 times as long as that of a piece.
         let took = start.elapsed();
-        assert!(took < 8 * of_piece, "{took:?} beside {of_piece:?}");
+        assert!(took < 32 * of_piece, "{took:?} beside {of_piece:?}");
         // What may fit is found out on the way.
         let text = "word ".repeat(100_000);
         let error = model
