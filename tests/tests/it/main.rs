@@ -16,6 +16,7 @@ mod openai;
 mod packs;
 mod quic;
 mod ranks;
+mod same_answers;
 mod same_tokens;
 mod start_up;
 mod state_folder;
