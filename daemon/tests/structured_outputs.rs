@@ -10,7 +10,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use dsd::{
     grammar::{self, Answer, Calls, Constraint, GrammarError, Vocabulary},
-    text::{OutputDelta, OutputForm, OutputParser, ReasoningMode, TextModel, ToolMarkup},
+    text::{
+        OutputDelta, OutputForm, OutputParser, PromptForm, ReasoningMode, TextModel, ToolMarkup,
+    },
 };
 use serde_json::{Map, Value, json};
 
@@ -18,10 +20,13 @@ const N_SCHEMAS: u64 = 1_000;
 /// Every schema here bounds what it allows; no answer to one needs so many tokens.
 const TOKENS_MAX: usize = 5_000;
 
-fn text() -> Arc<TextModel> {
+fn data() -> PathBuf {
     let default = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/test-data");
-    let data = std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from);
-    let file = data.join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    std::env::var_os("DSD_TEST_DATA").map_or(default, PathBuf::from)
+}
+
+fn text() -> Arc<TextModel> {
+    let file = data().join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
     Arc::new(TextModel::open(&file).unwrap_or_else(|e| panic!("{e}: run `make test-setup`")))
 }
 
@@ -190,6 +195,7 @@ fn calls_that_are_required_are_calls_in_every_markup() {
                 markup,
                 functions: vec![("get_weather", parameters), ("add", parameters)],
                 max: 3,
+                are_free: false,
             };
             let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
             let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
@@ -204,6 +210,92 @@ fn calls_that_are_required_are_calls_in_every_markup() {
                 let validator = jsonschema::validator_for(&schema).unwrap();
                 assert!(validator.is_valid(&arguments), "{markup:?}: {answer}");
             }
+        }
+    }
+}
+
+/// Follows a grammar by the tokens of a text, as far as it goes: bytes of the text, and whether the
+/// answer may end there.
+fn follow(text: &TextModel, constraint: &mut Constraint, answer: &str, stop: u32) -> (usize, bool) {
+    let form = PromptForm {
+        add_special: false,
+        parse_special: true,
+    };
+    let mut n = 0;
+    for token in text.encode_prompt(answer, form, usize::MAX).unwrap() {
+        if constraint.advance(token).is_err() {
+            return (n, false);
+        }
+        n += text.token_bytes(token).unwrap().len();
+    }
+    let allowed = constraint.allowed().unwrap();
+    let may_end = allowed.words()[stop as usize / 32] >> (stop % 32) & 1 == 1;
+    (n, may_end)
+}
+
+/// Asked for nothing, a model may write text, calls, or both; strict functions' arguments follow their
+/// schema.
+#[test]
+fn text_is_free_where_calls_are_and_calls_follow_their_schema() {
+    let strict = json!({
+        "type": "object", "properties": {"city": {"enum": ["Rome"]}},
+        "required": ["city"], "additionalProperties": false,
+    });
+    let (strict, any) = (strict.as_object().unwrap(), Map::new());
+    let data = data();
+    let smollm2 = data.join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let v3 = data.join("tokenizers/deepseek-v3.1");
+    let qwen = data.join("tokenizers/qwen-3");
+    let deepseek = |name: &str, arguments: &str| {
+        format!(
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        )
+    };
+    let hermes = |name: &str, arguments: &str| {
+        format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {arguments}}}\n</tool_call>")
+    };
+    let llama = |name: &str, arguments: &str| {
+        format!("{{\"name\": \"{name}\", \"parameters\": {arguments}}}")
+    };
+    type Write<'a> = &'a dyn Fn(&str, &str) -> String;
+    let cases: [(&PathBuf, ToolMarkup, Write<'_>); 4] = [
+        (&smollm2, ToolMarkup::Hermes, &hermes),
+        (&qwen, ToolMarkup::Hermes, &hermes),
+        (&v3, ToolMarkup::DeepseekV31, &deepseek),
+        (&smollm2, ToolMarkup::Llama, &llama),
+    ];
+    for (path, markup, call) in cases {
+        let text = TextModel::open(path).unwrap();
+        let vocabulary = Vocabulary::new(&text).unwrap();
+        let stop = text.eos_id().unwrap();
+        let calls = Calls {
+            markup,
+            functions: vec![("weather", strict), ("add", &any)],
+            max: 2,
+            are_free: true,
+        };
+        let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
+        let check = |answer: &str, expected: (usize, bool)| {
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            let found = follow(&text, &mut constraint, answer, stop);
+            assert_eq!(found, expected, "{markup:?} of {path:?}: {answer}");
+        };
+        let whole = |answer: &str| check(answer, (answer.len(), true));
+        whole("");
+        whole("It is 21 < 22, {said} he:\n\n<b>warm</b>.");
+        let good = call("weather", "{\"city\": \"Rome\"}");
+        whole(&good);
+        whole(&call("add", "{\"a\": [1, 2]}"));
+        if markup != ToolMarkup::Llama {
+            whole(&format!("Let me look.\n{good}"));
+        }
+        for wrong in [call("weather", "{\"city\": 5}"), call("other", "{}")] {
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            let (n, may_end) = follow(&text, &mut constraint, &wrong, stop);
+            assert!(
+                n < wrong.len() && !may_end,
+                "{markup:?} of {path:?}: {wrong}"
+            );
         }
     }
 }

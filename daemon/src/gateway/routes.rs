@@ -180,6 +180,13 @@ pub(super) fn answer_id(prefix: &str) -> String {
     )
 }
 
+/// The name of an answer's call in its conversation, both counted from 0: the same in every answer to
+/// the same stream.
+pub(super) fn call_id(prefix: &str, answer: &str, choice: usize, call: usize) -> String {
+    let digest = blake3::hash(format!("{answer}/{choice}/{call}").as_bytes()).to_hex();
+    format!("{prefix}_{call:02}_{}", &digest[..24])
+}
+
 /// A 200 answer.
 pub(super) fn json(value: &impl Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
@@ -275,7 +282,7 @@ async fn not_found(request: Request) -> Response<Body> {
         head.uri.path().chars().take(200).collect::<String>()
     );
     body::answer_then_drain(
-        ApiError::new(Code::NotFound, message).into_response(),
+        ApiError::new(Code::NotFound, message).into_response_in(Dialect::of_path(head.uri.path())),
         Announced::by(&head.headers),
         body,
     )
@@ -296,7 +303,8 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
         "the route takes {allowed}, not {}",
         head.method.as_str().chars().take(20).collect::<String>()
     );
-    let mut response = ApiError::new(Code::MethodNotAllowed, message).into_response();
+    let mut response = ApiError::new(Code::MethodNotAllowed, message)
+        .into_response_in(Dialect::of_path(head.uri.path()));
     response
         .headers_mut()
         .insert(header::ALLOW, HeaderValue::from_static(allowed));
