@@ -16,6 +16,7 @@ use dsd_proto::{
         self, AnswerShape, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt,
         RequestError, ServiceTier, Tool, ToolChoice,
     },
+    responses::{Echo, ResponsesRequest},
 };
 use tokio::{task, time};
 
@@ -304,6 +305,22 @@ pub(super) fn messages_to_count(
 ) -> Result<Prepared, ApiError> {
     let MessagesRequest(request) = MessagesRequest::from_slice(body, false)?;
     of_chat(catalog, request, Vec::new(), terms)
+}
+
+/// A chat in the words of OpenAI's Responses, and what its answer says of it.
+pub(super) fn responses(
+    catalog: &Catalog,
+    body: &[u8],
+    terms: Terms,
+) -> Result<(Prepared, Echo), ApiError> {
+    let request = ResponsesRequest::from_slice(body)?;
+    let prepared = of_chat(catalog, request.chat, request.ignored, terms).map_err(|mut e| {
+        if e.param.as_deref() == Some("messages") {
+            e.param = Some("input".to_owned());
+        }
+        e
+    })?;
+    Ok((prepared, request.echo))
 }
 
 fn of_chat(

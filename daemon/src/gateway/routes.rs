@@ -8,7 +8,7 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue, Response, Version, header, uri::Authority},
     middleware::{self, Next},
-    routing::{get, post},
+    routing::{any, get, post},
 };
 use dsd_proto::{
     code::Code,
@@ -24,7 +24,7 @@ use super::{
     error::{ApiError, Dialect},
     generation,
     health::{self, NotReady},
-    messages, tokenize,
+    messages, responses, tokenize,
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
@@ -50,6 +50,10 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
             "/anthropic/v1/messages/count_tokens",
             post(messages::count_tokens),
         )
+        .route("/v1/responses", post(responses::create))
+        .route("/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::count_tokens))
+        .route("/v1/responses/{*id}", any(responses::kept))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/version", get(version))
@@ -124,6 +128,8 @@ fn route_label(path: &str) -> &'static str {
         "/messages/count_tokens" => "/v1/messages/count_tokens",
         "/chat/completions" => "/v1/chat/completions",
         "/completions" => "/v1/completions",
+        "/responses" => "/v1/responses",
+        "/responses/input_tokens" => "/v1/responses/input_tokens",
         "/tokenize" => "/tokenize",
         "/detokenize" => "/detokenize",
         "/version" => "/version",
@@ -293,6 +299,8 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
     let allowed = match route_label(head.uri.path()) {
         "/v1/chat/completions"
         | "/v1/completions"
+        | "/v1/responses"
+        | "/v1/responses/input_tokens"
         | "/tokenize"
         | "/detokenize"
         | "/v1/messages"
