@@ -10,7 +10,10 @@ use std::{path::PathBuf, sync::Arc};
 
 use dsd::{
     grammar::{self, Answer, Calls, Constraint, GrammarError, Vocabulary},
-    text::{DsmlTags, OutputDelta, OutputForm, OutputParser, ReasoningMode, TextModel, ToolMarkup},
+    text::{
+        DsmlTags, OutputDelta, OutputForm, OutputParser, PromptForm, ReasoningMode, TextModel,
+        ToolMarkup,
+    },
 };
 use serde_json::{Map, Value, json};
 
@@ -195,6 +198,7 @@ fn calls_that_are_required_are_calls_in_every_markup() {
                 markup,
                 functions: vec![("get_weather", parameters), ("add", parameters)],
                 max: 3,
+                are_free: false,
             };
             let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
             let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
@@ -260,6 +264,7 @@ fn calls_in_dsml_follow_their_schemas_with_published_vocabularies() {
                     .map(|(name, f)| (*name, f.as_object().unwrap()))
                     .collect(),
                 max: 2,
+                are_free: false,
             };
             let reasoning = match seed % 2 {
                 0 => ReasoningMode::Off,
@@ -303,6 +308,7 @@ fn calls_in_dsml_as_models_write_them_are_allowed() {
         markup: ToolMarkup::Dsml(DsmlTags::V4),
         functions: vec![("f", schema.as_object().unwrap())],
         max: 2,
+        are_free: false,
     };
     let call = "<｜DSML｜invoke name=\"f\">\n\
         <｜DSML｜parameter name=\"html\" string=\"true\"><b>x</b> </ y\n｜ & \"q\"</｜DSML｜parameter>\n\
@@ -327,6 +333,110 @@ fn calls_in_dsml_as_models_write_them_are_allowed() {
             1,
             "it may end"
         );
+    }
+}
+
+/// Follows a grammar by the tokens of a text, as far as it goes: bytes of the text, and whether the
+/// answer may end there.
+fn follow(text: &TextModel, constraint: &mut Constraint, answer: &str, stop: u32) -> (usize, bool) {
+    let form = PromptForm {
+        add_special: false,
+        parse_special: true,
+    };
+    let mut n = 0;
+    for token in text.encode_prompt(answer, form, usize::MAX).unwrap() {
+        if constraint.advance(token).is_err() {
+            return (n, false);
+        }
+        n += text.token_bytes(token).unwrap().len();
+    }
+    let allowed = constraint.allowed().unwrap();
+    let may_end = allowed.words()[stop as usize / 32] >> (stop % 32) & 1 == 1;
+    (n, may_end)
+}
+
+/// Asked for nothing, a model may write text, calls, or both; strict functions' arguments follow their
+/// schema.
+#[test]
+fn text_is_free_where_calls_are_and_calls_follow_their_schema() {
+    let strict = json!({
+        "type": "object", "properties": {"city": {"enum": ["Rome"]}},
+        "required": ["city"], "additionalProperties": false,
+    });
+    let (strict, any) = (strict.as_object().unwrap(), Map::new());
+    let data = data();
+    let smollm2 = data.join("smollm2/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let v3 = data.join("tokenizers/deepseek-v3.1");
+    let qwen = data.join("tokenizers/qwen-3");
+    let deepseek = |name: &str, arguments: &str| {
+        format!(
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        )
+    };
+    let hermes = |name: &str, arguments: &str| {
+        format!("<tool_call>\n{{\"name\": \"{name}\", \"arguments\": {arguments}}}\n</tool_call>")
+    };
+    let llama = |name: &str, arguments: &str| {
+        format!("{{\"name\": \"{name}\", \"parameters\": {arguments}}}")
+    };
+    let v4 = data.join("tokenizers/deepseek-v4");
+    let dsml = |name: &str, arguments: &str| {
+        let arguments: Value = serde_json::from_str(arguments).unwrap();
+        let arguments = arguments.as_object().unwrap().iter().map(|(name, value)| {
+            let (is_string, value) = match value.as_str() {
+                Some(text) => (true, text.to_owned()),
+                None => (false, value.to_string().replace(',', ", ")),
+            };
+            format!("<｜DSML｜parameter name=\"{name}\" string=\"{is_string}\">{value}</｜DSML｜parameter>\n")
+        });
+        let arguments: String = arguments.collect();
+        format!(
+            "\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name=\"{name}\">\n{arguments}</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+        )
+    };
+    type Write<'a> = &'a dyn Fn(&str, &str) -> String;
+    let tags = ToolMarkup::Dsml(DsmlTags::V4);
+    let cases: [(&PathBuf, ToolMarkup, Write<'_>); 6] = [
+        (&v4, tags, &dsml),
+        (&smollm2, tags, &dsml),
+        (&smollm2, ToolMarkup::Hermes, &hermes),
+        (&qwen, ToolMarkup::Hermes, &hermes),
+        (&v3, ToolMarkup::DeepseekV31, &deepseek),
+        (&smollm2, ToolMarkup::Llama, &llama),
+    ];
+    for (path, markup, call) in cases {
+        let text = TextModel::open(path).unwrap();
+        let vocabulary = Vocabulary::new(&text).unwrap();
+        let stop = text.eos_id().unwrap();
+        let calls = Calls {
+            markup,
+            functions: vec![("weather", strict), ("add", &any)],
+            max: 2,
+            are_free: true,
+        };
+        let grammar = grammar::write(&text, ReasoningMode::Off, None, Some(&calls));
+        let check = |answer: &str, expected: (usize, bool)| {
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            let found = follow(&text, &mut constraint, answer, stop);
+            assert_eq!(found, expected, "{markup:?} of {path:?}: {answer}");
+        };
+        let whole = |answer: &str| check(answer, (answer.len(), true));
+        whole("");
+        whole("It is 21 < 22, {said} he:\n\n<b>warm</b>.");
+        let good = call("weather", "{\"city\": \"Rome\"}");
+        whole(&good);
+        whole(&call("add", "{\"a\": [1, 2]}"));
+        if markup != ToolMarkup::Llama {
+            whole(&format!("Let me look.\n{good}"));
+        }
+        for wrong in [call("weather", "{\"city\": 5}"), call("other", "{}")] {
+            let mut constraint = vocabulary.compile(&grammar, &Arc::from([stop])).unwrap();
+            let (n, may_end) = follow(&text, &mut constraint, &wrong, stop);
+            assert!(
+                n < wrong.len() && !may_end,
+                "{markup:?} of {path:?}: {wrong}"
+            );
+        }
     }
 }
 

@@ -6,13 +6,17 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::openai::{ChatCompletionRequest, RequestError};
+use crate::openai::{
+    ChatCompletionRequest, RequestError,
+    raw::{self, TextOrParts},
+};
 
 /// `POST /v1/messages`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MessagesRequest(pub ChatCompletionRequest);
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 struct Raw {
     model: Option<Value>,
     max_tokens: Option<Value>,
@@ -30,17 +34,20 @@ struct Raw {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 struct Metadata {
     user_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 struct RawMessage {
     role: Option<String>,
     content: Option<Content>,
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 struct RawTool {
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -50,6 +57,7 @@ struct RawTool {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
 struct RawChoice {
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -58,15 +66,10 @@ struct RawChoice {
 }
 
 /// Text, or blocks.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Blocks(Vec<Block>),
-}
+type Content = TextOrParts<Block>;
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, expecting = "an object")]
 struct Block {
     #[serde(rename = "type")]
     kind: Option<String>,
@@ -85,9 +88,7 @@ impl MessagesRequest {
     /// # Errors
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8], needs_max_tokens: bool) -> Result<Self, RequestError> {
-        let raw: Raw = serde_json::from_slice(body).map_err(|e| RequestError::Json {
-            problem: e.to_string().chars().take(300).collect(),
-        })?;
+        let raw: Raw = raw::parse(body)?;
         if raw.max_tokens.is_none() && needs_max_tokens {
             return Err(missing("max_tokens"));
         }
@@ -168,7 +169,7 @@ fn turn(idx: usize, message: RawMessage, messages: &mut Vec<Value>) -> Result<()
             messages.push(json!({"role": role, "content": text}));
             return Ok(());
         }
-        Content::Blocks(blocks) => blocks,
+        Content::Parts(blocks) => blocks,
     };
     let (mut text, mut thoughts, mut calls) = (Vec::new(), String::new(), Vec::new());
     for (at, block) in blocks.into_iter().enumerate() {
@@ -220,7 +221,7 @@ fn turn(idx: usize, message: RawMessage, messages: &mut Vec<Value>) -> Result<()
 fn texts(path: &str, content: Content) -> Result<Value, RequestError> {
     let blocks = match content {
         Content::Text(text) => return Ok(Value::from(text)),
-        Content::Blocks(blocks) => blocks,
+        Content::Parts(blocks) => blocks,
     };
     let mut all = String::new();
     for (at, block) in blocks.into_iter().enumerate() {
@@ -557,6 +558,11 @@ mod tests {
     fn errors_name_the_field() {
         for (fields, param) in [
             (r#""messages": []"#, "max_tokens"),
+            (r#""max_tokens": 5, "messages": 5"#, "messages"),
+            (
+                r#""max_tokens": 5, "messages": [{"role": "user", "content": 5}]"#,
+                "messages[0].content",
+            ),
             (r#""max_tokens": 5"#, "messages"),
             (r#""max_tokens": 5, "messages": []"#, "messages"),
             (

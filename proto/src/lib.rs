@@ -14,3 +14,4 @@ pub mod quic;
 // Between a node and its users.
 pub mod openai;
 pub mod anthropic;
+pub mod responses;

@@ -211,6 +211,61 @@ def fails(kind, call):
     raise AssertionError(f"no {kind.__name__}")
 
 
+class Responses:
+    """The Responses API, without a memory."""
+
+    def an_answer_is_the_same_whole_and_streamed(client, model):
+        request = dict(model=model, instructions="Be brief.", input="What is the capital of France?", max_output_tokens=30, temperature=0)
+        whole = client.responses.create(**request)
+        assert whole.status == "completed" and "Paris" in whole.output_text, whole
+        assert 0 < whole.usage.output_tokens <= 30 and whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens, whole
+        with client.responses.stream(**request) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+        text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+        assert text == whole.output_text == final.output_text, final
+        assert [e.sequence_number for e in events] == list(range(len(events))), events
+        assert events[0].type == "response.created" and events[-1].type == "response.completed", events
+        counted = client.responses.input_tokens.count(model=model, instructions="Be brief.", input="What is the capital of France?")
+        assert counted.input_tokens == whole.usage.input_tokens, counted
+
+    def an_answer_cut_short_says_so(client, model):
+        answer = client.responses.create(model=model, input="What is the capital of France?", max_output_tokens=2, temperature=0)
+        assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens"), answer
+
+    def a_call_that_is_required_comes_and_its_result_is_taken(client, model):
+        tool = {"type": "function", "name": "get_weather", "description": "Weather of a city.", "strict": True, "parameters": {
+            "type": "object", "additionalProperties": False, "required": ["city"], "properties": {"city": {"type": "string", "maxLength": 20}}}}
+        items = [{"role": "user", "content": "What is the weather in Rome?"}]
+        request = dict(model=model, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=100, temperature=0)
+        whole = client.responses.create(**request, input=items)
+        [call] = whole.output
+        assert call.type == "function_call" and list(json.loads(call.arguments)) == ["city"], whole
+        with client.responses.stream(**request, input=items) as stream:
+            events = list(stream)
+            [streamed] = stream.get_final_response().output
+        assert (streamed.name, streamed.arguments) == (call.name, call.arguments), streamed
+        assert streamed.parsed_arguments == json.loads(call.arguments), streamed
+        assert any(e.type == "response.function_call_arguments.done" for e in events), events
+        items += [call.to_dict(), {"type": "function_call_output", "call_id": call.call_id, "output": "21 C, sunny"}]
+        answer = client.responses.create(model=model, tools=[tool], input=items, max_output_tokens=30, temperature=0)
+        assert answer.status in ("completed", "incomplete"), answer
+
+    def a_parsed_answer_is_an_object_of_its_class(client, model):
+        class City(pydantic.BaseModel):
+            name: str = pydantic.Field(max_length=20)
+            population: int = pydantic.Field(ge=0, le=99_999_999)
+
+        answer = client.responses.parse(model=model, input="Tell me about Paris.", text_format=City, max_output_tokens=200, temperature=0)
+        assert isinstance(answer.output_parsed, City), answer
+
+    def what_needs_a_memory_is_a_bad_request_that_names_it(client, model):
+        error = fails(openai.BadRequestError,
+                      lambda: client.responses.create(model=model, input="Hi", previous_response_id="resp-1"))
+        assert error.param == "previous_response_id", error
+        fails(openai.NotFoundError, lambda: client.responses.retrieve("resp-1"))
+
+
 class Errors:
     """Errors arrive as the classes that programs catch."""
 

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     body_budget::{BodyBudget, BodyShare},
-    error::ApiError,
+    error::{ApiError, Dialect},
 };
 use crate::runtime::clock;
 
@@ -119,11 +119,12 @@ pub(super) async fn read(
     limits: BodyLimits,
     budget: &BodyBudget,
     draining: &CancellationToken,
+    dialect: Dialect,
 ) -> Result<Received, Response<Body>> {
     let BodyLimits { len_max, timeout } = limits;
     let too_large = |found: String| {
         let message = format!("the body has {found} bytes, at most {len_max} are read");
-        ApiError::new(Code::PayloadTooLarge, message).into_response()
+        ApiError::new(Code::PayloadTooLarge, message).into_response_in(dialect)
     };
     let is_too_large = |length: &u64| u64::try_from(len_max).is_ok_and(|max| max < *length);
     if let Some(length) = announced.length.filter(is_too_large) {
@@ -143,7 +144,7 @@ pub(super) async fn read(
         Err(failure) => failure,
     };
     let closing = |code, message: String| {
-        let mut response = ApiError::new(code, message).into_response();
+        let mut response = ApiError::new(code, message).into_response_in(dialect);
         let close = header::HeaderValue::from_static("close");
         response.headers_mut().insert(header::CONNECTION, close);
         response
@@ -155,7 +156,7 @@ pub(super) async fn read(
         // The client is gone or its chunks are garbled; whoever still listens learns this.
         ReadFailure::Broken => {
             ApiError::new(Code::InvalidRequest, "the body ended early or is garbled")
-                .into_response()
+                .into_response_in(dialect)
         }
         ReadFailure::Late => {
             let message = format!("the body did not arrive within {} s", timeout.as_secs_f32());
@@ -176,10 +177,11 @@ pub(super) async fn read(
                 "too many long bodies arrive at once; there is no room for this one",
             );
             error.retry_after = Some(RETRY_AFTER);
-            answer_then_drain(error.into_response(), announced, body)
+            answer_then_drain(error.into_response_in(dialect), announced, body)
         }
         ReadFailure::Draining => {
-            answer_then_drain(ApiError::shutting_down().into_response(), announced, body)
+            let refusal = ApiError::shutting_down().into_response_in(dialect);
+            answer_then_drain(refusal, announced, body)
         }
     })
 }

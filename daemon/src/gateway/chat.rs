@@ -78,9 +78,7 @@ impl Head {
 
     /// Of a choice's call, from 0: the same in every answer to the same stream.
     fn call_id(&self, choice: usize, call: usize) -> String {
-        let name = format!("{}/{choice}/{call}", self.id);
-        let digest = blake3::hash(name.as_bytes()).to_hex();
-        format!("call_{call:02}_{}", &digest[..24])
+        routes::call_id("call", &self.id, choice, call)
     }
 }
 

@@ -61,12 +61,15 @@ pub enum Dialect {
 }
 
 impl Dialect {
-    /// That of a route, by its path.
+    /// That of a path, whether or not there is a route.
     pub fn of_path(path: &str) -> Self {
-        let path = path.strip_prefix("/anthropic").unwrap_or(path);
-        match path.strip_prefix("/v1").unwrap_or(path) {
-            "/messages" | "/messages/count_tokens" => Self::Anthropic,
-            _ => Self::OpenAi,
+        let is_under = |prefix| match path.strip_prefix(prefix) {
+            Some(rest) => rest.is_empty() || rest.starts_with('/'),
+            None => false,
+        };
+        match is_under("/anthropic") || is_under("/v1/messages") {
+            true => Self::Anthropic,
+            false => Self::OpenAi,
         }
     }
 }

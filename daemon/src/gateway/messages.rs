@@ -91,12 +91,6 @@ fn end_of(end: &ChoiceEnd) -> MessageEnd {
     }
 }
 
-/// Of a call: its name in the conversation.
-fn call_id(message: &str, call: usize) -> String {
-    let digest = blake3::hash(format!("{message}/{call}").as_bytes()).to_hex();
-    format!("toolu_{call:02}_{}", &digest[..24])
-}
-
 /// Collects a generation into one answer.
 async fn whole(mut generation: Generation, mut message: Message) -> Result<Message, ApiError> {
     let mut arguments: Vec<String> = Vec::new();
@@ -145,7 +139,7 @@ fn add(message: &mut Message, arguments: &mut Vec<String>, delta: OutputDelta) {
         }
         (OutputDelta::ToolCall(name), _) => {
             message.content.push(ContentBlock::ToolUse {
-                id: call_id(&message.id, arguments.len()),
+                id: routes::call_id("toolu", &message.id, 0, arguments.len()),
                 name,
                 input: serde_json::Value::Null,
             });
@@ -250,7 +244,7 @@ impl ChunkEncoder for Encoder {
                 }
                 OutputDelta::ToolCall(name) => {
                     let empty = ContentBlock::ToolUse {
-                        id: call_id(&self.head.id, self.n_calls),
+                        id: routes::call_id("toolu", &self.head.id, 0, self.n_calls),
                         name,
                         input: serde_json::json!({}),
                     };

@@ -19,6 +19,7 @@ mod logprobs;
 mod messages;
 mod prepare;
 mod refused_head;
+mod responses;
 mod routes;
 mod serve;
 mod sse;

@@ -16,6 +16,7 @@ use dsd_proto::{
         self, AnswerShape, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt,
         RequestError, ServiceTier, Tool, ToolChoice,
     },
+    responses::{Echo, ResponsesRequest},
 };
 use tokio::{task, time};
 
@@ -110,12 +111,12 @@ pub(super) async fn read_and<T: Send + 'static>(
     prepare: fn(&Catalog, &[u8], Terms) -> Result<T, ApiError>,
 ) -> Result<T, Response<Body>> {
     let (head, body) = request.into_parts();
-    let internal = |what: &str| ApiError::new(Code::Internal, what).into_response();
+    let dialect = Dialect::of_path(head.uri.path());
+    let internal = |what: &str| ApiError::new(Code::Internal, what).into_response_in(dialect);
     let Some(entered) = head.extensions.get::<Entered>().cloned() else {
         tracing::error!("a request was let in by nobody");
         return Err(internal("the request could not be prepared"));
     };
-    let dialect = Dialect::of_path(head.uri.path());
     let check = || {
         check_content_type(&head.headers)?;
         check_content_encoding(&head.headers)?;
@@ -127,7 +128,11 @@ pub(super) async fn read_and<T: Send + 'static>(
     let patience_s = match check() {
         Ok(patience_s) => patience_s,
         Err(e) => {
-            return Err(body::answer_then_drain(e.into_response(), announced, body));
+            return Err(body::answer_then_drain(
+                e.into_response_in(dialect),
+                announced,
+                body,
+            ));
         }
     };
     let config = &gateway.config;
@@ -143,6 +148,7 @@ pub(super) async fn read_and<T: Send + 'static>(
         limits,
         &gateway.body_budget,
         &gateway.stop.draining,
+        dialect,
     )
     .await?;
     let terms = Terms {
@@ -301,6 +307,22 @@ pub(super) fn messages_to_count(
     of_chat(catalog, request, Vec::new(), terms)
 }
 
+/// A chat in the words of OpenAI's Responses, and what its answer says of it.
+pub(super) fn responses(
+    catalog: &Catalog,
+    body: &[u8],
+    terms: Terms,
+) -> Result<(Prepared, Echo), ApiError> {
+    let request = ResponsesRequest::from_slice(body)?;
+    let prepared = of_chat(catalog, request.chat, request.ignored, terms).map_err(|mut e| {
+        if e.param.as_deref() == Some("messages") {
+            e.param = Some("input".to_owned());
+        }
+        e
+    })?;
+    Ok((prepared, request.echo))
+}
+
 fn of_chat(
     catalog: &Catalog,
     request: ChatCompletionRequest,
@@ -344,20 +366,31 @@ fn of_chat(
         true => usize::MAX,
         false => 1,
     };
+    let any_object = serde_json::Map::new();
     let calls = prompt.form.tools.and_then(|markup| {
+        let any_is_strict = request.tools.iter().any(|tool| tool.strict);
         let is_wanted = |tool: &&Tool| match &request.tool_choice {
             ToolChoice::None => false,
-            // Beside an answer of a given shape they need a form, too.
-            ToolChoice::Auto => request.options.shape.is_some(),
+            // Beside an answer of a given shape they need a form, too; and those that are not strict
+            // beside those that are.
+            ToolChoice::Auto => request.options.shape.is_some() || any_is_strict,
             ToolChoice::Required => true,
             ToolChoice::Named(name) => tool.name == *name,
         };
         let wanted = request.tools.iter().filter(is_wanted);
-        let functions: Vec<_> = wanted.map(|t| (&*t.name, &t.parameters)).collect();
+        let is_free = request.tool_choice == ToolChoice::Auto && request.options.shape.is_none();
+        // The model decides, and only what is strict has to follow its schema.
+        let functions: Vec<_> = wanted
+            .map(|tool| match is_free && !tool.strict {
+                true => (&*tool.name, &any_object),
+                false => (&*tool.name, &tool.parameters),
+            })
+            .collect();
         (!functions.is_empty()).then_some(Calls {
             markup,
             functions,
             max: tool_calls_max,
+            are_free: is_free,
         })
     });
     let must_call = matches!(
@@ -460,8 +493,9 @@ fn grammar(
     if calls.is_some() && options.ignore_eos {
         return Err(RequestError::Conflict {
             param: "ignore_eos".to_owned(),
-            problem: "does not go with calls that are required, which end where they are complete"
-                .to_owned(),
+            problem:
+                "does not go with calls that follow a schema, which end where they are complete"
+                    .to_owned(),
         }
         .into());
     }

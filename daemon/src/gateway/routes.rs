@@ -8,7 +8,7 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderValue, Response, Version, header, uri::Authority},
     middleware::{self, Next},
-    routing::{get, post},
+    routing::{any, get, post},
 };
 use dsd_proto::{
     code::Code,
@@ -24,7 +24,7 @@ use super::{
     error::{ApiError, Dialect},
     generation,
     health::{self, NotReady},
-    messages, tokenize,
+    messages, responses, tokenize,
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
@@ -50,6 +50,10 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
             "/anthropic/v1/messages/count_tokens",
             post(messages::count_tokens),
         )
+        .route("/v1/responses", post(responses::create))
+        .route("/responses", post(responses::create))
+        .route("/v1/responses/input_tokens", post(responses::count_tokens))
+        .route("/v1/responses/{*id}", any(responses::kept))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/version", get(version))
@@ -124,6 +128,8 @@ fn route_label(path: &str) -> &'static str {
         "/messages/count_tokens" => "/v1/messages/count_tokens",
         "/chat/completions" => "/v1/chat/completions",
         "/completions" => "/v1/completions",
+        "/responses" => "/v1/responses",
+        "/responses/input_tokens" => "/v1/responses/input_tokens",
         "/tokenize" => "/tokenize",
         "/detokenize" => "/detokenize",
         "/version" => "/version",
@@ -178,6 +184,13 @@ pub(super) fn answer_id(prefix: &str) -> String {
         generation::fresh_seed(),
         generation::fresh_seed()
     )
+}
+
+/// The name of an answer's call in its conversation, both counted from 0: the same in every answer to
+/// the same stream.
+pub(super) fn call_id(prefix: &str, answer: &str, choice: usize, call: usize) -> String {
+    let digest = blake3::hash(format!("{answer}/{choice}/{call}").as_bytes()).to_hex();
+    format!("{prefix}_{call:02}_{}", &digest[..24])
 }
 
 /// A 200 answer.
@@ -275,7 +288,7 @@ async fn not_found(request: Request) -> Response<Body> {
         head.uri.path().chars().take(200).collect::<String>()
     );
     body::answer_then_drain(
-        ApiError::new(Code::NotFound, message).into_response(),
+        ApiError::new(Code::NotFound, message).into_response_in(Dialect::of_path(head.uri.path())),
         Announced::by(&head.headers),
         body,
     )
@@ -286,6 +299,8 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
     let allowed = match route_label(head.uri.path()) {
         "/v1/chat/completions"
         | "/v1/completions"
+        | "/v1/responses"
+        | "/v1/responses/input_tokens"
         | "/tokenize"
         | "/detokenize"
         | "/v1/messages"
@@ -296,7 +311,8 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
         "the route takes {allowed}, not {}",
         head.method.as_str().chars().take(20).collect::<String>()
     );
-    let mut response = ApiError::new(Code::MethodNotAllowed, message).into_response();
+    let mut response = ApiError::new(Code::MethodNotAllowed, message)
+        .into_response_in(Dialect::of_path(head.uri.path()));
     response
         .headers_mut()
         .insert(header::ALLOW, HeaderValue::from_static(allowed));

@@ -51,6 +51,7 @@ fn ids(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Tokenized, ApiErr
             let tokens = tokens.map_err(|e| ApiError::of_text(&e, "prompt"))?;
             (model, tokens)
         }
+        Err(missing) if request.messages.is_none() => return Err(missing.into()),
         Err(_) => {
             let mut prepared = prepare::chat(catalog, body, terms)?;
             let prompt = prepared.prompts.pop();

@@ -48,6 +48,10 @@ pub(super) fn calls(
     let mut each = Vec::new();
     for (idx, (name, schema)) in calls.functions.iter().enumerate() {
         let arguments = match plain_arguments(schema) {
+            Some(arguments) if arguments.is_empty() && takes_others(schema) => {
+                writer.any_argument(tags);
+                "any_argument*".to_owned()
+            }
             Some(arguments) => {
                 let numbered = arguments.into_iter().enumerate();
                 let rules = numbered.map(|(n, argument)| {
@@ -81,16 +85,43 @@ pub(super) fn calls(
         ReasoningMode::Off => format!("{}? ", literal("\n\n")),
         _ => String::new(),
     };
+    let end = format!("{} {mark} {}", literal("</"), literal(&format!("{block}>")));
+    writer.rule("opened", &format!("call{{1,{}}} {end}", max.max(1)));
     let open = format!(
         "{} {mark} {}",
         literal("<"),
         literal(&format!("{block}>\n"))
     );
-    let end = format!("{} {mark} {}", literal("</"), literal(&format!("{block}>")));
-    writer.rule(
-        "calls",
-        &format!("{breaks}{open} call{{1,{}}} {end}", max.max(1)),
-    );
+    writer.rule("calls", &format!("{breaks}{open} opened"));
+}
+
+/// The rule for text with calls behind it, where there are any, beside [`calls`]. The text has no beginning of calls that is spelt in
+/// letters.
+pub(super) fn text_and_calls(writer: &mut Writer<'_>, tags: DsmlTags) -> &'static str {
+    let block = tags.block;
+    let word = format!("<{DSML}{block}>");
+    writer.rule("TEXT", &format!("/(.|\\n)+/ & ~/(.|\\n)*{word}(.|\\n)*/"));
+    match writer.has_token(DSML) {
+        true => {
+            let mark = writer.mark(DSML);
+            let rest = literal(&format!("{block}>\n"));
+            writer.rule(
+                "text_or_calls",
+                &format!("TEXT? | LEADING {mark} {rest} opened"),
+            );
+            // The text takes the beginning of the tag along.
+            writer.rule(
+                "LEADING",
+                &format!("/(.|\\n)*</ & ~/(.|\\n)*{word}(.|\\n)*/"),
+            );
+        }
+        false => {
+            writer.rule("text_or_calls", "TEXT? | leading opened");
+            let leading = format!("leading[suffix={}]", literal(&format!("{word}\n")));
+            writer.rule(&leading, "/(.|\\n)*/");
+        }
+    }
+    "text_or_calls"
 }
 
 /// An argument that a function names.
@@ -131,6 +162,11 @@ fn plain_arguments(schema: &Map<String, Value>) -> Option<Vec<Argument<'_>>> {
     is_plain.then(|| arguments.collect())
 }
 
+/// True where a function takes arguments that its schema does not name.
+fn takes_others(schema: &Map<String, Value>) -> bool {
+    schema.get("additionalProperties") != Some(&Value::Bool(false))
+}
+
 /// True where every reference leads to the definitions that come along.
 fn stays_in_definitions(schema: &Value) -> bool {
     match schema {
@@ -146,6 +182,48 @@ fn stays_in_definitions(schema: &Value) -> bool {
 }
 
 impl Writer<'_> {
+    /// A text of so many characters and the end of its argument.
+    fn text(&mut self, tags: DsmlTags, number: &str, chars: &str) -> String {
+        let parameter = tags.parameter;
+        let name = format!("TEXT_{number}");
+        let end = format!("<\\/{DSML}{parameter}>");
+        // The text takes the beginning of the tag behind it along: where it ends is known by the token that follows.
+        let (behind, after, rest) = match self.has_token(DSML) {
+            true => {
+                let rest = literal(&format!("{parameter}>\n"));
+                ("<\\/", "(.|\\n)*", format!("{} {rest}", self.mark(DSML)))
+            }
+            false => (end.as_str(), "(.|\\n)+", literal("\n")),
+        };
+        let pattern = format!("/(.|\\n){chars}{behind}/ & ~/(.|\\n)*{end}{after}/");
+        self.rule(&name, &pattern);
+        format!("{name} {rest}")
+    }
+
+    /// The rule of an argument of any name and value.
+    fn any_argument(&mut self, tags: DsmlTags) {
+        if self.parts.iter().any(|part| part["name"] == "any_value") {
+            return;
+        }
+        let parameter = tags.parameter;
+        let mark = self.mark(DSML);
+        self.part("any_value", compact(&json!({})));
+        let name = literal(&format!("{parameter} name=\""));
+        let open = format!("{} {mark} {name} ANY_NAME", literal("<"));
+        let text = self.text(tags, "ANY", "*");
+        let end = literal(&format!("{parameter}>\n"));
+        let value = format!("@any_value {} {mark} {end}", literal("</"));
+        let (is_text, is_value) = (
+            literal("\" string=\"true\">"),
+            literal("\" string=\"false\">"),
+        );
+        self.rule(
+            "any_argument",
+            &format!("{open} ( {is_text} {text} | {is_value} {value} )"),
+        );
+        self.rule("ANY_NAME", "/[^\"<>\\r\\n｜]{1,64}/");
+    }
+
     /// The rule of an argument, by name; with a question mark where it may be left out.
     fn argument(
         &mut self,
@@ -174,26 +252,7 @@ impl Writer<'_> {
                 let texts: Vec<String> = texts.iter().map(|text| literal(text)).collect();
                 format!("{} ( {} ) {close}", head(true), texts.join(" | "))
             }
-            (None, Some(chars)) => {
-                let text = format!("TEXT_{number}");
-                // The text takes the beginning of the tag behind it along: where it ends is known by the token that follows.
-                let (behind, rest) = match self.has_token(DSML) {
-                    true => ("<\\/".to_owned(), format!(" {mark} {end}")),
-                    false => (
-                        format!("<\\/{DSML}{parameter}>"),
-                        format!(" {}", literal("\n")),
-                    ),
-                };
-                let end = format!("<\\/{DSML}{parameter}>");
-                let after = if self.has_token(DSML) {
-                    "(.|\\n)*"
-                } else {
-                    "(.|\\n)+"
-                };
-                let pattern = format!("/(.|\\n){chars}{behind}/ & ~/(.|\\n)*{end}{after}/");
-                self.rule(&text, &pattern);
-                format!("{} {text}{rest}", head(true))
-            }
+            (None, Some(chars)) => format!("{} {}", head(true), self.text(tags, number, &chars)),
             (None, None) => {
                 let part = format!("value_{number}");
                 let mut schema = (*schema).clone();

@@ -18,7 +18,7 @@ pub enum Answer {
     Lark(String),
 }
 
-/// Calls that an answer has to be made of.
+/// Calls that an answer is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Calls<'a> {
     /// How they are written.
@@ -27,6 +27,8 @@ pub struct Calls<'a> {
     pub functions: Vec<(&'a str, &'a Map<String, Value>)>,
     /// Calls at most.
     pub max: usize,
+    /// They may be left out, and text come instead or before them.
+    pub are_free: bool,
 }
 
 /// Calls of one answer at most, where a request sets no limit: a model that repeats itself ends.
@@ -52,7 +54,10 @@ pub fn write(
     }
     if let Some(calls) = calls {
         writer.calls(calls, reasoning);
-        alternatives.push("calls");
+        alternatives.push(match calls.are_free {
+            true => writer.text_and_calls(calls.markup),
+            false => "calls",
+        });
     }
     let thoughts = writer.thoughts(reasoning);
     let start = format!(
@@ -88,7 +93,7 @@ pub(super) struct Writer<'a> {
     /// Of the start grammar, behind its first rule.
     rules: String,
     /// Grammars that rules name.
-    parts: Vec<Value>,
+    pub(super) parts: Vec<Value>,
 }
 
 impl Writer<'_> {
@@ -163,9 +168,9 @@ impl Writer<'_> {
             each.push(rule);
         }
         let any = format!("( {} )", each.join(" | "));
-        let (first, between, last, open, close) = match calls.markup {
+        let opening = self.opening(calls.markup);
+        let (between, last, open, close) = match calls.markup {
             ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => (
-                self.mark("<｜tool▁calls▁begin｜>"),
                 match calls.markup {
                     ToolMarkup::DeepseekV3 => literal("\n"),
                     _ => String::new(),
@@ -175,19 +180,14 @@ impl Writer<'_> {
                 self.mark("<｜tool▁call▁end｜>"),
             ),
             ToolMarkup::Hermes => (
+                format!("{} {opening}", literal("\n")),
                 String::new(),
                 literal("\n"),
-                String::new(),
-                format!("{} {}", self.mark("<tool_call>"), literal("\n")),
                 format!("{} {}", literal("\n"), self.mark("</tool_call>")),
             ),
-            ToolMarkup::Llama | ToolMarkup::Dsml(_) => (
-                String::new(),
-                literal("; "),
-                String::new(),
-                String::new(),
-                String::new(),
-            ),
+            ToolMarkup::Llama | ToolMarkup::Dsml(_) => {
+                (literal("; "), String::new(), String::new(), String::new())
+            }
         };
         self.rule("call", &format!("{open} {any} {close}"));
         let more = match calls.max.min(CALLS_MAX) {
@@ -197,7 +197,37 @@ impl Writer<'_> {
         if !more.is_empty() {
             self.rule("more", &format!("{between} call"));
         }
-        self.rule("calls", &format!("{first} call {more} {last}"));
+        self.rule("opened", &format!("call {more} {last}"));
+        self.rule("calls", &format!("{opening} opened"));
+    }
+
+    /// What calls begin with.
+    fn opening(&self, markup: ToolMarkup) -> String {
+        opening_word(markup).map_or_else(String::new, |word| self.mark(word))
+    }
+
+    /// The rule for text with calls behind it, where there are any. The text has nothing that whoever
+    /// reads the answer takes for their beginning.
+    fn text_and_calls(&mut self, markup: ToolMarkup) -> &'static str {
+        if let ToolMarkup::Dsml(tags) = markup {
+            return dsml::text_and_calls(self, tags);
+        }
+        let Some(word) = opening_word(markup) else {
+            self.rule("text_or_calls", "calls | TEXT?");
+            self.rule("TEXT", "/[ \\t\\r\\n]*[^ \\t\\r\\n{](.|\\n)*/");
+            return "text_or_calls";
+        };
+        let without = format!("/(.|\\n)+/ & ~/(.|\\n)*{word}(.|\\n)*/");
+        self.rule("TEXT", &without);
+        match self.text.added_id(word) {
+            Some(_) => self.rule("text_or_calls", "TEXT? calls?"),
+            None => {
+                self.rule("text_or_calls", "TEXT? | leading opened");
+                let leading = format!("leading[suffix={}]", literal(word));
+                self.rule(&leading, "/(.|\\n)*/");
+            }
+        }
+        "text_or_calls"
     }
 
     /// What stands before the answer, for the first rule.
@@ -226,6 +256,16 @@ impl Writer<'_> {
                 "thinking? "
             }
         }
+    }
+}
+
+/// What calls begin with, where they have a word for it; none has a character that means more in a
+/// regular expression.
+fn opening_word(markup: ToolMarkup) -> Option<&'static str> {
+    match markup {
+        ToolMarkup::DeepseekV3 | ToolMarkup::DeepseekV31 => Some("<｜tool▁calls▁begin｜>"),
+        ToolMarkup::Hermes => Some("<tool_call>"),
+        ToolMarkup::Llama | ToolMarkup::Dsml(_) => None,
     }
 }
 

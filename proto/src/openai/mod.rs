@@ -6,7 +6,7 @@
 
 mod error;
 mod locate;
-mod raw;
+pub(crate) mod raw;
 mod request;
 mod response;
 mod shape;

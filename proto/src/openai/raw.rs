@@ -4,7 +4,7 @@
 //! other kind are ignored like unknown ones. Types that allow several shapes have hand-written
 //! visitors, so that nothing is buffered and a type error keeps its place in the text.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
 use serde::{
     Deserialize, Deserializer,
@@ -113,11 +113,11 @@ pub(super) struct RawTyped {
     pub(super) kind: Option<String>,
 }
 
-/// Reads a body.
+/// Reads a body that is an object.
 ///
 /// # Errors
 /// When it is no JSON object of this shape; type errors name the field.
-pub(super) fn parse(body: &[u8]) -> Result<RawRequest, RequestError> {
+pub(crate) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, RequestError> {
     let text = std::str::from_utf8(body).map_err(|e| RequestError::NotUtf8 {
         valid_len: e.valid_up_to(),
     })?;
@@ -127,6 +127,14 @@ pub(super) fn parse(body: &[u8]) -> Result<RawRequest, RequestError> {
             problem: "expected an object, found an array".into(),
         });
     }
+    read("", text)
+}
+
+/// Reads the value of a member; the whole body where `param` is empty.
+///
+/// # Errors
+/// As [`parse`].
+pub(crate) fn read<'a, T: Deserialize<'a>>(param: &str, text: &'a str) -> Result<T, RequestError> {
     serde_json::from_str(text).map_err(|e| {
         let problem = e.to_string();
         if !e.is_data() {
@@ -134,7 +142,11 @@ pub(super) fn parse(body: &[u8]) -> Result<RawRequest, RequestError> {
                 problem: shorten(&problem, PROBLEM_LEN_MAX),
             };
         }
-        let param = locate::path_at(text, offset_of(text, e.line(), e.column()));
+        let inner = locate::path_at(text, offset_of(text, e.line(), e.column()));
+        let param = match inner.starts_with('[') || inner.is_empty() || param.is_empty() {
+            true => format!("{param}{inner}"),
+            false => format!("{param}.{inner}"),
+        };
         // The place is in `param` already.
         let problem = problem
             .rsplit_once(" at line ")
@@ -214,7 +226,7 @@ fn in_json_words(problem: &str) -> String {
 }
 
 /// At most `len_max` characters of a text.
-pub(super) fn shorten(text: &str, len_max: usize) -> String {
+pub(crate) fn shorten(text: &str, len_max: usize) -> String {
     match text.char_indices().nth(len_max) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_owned(),
@@ -231,12 +243,15 @@ fn offset_of(text: &str, line: usize, column: usize) -> usize {
     before + column
 }
 
-/// Content of a message: text, or parts of which only text is supported.
+/// Text, or parts.
 #[derive(Debug)]
-pub(super) enum RawContent {
+pub(crate) enum TextOrParts<T> {
     Text(String),
-    Parts(Vec<RawPart>),
+    Parts(Vec<T>),
 }
+
+/// Content of a message, of whose parts only text is supported.
+pub(super) type RawContent = TextOrParts<RawPart>;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, expecting = "an object")]
@@ -246,29 +261,29 @@ pub(super) struct RawPart {
     pub(super) text: Option<String>,
 }
 
-impl<'de> Deserialize<'de> for RawContent {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for TextOrParts<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ContentVisitor;
-        impl<'de> Visitor<'de> for ContentVisitor {
-            type Value = RawContent;
+        struct ContentVisitor<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for ContentVisitor<T> {
+            type Value = TextOrParts<T>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string or a list of content parts")
             }
             fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
-                Ok(RawContent::Text(text.to_owned()))
+                Ok(TextOrParts::Text(text.to_owned()))
             }
             fn visit_string<E: Error>(self, text: String) -> Result<Self::Value, E> {
-                Ok(RawContent::Text(text))
+                Ok(TextOrParts::Text(text))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
                 let mut parts = Vec::new();
                 while let Some(part) = seq.next_element()? {
                     parts.push(part);
                 }
-                Ok(RawContent::Parts(parts))
+                Ok(TextOrParts::Parts(parts))
             }
         }
-        deserializer.deserialize_any(ContentVisitor)
+        deserializer.deserialize_any(ContentVisitor(PhantomData))
     }
 }
 

@@ -37,6 +37,8 @@ pub mod limits {
     pub const TOOLS_MAX: usize = 1024;
     /// Bytes of one tool, its schema included.
     pub const TOOL_LEN_MAX: usize = 128 << 10;
+    /// Bytes of all tools.
+    pub const TOOLS_LEN_MAX: usize = 1 << 20;
     /// Bytes of a tool's name.
     pub const TOOL_NAME_LEN_MAX: usize = 128;
     /// Calls of one message.
@@ -296,7 +298,7 @@ impl ChatCompletionRequest {
     /// # Errors
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8]) -> Result<Self, RequestError> {
-        let mut raw = raw::parse(body)?;
+        let mut raw: RawRequest = raw::parse(body)?;
         let wants_continuation = raw.continue_final_message == Some(true);
         let (messages, continues) = messages(raw.messages.take(), wants_continuation)?;
         tools::refuse_functions(raw.functions, raw.function_call)?;
@@ -372,7 +374,7 @@ impl CompletionRequest {
     /// # Errors
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8]) -> Result<Self, RequestError> {
-        let mut raw = raw::parse(body)?;
+        let mut raw: RawRequest = raw::parse(body)?;
         let prompts = match raw.prompt.take() {
             None => {
                 return Err(RequestError::Missing {

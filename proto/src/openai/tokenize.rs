@@ -1,11 +1,11 @@
 //! `/tokenize` and `/detokenize`, as vLLM and llama.cpp have them.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 
-use super::error::RequestError;
+use super::{error::RequestError, raw};
 
 /// `POST /tokenize` with a text; one with `messages` is a chat.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, expecting = "an object")]
 pub struct TokenizeRequest {
     /// Name of a served model; may be left out when only one is served.
@@ -14,6 +14,8 @@ pub struct TokenizeRequest {
     pub prompt: Option<String>,
     /// The text in llama.cpp's word.
     pub content: Option<String>,
+    /// There is a conversation.
+    pub messages: Option<IgnoredAny>,
     /// BOS goes in front where the model wants it; the default is no, as of `dsd eval tokenize`.
     pub add_special_tokens: Option<bool>,
     /// What spells a special token is that token; the default is yes.
@@ -38,7 +40,7 @@ impl TokenizeRequest {
     /// # Errors
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8]) -> Result<Self, RequestError> {
-        read(body)
+        raw::parse(body)
     }
 
     /// The text.
@@ -59,7 +61,7 @@ impl DetokenizeRequest {
     /// # Errors
     /// [`RequestError`] with the field to blame.
     pub fn from_slice(body: &[u8]) -> Result<Self, RequestError> {
-        let request: Self = read(body)?;
+        let request: Self = raw::parse(body)?;
         match request.tokens {
             Some(_) => Ok(request),
             None => Err(RequestError::Missing {
@@ -67,12 +69,6 @@ impl DetokenizeRequest {
             }),
         }
     }
-}
-
-fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, RequestError> {
-    serde_json::from_slice(body).map_err(|e| RequestError::Json {
-        problem: e.to_string().chars().take(300).collect(),
-    })
 }
 
 /// Answer of `POST /tokenize`.

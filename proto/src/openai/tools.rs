@@ -175,6 +175,11 @@ pub(super) fn tools(raw: Option<Vec<Box<RawValue>>>) -> Result<Vec<Tool>, Reques
         let found = format!("a list of {}", raw.len());
         return Err(out_of_range("tools", found, expected));
     }
+    let len: usize = raw.iter().map(|tool| tool.get().len()).sum();
+    if limits::TOOLS_LEN_MAX < len {
+        let expected = format!("at most {}", limits::TOOLS_LEN_MAX);
+        return Err(out_of_range("tools", format!("{len} bytes long"), expected));
+    }
     let mut tools: Vec<Tool> = Vec::with_capacity(raw.len());
     for (idx, raw) in raw.iter().enumerate() {
         let tool = tool(idx, raw.get())?;

@@ -53,6 +53,11 @@ fn the_official_client_calls_tools_and_parses_answers() {
 }
 
 #[test]
+fn the_official_client_gets_responses() {
+    check(Node::builder(&data::smollm2()), "Responses");
+}
+
+#[test]
 fn the_official_client_gets_errors_as_its_own_classes() {
     let queue = tiny()
         .env("DSD_ENGINE__RUNNING_MAX", 1)

@@ -214,5 +214,24 @@ async fn errors_are_anthropics() {
         assert_eq!(error["error"]["type"], kind, "{error}");
         assert!(error["error"]["message"].is_string(), "{error}");
     }
+    let json = "content-type: application/json\r\n";
+    let of = |reply: Reply| {
+        let error = reply.json();
+        assert_eq!(error["type"], "error", "{error}");
+        let kind = error["error"]["type"].as_str().unwrap().to_owned();
+        (reply.status, kind)
+    };
+    let long = vec![b' '; super::kit::config().body_len_max + 1];
+    let too_long = node.post_with("/v1/messages", json, &long).await;
+    assert_eq!(of(too_long), (413, "request_too_large".to_owned()));
+    let no_json = node.post_with("/v1/messages", "", b"{}").await;
+    assert_eq!(of(no_json), (415, "invalid_request_error".to_owned()));
+    let get = node.get("/v1/messages").await;
+    assert_eq!(get.header("allow"), Some("POST"));
+    assert_eq!(of(get), (405, "invalid_request_error".to_owned()));
+    for path in ["/v1/messages/batches", "/anthropic/v1/other"] {
+        let unknown = node.post(path, "{}").await;
+        assert_eq!(of(unknown), (404, "not_found_error".to_owned()), "{path}");
+    }
     node.must_serve().await;
 }

@@ -5,6 +5,7 @@ mod bad_input;
 pub(crate) mod kit;
 mod limits;
 mod messages;
+mod responses;
 mod tenants;
 mod tokenize;
 mod tools;

@@ -55,7 +55,8 @@ async fn texts_become_tokens_and_texts_again() {
 async fn what_is_no_text_or_token_is_refused_by_its_field() {
     let node = Node::quick().await;
     for (path, body, param) in [
-        ("/tokenize", "{}", "messages"),
+        ("/tokenize", "{}", "prompt"),
+        ("/tokenize", r#"{"messages": []}"#, "messages"),
         ("/detokenize", "{}", "tokens"),
         ("/detokenize", r#"{"tokens": [104, 9999]}"#, "tokens[1]"),
     ] {

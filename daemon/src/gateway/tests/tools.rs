@@ -251,10 +251,42 @@ async fn calls_that_are_required_come_and_follow_their_schema() {
     }
 }
 
+/// The model would rather write other arguments, or another function's, or no call at all.
+#[tokio::test]
+async fn strict_functions_are_followed_where_the_model_decides_to_call_them() {
+    let strict = json!({"type": "function", "function": {"name": "get_weather", "strict": true, "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"], "additionalProperties": false}}});
+    let any = json!({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["b"]}}});
+    let offered = json!({"tools": [strict, any], "parallel_tool_calls": false});
+    let add = ("add", r#"{"a": 1}"#);
+    check(ADD, offered.clone(), Value::Null, &[add], "tool_calls").await;
+    let forced = ("get_weather", r#"{"city": "Rome"}"#);
+    let says = format!("I look.\n{WEATHER}");
+    check(
+        &says,
+        offered.clone(),
+        json!("I look."),
+        &[forced],
+        "tool_calls",
+    )
+    .await;
+    check(
+        "I would rather not.",
+        offered,
+        json!("I would rather not."),
+        &[],
+        "stop",
+    )
+    .await;
+}
+
 #[tokio::test]
 async fn shapes_that_cannot_be_followed_are_refused_by_their_field() {
     let node = node().await;
     let long = "a".repeat(300_000);
+    let many_long_tools: Vec<Value> = (0..11)
+        .map(|i| json!({"type": "function", "function": {"name": format!("f{i}"), "description": "a".repeat(100_000)}}))
+        .collect();
     for (fields, param) in [
         (
             json!({"response_format": {"type": "json_schema"}}),
@@ -286,6 +318,7 @@ async fn shapes_that_cannot_be_followed_are_refused_by_their_field() {
             json!({"guided_choice": ["a"], "ignore_eos": true}),
             "ignore_eos",
         ),
+        (json!({"tools": many_long_tools}), "tools"),
     ] {
         let mut body = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
         for (key, value) in fields.as_object().unwrap() {
