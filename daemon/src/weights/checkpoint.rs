@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::{
     error::WeightsError,
-    folder,
+    folder, foreign,
     gguf::{self, GgufMetadata},
     gguf_config,
     gguf_names::{self, HfName},
@@ -158,6 +158,7 @@ impl Checkpoint {
             false => None,
         };
         let architecture = architecture_of(&config_file, &config)?;
+        foreign::refuse_config(&config_file, &config)?;
         let scheme = quantization::scheme(&config_file, &config)?;
         // Where the generation configuration names any, it is alone that counts: authors mend there
         // what the configuration has wrong.
@@ -182,6 +183,9 @@ impl Checkpoint {
                 insert(&mut tensors, tensor.name.clone(), tensor)?;
             }
             files.push(mapped_file(&shard)?);
+        }
+        if scheme == Scheme::Plain {
+            foreign::refuse_packed(path, tensors.keys().map(String::as_str))?;
         }
         Ok(Self {
             path: path.to_owned(),
