@@ -203,7 +203,7 @@ fn post_processor_adds(tokenizer: &Map<String, Value>, bos: Option<&str>) -> boo
     })
 }
 
-/// Named templates, the default first; a `chat_template.jinja` file wins over the configuration.
+/// Named templates; a `chat_template.jinja` file wins over the configuration.
 fn templates(
     folder: &Path,
     config_file: &Path,
@@ -227,7 +227,6 @@ fn templates(
                 };
                 templates.push((name, source));
             }
-            templates.sort_by_key(|(name, _)| *name != default);
             Ok(templates)
         }
         Some(found) => Err(unsupported(

@@ -76,7 +76,7 @@ pub(super) struct Parts {
     pub(super) table: TokenTable,
     pub(super) added: Vec<AddedToken>,
     pub(super) special: SpecialTokens,
-    /// Name and source; the first is the default.
+    /// Name and source.
     pub(super) templates: Vec<(String, String)>,
 }
 
@@ -105,7 +105,7 @@ impl TextModel {
     }
 
     fn from_parts(parts: Parts) -> Result<Self, TextError> {
-        let templates = ChatTemplates::compile(&parts.file, parts.templates)?;
+        let templates = ChatTemplates::compile(&parts.file, parts.templates);
         let added = AddedVocabulary::new(parts.added);
         let mut table = parts.table;
         let cuts = Cuts::of(&parts.plain, table.token_len_max());
