@@ -205,10 +205,73 @@ fn edited(edit: impl Fn(&mut Value, &mut Value)) -> Result<TextModel, String> {
     edit(&mut tokenizer, &mut config);
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    // Older tools' place, kept within the configuration here.
+    if let Some(legacy) = config.get("added_tokens.json") {
+        std::fs::write(dir.path().join("added_tokens.json"), legacy.to_string()).unwrap();
+    }
     TextModel::open(dir.path()).map_err(|e| {
         e.to_string()
             .replace(&format!("{}/", dir.path().display()), "@")
     })
+}
+
+/// Tokens that were only in the configuration were encoded as letters.
+#[test]
+fn tokens_outside_the_tokenizer_are_added_to_it() {
+    let token = |content: &str, special: bool| {
+        json!({"content": content, "special": special, "lstrip": false, "rstrip": false,
+            "single_word": false, "normalized": false})
+    };
+    let decoder = json!({
+        "260": token("<s>", true), "264": token("<think>", true), "268": token("<|im_end|>", true),
+        "269": token("<tool>", false), "300": token("th", false), "400": token("</s>", true),
+    });
+    let model = edited(|_, config| {
+        config["added_tokens_decoder"] = decoder.clone();
+        config["eos_token"] = json!("<|im_end|>");
+    });
+    let model = model.unwrap();
+    assert_eq!((model.eos_id(), model.vocab_len()), (Some(268), 270));
+    let ids = model.encode_trusted("<s>a<tool>thi<|im_end|></s>").unwrap();
+    // `th` is a token of its own now, so that `thi` cannot be merged.
+    assert_eq!(ids, [260, 97, 269, 256, 105, 268, 261]);
+    assert_eq!(model.decode(&ids, true), "a<tool>thi");
+    assert!(model.is_special(268) && !model.is_special(269));
+
+    let legacy = edited(|_, config| {
+        config["added_tokens.json"] = json!({"<|im_end|>": 268, "<tool>": 269});
+        config["eos_token"] = json!("<|im_end|>");
+    });
+    let legacy = legacy.unwrap();
+    assert_eq!(
+        legacy.encode_trusted("<tool><|im_end|>").unwrap(),
+        [269, 268]
+    );
+    assert!(legacy.is_special(268) && !legacy.is_special(269));
+
+    let refused = |decoder: Value| {
+        edited(|_, config| config["added_tokens_decoder"] = decoder.clone()).unwrap_err()
+    };
+    assert_eq!(
+        refused(json!({"97": token("<x>", true)})),
+        "`@tokenizer_config.json`: the id of token `<x>` is 97, expected 268, the next one that is \
+         free"
+    );
+    assert_eq!(
+        refused(json!({"300": token("<x>", true)})),
+        "`@tokenizer_config.json`: the id of token `<x>` is 300, expected 268, the next one that is \
+         free"
+    );
+    for odd in [json!({"many": "x"}), json!({"268": "x"})] {
+        assert_eq!(
+            refused(odd),
+            "`@tokenizer_config.json`: added_tokens_decoder is \"x\", expected objects by their ids"
+        );
+    }
+    assert_eq!(
+        refused(json!([])),
+        "`@tokenizer_config.json`: added_tokens_decoder is [], expected an object"
+    );
 }
 
 #[test]
