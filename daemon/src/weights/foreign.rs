@@ -99,7 +99,7 @@ pub(super) fn refuse_config(file: &Path, config: &Value) -> Result<(), WeightsEr
         Some(mlx) if quantization.is_none_or(|q| q.get("quant_method").is_none()) => refuse(
             format!(
                 "of a model quantized by MLX to {} bits",
-                short(&mlx["bits"].to_string())
+                short(mlx["bits"].to_string())
             ),
             OTHER_FORM,
         ),
