@@ -22,9 +22,10 @@ use crate::{
 };
 
 /// What a tokenizer is read from, in folders and packs; the last is there in packs of GGUF files.
-const TEXT_NAMES: [&str; 6] = [
+const TEXT_NAMES: [&str; 7] = [
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "encoding/encoding_dsv4.py",
     "encoding_dsv4.py",

@@ -1,6 +1,8 @@
 //! Tensors into a decoder: every tensor is asked for with its shape and this rank's piece of it, and
 //! none may be left over.
 
+use std::collections::BTreeSet;
+
 use dsd_kernels::backend::WeightStore;
 
 use super::{
@@ -109,8 +111,8 @@ fn ffn<B: WeightStore>(
 }
 
 /// Everything in the checkpoint or pack must have been asked for, except what is known to be unused:
-/// the layers of prediction heads, a copy of the tied output layer, and precomputed frequencies that
-/// old exports carry (none of which a pack has). Call after [`build`].
+/// the layers of prediction heads (MTP), also where the configuration counts none, and precomputed
+/// frequencies that old exports carry (none of which a pack has). Call after [`build`].
 ///
 /// # Errors
 /// [`ModelError::ExtraTensors`].
@@ -119,14 +121,19 @@ pub fn refuse_extra_tensors(
     spec: &DecoderSpec,
 ) -> Result<(), ModelError> {
     let n = spec.n_layers();
-    let unused_layers = (n..n + spec.n_extra_layers)
-        .map(|i| format!("model.layers.{i}."))
-        .collect::<Vec<_>>();
     let mut extra = source.unclaimed();
+    // Only such a layer joins the stream with the next token's embedding: layers that the
+    // configuration cut off are no part of this.
+    let unused_layers: BTreeSet<usize> = extra
+        .iter()
+        .filter(|name| name.contains(".eh_proj."))
+        .filter_map(|name| layer_of(name))
+        .chain(n..n + spec.n_extra_layers)
+        .filter(|layer| n <= *layer)
+        .collect();
     extra.retain(|name| {
-        let unused = unused_layers.iter().any(|layer| name.starts_with(layer))
-            || name.ends_with(".rotary_emb.inv_freq")
-            || (spec.tied_head && name == "lm_head.weight");
+        let unused = layer_of(name).is_some_and(|layer| unused_layers.contains(&layer))
+            || name.ends_with(".rotary_emb.inv_freq");
         !unused
     });
     match extra.iter().min() {
@@ -137,4 +144,10 @@ pub fn refuse_extra_tensors(
             first: first.clone(),
         }),
     }
+}
+
+/// The layer that a tensor belongs to.
+fn layer_of(name: &str) -> Option<usize> {
+    let (layer, _) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    layer.parse().ok()
 }

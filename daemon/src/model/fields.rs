@@ -140,6 +140,19 @@ impl<'a> Fields<'a> {
         Ok(self.size_opt(key)?.unwrap_or(default))
     }
 
+    /// A count of at least one where absent and null differ: what the key's absence means is the
+    /// default of the vendor's program, and null says that there is none of it.
+    pub(super) fn size_or_none(
+        self,
+        key: &'static str,
+        absent: Option<usize>,
+    ) -> Result<Option<usize>, ConfigError> {
+        match self.0.get(key) {
+            None => Ok(absent),
+            Some(_) => self.size_opt(key),
+        }
+    }
+
     /// A count of at least one, absent or null.
     pub(super) fn size_opt(self, key: &'static str) -> Result<Option<usize>, ConfigError> {
         match self.count_opt(key)? {

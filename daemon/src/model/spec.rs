@@ -23,7 +23,7 @@ pub struct DecoderSpec {
     pub rms_norm_eps: f32,
     /// Positions the model was made for.
     pub context_len: usize,
-    /// The output layer is the embedding.
+    /// The output layer is the embedding: the configuration says so, and there is no other.
     pub tied_head: bool,
     /// Rotation of queries and keys.
     pub rope: RopeSpec,
@@ -150,6 +150,14 @@ pub fn spec_of(checkpoint: &Checkpoint) -> Result<DecoderSpec, ConfigError> {
 /// What the configuration says by itself.
 pub(super) fn spec_as_configured(checkpoint: &Checkpoint) -> Result<DecoderSpec, ConfigError> {
     let config = Fields(checkpoint.config());
+    let mut spec = spec_of_line(config, checkpoint)?;
+    // A head of its own is one that training or merging has moved away from the embedding, whatever
+    // the configuration says; where it is only a copy, nothing changes. Transformers does the same.
+    spec.tied_head &= !checkpoint.contains("lm_head.weight");
+    Ok(spec)
+}
+
+fn spec_of_line(config: Fields<'_>, checkpoint: &Checkpoint) -> Result<DecoderSpec, ConfigError> {
     match checkpoint.architecture() {
         "llama" => lines::llama::spec(config, checkpoint),
         "qwen2" => lines::qwen2::spec(config),

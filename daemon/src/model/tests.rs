@@ -1,19 +1,35 @@
 //! Configurations as they are found in the wild, all of which mean the same.
 
+use dsd_kernels::backend::{GateGroups, GroupScore};
 use serde_json::{Map, Value, json};
 use tempfile::tempdir;
 
-use super::{DecoderSpec, spec::spec_as_configured};
+use super::{
+    DecoderSpec,
+    build::refuse_extra_tensors,
+    spec::{FfnSpec, spec_as_configured},
+};
 use crate::weights::{
     Checkpoint,
     tests::writer::{f32s, safetensors, write_folder},
 };
 
 fn spec(config: &Value) -> Result<DecoderSpec, String> {
+    with_tensors(config, &["any"], |checkpoint| {
+        spec_as_configured(checkpoint).map_err(|e| e.to_string())
+    })
+}
+
+/// A checkpoint with tensors of these names.
+fn with_tensors<T>(config: &Value, names: &[&str], look: impl FnOnce(&Checkpoint) -> T) -> T {
     let dir = tempdir().unwrap();
-    let tensors = safetensors(&[("any", "F32", &[1], f32s(&[1.0]))]);
-    write_folder(dir.path(), config, &[("model.safetensors", tensors)]);
-    spec_as_configured(&Checkpoint::open(dir.path()).unwrap()).map_err(|e| e.to_string())
+    let tensors: Vec<_> = names
+        .iter()
+        .map(|name| (*name, "F32", &[1usize][..], f32s(&[1.0])))
+        .collect();
+    let file = ("model.safetensors", safetensors(&tensors));
+    write_folder(dir.path(), config, &[file]);
+    look(&Checkpoint::open(dir.path()).unwrap())
 }
 
 /// A configuration as published before transformers 5.
@@ -113,7 +129,10 @@ fn optional_keys_may_be_null_or_absent() {
                 assert_eq!(spec(&json!(config)).as_ref(), Ok(&expected), "{line} {key}");
             }
             config.remove(key);
-            assert_eq!(spec(&json!(config)).as_ref(), Ok(&expected), "{line} {key}");
+            // V3's have defaults, which no key says away but these.
+            if (line, key) != ("deepseek_v3", "n_group") {
+                assert_eq!(spec(&json!(config)).as_ref(), Ok(&expected), "{line} {key}");
+            }
         }
     }
 }
@@ -175,5 +194,112 @@ fn what_is_not_computed_is_refused_by_name() {
         let mut config = published(line);
         config.insert(key.to_owned(), value);
         assert_eq!(spec(&json!(config)), Err(expected.to_owned()), "{line}");
+    }
+}
+
+/// A configuration that training had trimmed to what differs from transformers' defaults was read
+/// with other ones: V3's weights of experts were off by 2.5.
+#[test]
+fn absent_keys_of_deepseek_mean_what_transformers_takes_them_for() {
+    let trimmed = |line: &str, keys: &[&str]| {
+        let mut config = published(line);
+        config.insert("num_hidden_layers".to_owned(), json!(5));
+        config.insert("n_routed_experts".to_owned(), json!(32));
+        keys.iter().for_each(|key| drop(config.remove(*key)));
+        config
+    };
+    let all = [
+        "routed_scaling_factor",
+        "n_group",
+        "topk_group",
+        "first_k_dense_replace",
+        "n_shared_experts",
+        "norm_topk_prob",
+    ];
+    let n_dense = |spec: &DecoderSpec| {
+        let is_dense = |ffn: &&FfnSpec| matches!(ffn, FfnSpec::Mlp { .. });
+        spec.ffns.iter().take_while(is_dense).count()
+    };
+    let moe = |spec: &DecoderSpec| match spec.ffns.last() {
+        Some(FfnSpec::Moe(moe)) => moe.clone(),
+        other => panic!("{other:?}"),
+    };
+    let v3 = spec(&json!(trimmed("deepseek_v3", &all))).unwrap();
+    assert_eq!(n_dense(&v3), 3);
+    let found = moe(&v3);
+    assert_eq!((found.gate.scale, found.gate.normalize), (2.5, true));
+    assert_eq!(found.shared_inter, Some(24));
+    let groups = GateGroups {
+        n_groups: 8,
+        top_groups: 4,
+        group_score: GroupScore::TopTwoSum,
+    };
+    assert_eq!(found.gate.groups, Some(groups));
+    let v2 = spec(&json!(trimmed("deepseek_v2", &all))).unwrap();
+    assert_eq!(n_dense(&v2), 0);
+    let found = moe(&v2);
+    assert_eq!((found.gate.scale, found.gate.normalize), (1.0, false));
+    assert_eq!((found.shared_inter, found.gate.groups), (Some(48), None));
+
+    // Groups that the default makes of too few experts have no two best.
+    let mut config = trimmed("deepseek_v3", &["n_group", "topk_group"]);
+    config.insert("n_routed_experts".to_owned(), json!(8));
+    let expected = "config is contradictory: n_group 8 and topk_group 4 do not fit 8 experts";
+    assert_eq!(spec(&json!(config)), Err(expected.to_owned()));
+    let mut config = trimmed("deepseek_v2", &["n_group"]);
+    config.insert("topk_method".to_owned(), json!("group_limited_greedy"));
+    let expected = "config key `n_group` is missing";
+    assert_eq!(spec(&json!(config)), Err(expected.to_owned()));
+}
+
+/// The head in the file was dropped without a word, and answers were those of another model.
+#[test]
+fn a_head_of_its_own_is_used_whatever_the_configuration_says() {
+    let mut config = published("llama");
+    for (tied, names, expected) in [
+        (true, &["any"][..], true),
+        (true, &["lm_head.weight"][..], false),
+        (false, &["lm_head.weight"][..], false),
+    ] {
+        config.insert("tie_word_embeddings".to_owned(), json!(tied));
+        let spec = with_tensors(&json!(config), names, |checkpoint| {
+            spec_as_configured(checkpoint).unwrap()
+        });
+        assert_eq!(spec.tied_head, expected, "{tied} {names:?}");
+    }
+}
+
+/// Checkpoints keep the tensors of prediction heads when their count is set to 0 or left out.
+#[test]
+fn prediction_heads_are_left_alone_also_where_none_are_counted() {
+    let heads = [
+        "model.layers.3.eh_proj.weight",
+        "model.layers.3.enorm.weight",
+        "model.layers.3.self_attn.o_proj.weight",
+        "model.layers.3.shared_head.norm.weight",
+    ];
+    let check = |n: Option<u64>, more: &[&str]| {
+        let mut config = published("deepseek_v3");
+        match n {
+            Some(n) => config.insert("num_nextn_predict_layers".to_owned(), json!(n)),
+            None => config.remove("num_nextn_predict_layers"),
+        };
+        let names = [&heads, more].concat();
+        with_tensors(&json!(config), &names, |checkpoint| {
+            let spec = spec_as_configured(checkpoint).unwrap();
+            let source = checkpoint.of_rank(0, 1).unwrap();
+            refuse_extra_tensors(&source, &spec).map_err(|e| e.to_string())
+        })
+    };
+    for n in [Some(0), None, Some(1)] {
+        assert_eq!(check(n, &[]), Ok(()), "{n:?}");
+        // Layers that were cut off, and heads among the layers that count, are something else.
+        for other in [
+            "model.layers.4.self_attn.o_proj.weight",
+            "model.layers.2.eh_proj.weight",
+        ] {
+            let error = check(n, &[other]).unwrap_err();
+            assert!(error.contains(other), "{n:?}: {error}");
+        }
     }
 }

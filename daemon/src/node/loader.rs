@@ -128,6 +128,7 @@ fn load(
     stage(1);
     let text = TextModel::from_checkpoint(&checkpoint).map_err(|e| bad_checkpoint(path, e))?;
     let text = Arc::new(text);
+    let stop_token_ids = stop_token_ids(&checkpoint, &text);
     stage(2);
     let mut ledger = settings.ledger.open();
     let available = Available::now().map(|available| available.less(ledger.promised()));
@@ -219,7 +220,7 @@ fn load(
         text,
         grammars: Checker::default(),
         replica,
-        stop_token_ids: checkpoint.eos_token_ids().into(),
+        stop_token_ids,
         class: match service.class {
             config::Class::Interactive => Class::Interactive,
             config::Class::Batch => Class::Batch,
@@ -227,6 +228,14 @@ fn load(
         memory,
         keeper,
     })
+}
+
+/// Tokens that end an answer: the tokenizer's where the configuration names none.
+fn stop_token_ids(checkpoint: &Checkpoint, text: &TextModel) -> Arc<[u32]> {
+    match checkpoint.eos_token_ids() {
+        [] => text.eos_id().into_iter().collect(),
+        ids => ids.into(),
+    }
 }
 
 fn bad_checkpoint(path: &Path, source: impl Into<BoxError>) -> LoadError {
@@ -393,6 +402,33 @@ mod tests {
             ..keys()
         };
         assert_eq!(kv_tokens(&checkpoint, &said, u64::MAX), 64);
+    }
+
+    /// Answers of a checkpoint that named no end token but the tokenizer's never stopped.
+    #[test]
+    fn the_tokenizers_end_token_counts_where_no_other_is_named() {
+        let from = test_data().join("reference/llama");
+        let dir = tempfile::tempdir().unwrap();
+        for file in std::fs::read_dir(&from).unwrap() {
+            let file = file.unwrap().path();
+            if file.is_file() && !file.ends_with("generation_config.json") {
+                let to = dir.path().join(file.file_name().unwrap());
+                std::fs::copy(&file, to).unwrap();
+            }
+        }
+        let config_file = dir.path().join("config.json");
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&config_file).unwrap()).unwrap();
+        let check = |config: &serde_json::Value, expected: &dyn Fn(&TextModel) -> u32| {
+            std::fs::write(&config_file, config.to_string()).unwrap();
+            let checkpoint = open(dir.path()).unwrap();
+            let text = TextModel::from_checkpoint(&checkpoint).unwrap();
+            assert_eq!(*stop_token_ids(&checkpoint, &text), [expected(&text)]);
+        };
+        config["eos_token_id"] = 7.into();
+        check(&config, &|_| 7);
+        config["eos_token_id"] = serde_json::Value::Null;
+        check(&config, &|text| text.eos_id().unwrap());
     }
 
     struct Bytes {

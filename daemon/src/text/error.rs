@@ -32,13 +32,22 @@ pub enum TextError {
         source: tokenizers::Error,
     },
     /// The chat template does not compile.
-    #[error("the chat template of `{}` does not compile", file.display())]
+    #[error(
+        "the model's chat template does not compile, so that it has no chat; use completions \
+         ({reason})"
+    )]
     Template {
-        /// The file.
-        file: PathBuf,
         /// Where and why.
-        #[source]
-        source: minijinja::Error,
+        reason: String,
+    },
+    /// The checkpoint has several chat templates, and none of them is for this conversation.
+    #[error(
+        "the model has chat templates for special purposes alone ({names}), none of them called \
+         `default`; use completions"
+    )]
+    NoDefaultTemplate {
+        /// Their names.
+        names: String,
     },
     /// The checkpoint has no chat template.
     #[error("the model has no chat template")]
@@ -105,6 +114,8 @@ impl TextError {
     pub fn is_request_fault(&self) -> bool {
         match self {
             Self::NoTemplate
+            | Self::NoDefaultTemplate { .. }
+            | Self::Template { .. }
             | Self::Message { .. }
             | Self::Refused { .. }
             | Self::Render { .. }
@@ -112,10 +123,7 @@ impl TextError {
             | Self::TooLong { .. }
             | Self::LongWhole { .. }
             | Self::Encode { .. } => true,
-            Self::Checkpoint(_)
-            | Self::Unsupported { .. }
-            | Self::Tokenizer { .. }
-            | Self::Template { .. } => false,
+            Self::Checkpoint(_) | Self::Unsupported { .. } | Self::Tokenizer { .. } => false,
         }
     }
 }

@@ -101,7 +101,29 @@ fn splitter(metadata: &GgufMetadata) -> Result<split::Splitter, TextError> {
         }
     }
     let key = "tokenizer.ggml.pre";
-    let name = metadata.string(key)?.unwrap_or("default");
+    let named = metadata.string(key)?;
+    let name = match named {
+        Some(name) if name != "default" => name,
+        // Without a name, or with one that says nothing, the merges have to tell: another splitter
+        // gives other tokens, and answers that are only somewhat worse.
+        _ => {
+            let merges = strings(metadata, "tokenizer.ggml.merges")?;
+            let Some(name) = split::name_by_merges(&merges).or(named) else {
+                let expected = format!(
+                    "the name of a pre-tokenizer, as these merges are of no known vocabulary: \
+                     write it with `gguf-new-metadata --pre-tokenizer NAME`, NAME being {}",
+                    split::NAMES
+                );
+                return Err(metadata.field(key, &expected, "missing").into());
+            };
+            tracing::warn!(
+                file = %metadata.file().display(),
+                pre_tokenizer = name,
+                "the file does not say how text is cut ({key}); chosen by its merges"
+            );
+            name
+        }
+    };
     split::by_name(name).ok_or_else(|| {
         metadata
             .field(key, split::NAMES, &format!("`{name}`"))

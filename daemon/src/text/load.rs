@@ -1,9 +1,9 @@
 //! Reads `tokenizer.json`, `tokenizer_config.json` and the chat templates of a folder.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use super::{
@@ -17,14 +17,17 @@ use crate::weights::side_file::{read_json, read_text};
 /// The file that makes a folder a tokenizer.
 pub(super) const TOKENIZER_NAME: &str = "tokenizer.json";
 /// Everything a folder's tokenizer is read from.
-pub const FILE_NAMES: [&str; 5] = [
+pub const FILE_NAMES: [&str; 6] = [
     TOKENIZER_NAME,
     CONFIG_NAME,
     TEMPLATE_NAME,
+    ADDED_NAME,
     ENCODER_NAMES[0],
     ENCODER_NAMES[1],
 ];
 const CONFIG_NAME: &str = "tokenizer_config.json";
+/// Where older tools kept tokens that are not in the tokenizer.
+const ADDED_NAME: &str = "added_tokens.json";
 const TEMPLATE_NAME: &str = "chat_template.jinja";
 /// V4's encoder where its repository has it, and where packs do. It is not run, only looked at: its prompts changed once.
 const ENCODER_NAMES: [&str; 2] = ["encoding/encoding_dsv4.py", "encoding_dsv4.py"];
@@ -42,8 +45,8 @@ struct AddedTokenJson {
     rstrip: bool,
     #[serde(default)]
     single_word: bool,
-    #[serde(default)]
-    normalized: bool,
+    /// Where it is not said: those that are not special.
+    normalized: Option<bool>,
 }
 
 /// Loads the tokenizer of a folder.
@@ -71,6 +74,8 @@ pub(super) fn folder(folder: &Path) -> Result<Parts, TextError> {
         true => read_json(&config_file, CONFIG_NAME)?,
         false => Map::new(),
     };
+    let (outside_file, outside) = outside_tokens(folder, &config_file, &config)?;
+    add_outside(&outside_file, outside, &json, &mut added)?;
     let special = special_tokens(&config_file, &config, &json, &mut added)?;
 
     // What is left encodes plain text and nothing else.
@@ -118,10 +123,109 @@ fn added_tokens(file: &Path, json: Option<Value>) -> Result<Vec<AddedToken>, Tex
             lstrip: entry.lstrip,
             rstrip: entry.rstrip,
             single_word: entry.single_word,
-            normalized: entry.normalized,
+            normalized: entry.normalized.unwrap_or(!entry.special),
         });
     }
     Ok(tokens)
+}
+
+/// The tokens that stand outside `tokenizer.json`, and where: in `added_tokens_decoder` of the
+/// configuration, or where it has none, in `added_tokens.json`.
+fn outside_tokens(
+    folder: &Path,
+    config_file: &Path,
+    config: &Map<String, Value>,
+) -> Result<(PathBuf, Vec<AddedToken>), TextError> {
+    let legacy_file = folder.join(ADDED_NAME);
+    let mut entries = Vec::new();
+    let file = match config.get("added_tokens_decoder") {
+        Some(Value::Object(decoder)) => {
+            for (id, token) in decoder {
+                let Some((id, token)) = id.parse::<u32>().ok().zip(token.as_object()) else {
+                    let expected = "objects by their ids";
+                    return Err(unsupported(
+                        config_file,
+                        "added_tokens_decoder",
+                        expected,
+                        token,
+                    ));
+                };
+                let mut token = token.clone();
+                token.insert("id".to_owned(), id.into());
+                entries.push(Value::Object(token));
+            }
+            config_file.to_owned()
+        }
+        None | Some(Value::Null) if legacy_file.exists() => {
+            let legacy: Map<String, Value> = read_json(&legacy_file, ADDED_NAME)?;
+            let names: Vec<&Value> = ["bos_token", "eos_token", "pad_token", "unk_token"]
+                .iter()
+                .filter_map(|key| config.get(*key))
+                .map(|token| token.get("content").unwrap_or(token))
+                .collect();
+            for (content, id) in legacy {
+                let special = names.iter().any(|name| **name == content);
+                entries.push(json!({"id": id, "content": content, "special": special}));
+            }
+            legacy_file
+        }
+        None | Some(Value::Null) => config_file.to_owned(),
+        Some(found) => {
+            let expected = "an object";
+            return Err(unsupported(
+                config_file,
+                "added_tokens_decoder",
+                expected,
+                found,
+            ));
+        }
+    };
+    let mut tokens = added_tokens(&file, Some(Value::Array(entries)))?;
+    tokens.sort_by_key(|token| token.id);
+    Ok((file, tokens))
+}
+
+/// Adds tokens behind those of `tokenizer.json`, as transformers does: one that is there already
+/// keeps its id and gets these flags.
+fn add_outside(
+    file: &Path,
+    tokens: Vec<AddedToken>,
+    tokenizer: &Map<String, Value>,
+    added: &mut Vec<AddedToken>,
+) -> Result<(), TextError> {
+    let vocab = tokenizer.get("model").and_then(|m| m.get("vocab"));
+    let vocab = vocab.and_then(Value::as_object);
+    let ids = vocab.into_iter().flat_map(Map::values);
+    let ids = ids.filter_map(Value::as_u64);
+    let ids = ids.chain(added.iter().map(|token| u64::from(token.id)));
+    let mut next = ids.max().map_or(0, |id| id.saturating_add(1));
+    for mut token in tokens {
+        if let Some(there) = added.iter_mut().find(|t| t.content == token.content) {
+            token.id = there.id;
+            *there = token;
+            continue;
+        }
+        let ordinary = vocab.and_then(|vocab| vocab.get(&token.content)?.as_u64());
+        match ordinary {
+            Some(id) => token.id = check_id(file, &token.content, id)?,
+            None if u64::from(token.id) == next => next += 1,
+            // Some programs take the id that is written, others the next one.
+            None => {
+                return Err(TextError::Unsupported {
+                    file: file.to_owned(),
+                    field: format!("the id of token `{}`", short(&token.content)),
+                    expected: format!("{next}, the next one that is free"),
+                    found: token.id.to_string(),
+                });
+            }
+        }
+        added.push(token);
+    }
+    Ok(())
+}
+
+fn short(text: &str) -> String {
+    text.chars().take(64).collect()
 }
 
 fn token_table(file: &Path, json: &Map<String, Value>) -> Result<TokenTable, TextError> {
@@ -148,10 +252,7 @@ pub(super) fn check_id(file: &Path, token: &str, id: u64) -> Result<u32, TextErr
         Ok(id) if id <= ID_MAX => Ok(id),
         _ => Err(TextError::Unsupported {
             file: file.to_owned(),
-            field: format!(
-                "the id of token `{}`",
-                token.chars().take(64).collect::<String>()
-            ),
+            field: format!("the id of token `{}`", short(token)),
             expected: format!("at most {ID_MAX}"),
             found: id.to_string(),
         }),
@@ -217,7 +318,7 @@ fn post_processor_adds(tokenizer: &Map<String, Value>, bos: Option<&str>) -> boo
     })
 }
 
-/// Named templates, the default first; a `chat_template.jinja` file wins over the configuration.
+/// Named templates; a `chat_template.jinja` file wins over the configuration.
 fn templates(
     folder: &Path,
     config_file: &Path,
@@ -241,7 +342,6 @@ fn templates(
                 };
                 templates.push((name, source));
             }
-            templates.sort_by_key(|(name, _)| *name != default);
             Ok(templates)
         }
         Some(found) => Err(unsupported(

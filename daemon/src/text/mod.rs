@@ -17,6 +17,7 @@ mod gguf;
 mod split;
 mod pieces;
 mod template;
+mod generation;
 mod guard;
 mod added;
 mod vocab;

@@ -79,7 +79,7 @@ pub(super) struct Parts {
     pub(super) table: TokenTable,
     pub(super) added: Vec<AddedToken>,
     pub(super) special: SpecialTokens,
-    /// Name and source; the first is the default.
+    /// Name and source.
     pub(super) templates: Vec<(String, String)>,
     /// The source of the encoder that came with the model.
     pub(super) encoder_source: Option<String>,
@@ -110,7 +110,7 @@ impl TextModel {
     }
 
     fn from_parts(parts: Parts) -> Result<Self, TextError> {
-        let templates = ChatTemplates::compile(&parts.file, parts.templates)?;
+        let templates = ChatTemplates::compile(&parts.file, parts.templates);
         let added = AddedVocabulary::new(parts.added);
         let has_token = |token: &str| added.id_of(token).is_some();
         let encoding = ChatEncoding::of_vocabulary(has_token, parts.encoder_source.as_deref());

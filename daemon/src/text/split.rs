@@ -21,6 +21,8 @@ pub(super) const NAMES: &str = "default, gpt-2, smollm, llama-bpe, qwen2, deepse
                                 deepseek-coder, deepseek-v3 or deepseek-r1-qwen";
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const DEFAULT_WORDS: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3_WORDS: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
@@ -45,6 +47,27 @@ const DEEPSEEK_LLM_PUNCTUATION: &str =
 const DEEPSEEK_LLM_CJK: &str = "[\u{4E00}-\u{9FA5}\u{0800}-\u{4E00}\u{AC00}-\u{D7FF}]+";
 const DEEPSEEK3_CJK: &str = "[\u{4E00}-\u{9FA5}\u{3040}-\u{309F}\u{30A0}-\u{30FF}]+";
 
+/// Published vocabularies by their merges: the splitter each was trained with, how many merges there
+/// are, and the first of them. Models made of them add tokens and leave the merges alone.
+const KNOWN_MERGES: [(&str, usize, [&str; 4]); 7] = [
+    ("deepseek-v3", 127_741, ["Ġ t", "Ġ a", "i n", "Ġ Ġ"]),
+    ("deepseek-llm", 99_757, ["Ġ Ġ", "Ġ t", "Ġ a", "i n"]),
+    ("deepseek-coder", 31_757, ["Ġ Ġ", "Ġ t", "Ġ a", "i n"]),
+    ("llama-bpe", 280_147, ["Ġ Ġ", "Ġ ĠĠĠ", "ĠĠ ĠĠ", "ĠĠĠ Ġ"]),
+    ("qwen2", 151_387, ["Ġ Ġ", "ĠĠ ĠĠ", "i n", "Ġ t"]),
+    ("smollm", 48_900, ["Ġ t", "Ġ a", "i n", "h e"]),
+    ("gpt-2", 50_000, ["Ġ t", "Ġ a", "h e", "i n"]),
+];
+
+/// The name of the splitter that goes with a published vocabulary; `None` for merges that are not
+/// known.
+pub(super) fn name_by_merges(merges: &[&str]) -> Option<&'static str> {
+    let known = KNOWN_MERGES
+        .iter()
+        .find(|(_, n, first)| merges.len() == *n && merges.starts_with(first));
+    known.map(|(name, ..)| *name)
+}
+
 /// The splitter that GGUF calls `name`.
 pub(super) fn by_name(name: &str) -> Option<Splitter> {
     let digits = json!({"type": "Digits", "individual_digits": true});
@@ -55,7 +78,14 @@ pub(super) fn by_name(name: &str) -> Option<Splitter> {
         add_bos: false,
     };
     Some(match name {
-        "default" | "gpt-2" | "gpt2" => plain(vec![split(GPT2)]),
+        // What llama.cpp does where it knows no better.
+        "default" => plain(vec![
+            split(r"[\p{P}\$\+<=>\^~\|]+"),
+            split(DEFAULT_WORDS),
+            split(r"\p{N}+"),
+            split("[0-9][0-9][0-9]"),
+        ]),
+        "gpt-2" | "gpt2" => plain(vec![split(GPT2)]),
         "smollm" => plain(vec![split(r"\p{N}"), split(GPT2)]),
         "llama3" | "llama-v3" | "llama-bpe" => Splitter {
             ignore_merges: true,

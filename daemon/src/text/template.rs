@@ -4,7 +4,7 @@
 //!
 //! Invariant: rendering ends; a template has so many instructions to spend and no more.
 
-use std::{error::Error, fmt, path::Path};
+use std::{collections::BTreeMap, error::Error, fmt, path::Path};
 
 use minijinja::{
     AutoEscape, Environment, ErrorKind, Value as JinjaValue, syntax::SyntaxConfig, value::Kwargs,
@@ -13,21 +13,26 @@ use serde_json::Value;
 
 use super::{
     error::TextError,
-    jinja_value,
+    generation, jinja_value,
     pyjson::{self, Style},
     tools::ToolMarkup,
 };
-use crate::runtime::clock;
+use crate::{runtime::clock, telemetry::chain};
 
 /// Instructions of one rendering: thousands of messages take well under a million.
 const FUEL: u64 = 20_000_000;
+
+/// The template that conversations go through.
+const DEFAULT: &str = "default";
+/// The one that those with tools go through, where there is such.
+const TOOL_USE: &str = "tool_use";
 
 /// The chat templates of a model.
 #[derive(Debug)]
 pub(super) struct ChatTemplates {
     environment: Environment<'static>,
-    default: String,
-    has_tool_use: bool,
+    /// By name, those that do not compile with the reason.
+    names: BTreeMap<String, Result<(), String>>,
     wants_parsed_arguments: bool,
     knows_reasoning: bool,
     shows_tools: bool,
@@ -36,47 +41,60 @@ pub(super) struct ChatTemplates {
 }
 
 impl ChatTemplates {
-    /// Compiles named templates, the first of which is the default; `None` when there are none.
-    pub(super) fn compile(
-        file: &Path,
-        templates: Vec<(String, String)>,
-    ) -> Result<Option<Self>, TextError> {
-        let Some((default, _)) = templates.first() else {
-            return Ok(None);
-        };
-        let default = default.clone();
-        let mut environment = environment().map_err(|source| TextError::Template {
-            file: file.to_owned(),
-            source,
-        })?;
-        let has_tool_use = templates.iter().any(|(name, _)| name == "tool_use");
-        let sources: Vec<String> = templates.iter().map(|(_, source)| source.clone()).collect();
-        for (name, source) in templates {
-            environment
-                .add_template_owned(name, source)
-                .map_err(|source| TextError::Template {
-                    file: file.to_owned(),
-                    source,
-                })?;
+    /// Compiles named templates; `None` when there are none. One that does not compile costs the
+    /// conversations that would go through it, and nothing else of the model.
+    pub(super) fn compile(file: &Path, templates: Vec<(String, String)>) -> Option<Self> {
+        if templates.is_empty() {
+            return None;
         }
-        Ok(Some(Self {
+        let mut environment = environment();
+        let sources: Vec<String> = templates.iter().map(|(_, source)| source.clone()).collect();
+        let mut names = BTreeMap::new();
+        for (name, source) in templates {
+            let source = generation::without_tags(source);
+            let added = environment.add_template_owned(name.clone(), source);
+            let compiled = added.map_err(|e| chain(&e));
+            if let Err(reason) = &compiled {
+                tracing::warn!(
+                    file = %file.display(),
+                    template = name,
+                    reason,
+                    "the chat template does not compile: no chat, completions alone"
+                );
+            }
+            names.insert(name, compiled);
+        }
+        Some(Self {
             environment,
-            default,
-            has_tool_use,
+            names,
             wants_parsed_arguments: sources.iter().any(|s| serialises_arguments(s)),
             knows_reasoning: sources.iter().any(|s| s.contains("</think>")),
             shows_tools: sources.iter().any(|s| s.contains("tools")),
             tool_markup: sources.iter().find_map(|s| ToolMarkup::of_template(s)),
             sources,
-        }))
+        })
     }
 
     /// Renders with the variables in `context`, which is an object.
     pub(super) fn render(&self, context: &Value, with_tools: bool) -> Result<String, TextError> {
-        let name = match with_tools && self.has_tool_use {
-            true => "tool_use",
-            false => &self.default,
+        let name = match with_tools && self.names.contains_key(TOOL_USE) {
+            true => TOOL_USE,
+            false => DEFAULT,
         };
+        match self.names.get(name) {
+            Some(Ok(())) => {}
+            Some(Err(reason)) => {
+                return Err(TextError::Template {
+                    reason: reason.clone(),
+                });
+            }
+            None => {
+                let names: Vec<&str> = self.names.keys().map(String::as_str).collect();
+                return Err(TextError::NoDefaultTemplate {
+                    names: names.join(", "),
+                });
+            }
+        }
         self.environment
             .get_template(name)
             .and_then(|template| template.render(jinja_value::from_json(context)))
@@ -122,14 +140,13 @@ fn serialises_arguments(source: &str) -> bool {
     })
 }
 
-fn environment() -> Result<Environment<'static>, minijinja::Error> {
+fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    environment.set_syntax(
-        SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?,
-    );
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build();
+    environment.set_syntax(syntax.expect("the usual delimiters differ from each other"));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_fuel(Some(FUEL));
@@ -141,7 +158,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     environment.add_function("strftime_now", |format: String| {
         strftime(&format, clock::unix_seconds())
     });
-    Ok(environment)
+    environment
 }
 
 /// What a template passed to `raise_exception`.

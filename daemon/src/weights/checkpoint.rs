@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use super::{
     error::WeightsError,
-    folder,
+    folder, foreign,
     gguf::{self, GgufMetadata},
     gguf_config,
     gguf_names::{self, HfName},
@@ -158,15 +158,19 @@ impl Checkpoint {
             false => None,
         };
         let architecture = architecture_of(&config_file, &config)?;
+        foreign::refuse_config(&config_file, &config)?;
         let scheme = quantization::scheme(&config_file, &config)?;
-        let mut eos_token_ids = token_ids(&config_file, &config, "eos_token_id")?;
-        if let Some(generation) = &generation_config {
-            for id in token_ids(&generation_file, generation, "eos_token_id")? {
-                if !eos_token_ids.contains(&id) {
-                    eos_token_ids.push(id);
-                }
-            }
-        }
+        // Where the generation configuration names any, it is alone that counts: authors mend there
+        // what the configuration has wrong.
+        let configured = token_ids(&config_file, &config, "eos_token_id")?;
+        let eos_token_ids = match &generation_config {
+            Some(generation) => token_ids(&generation_file, generation, "eos_token_id")?,
+            None => Vec::new(),
+        };
+        let eos_token_ids = match eos_token_ids.is_empty() {
+            true => configured,
+            false => eos_token_ids,
+        };
         let (shard_paths, index) = folder::find_shards(path)?;
         let mut tensors = BTreeMap::new();
         let mut files = Vec::with_capacity(shard_paths.len());
@@ -179,6 +183,9 @@ impl Checkpoint {
                 insert(&mut tensors, tensor.name.clone(), tensor)?;
             }
             files.push(mapped_file(&shard)?);
+        }
+        if scheme == Scheme::Plain {
+            foreign::refuse_packed(path, tensors.keys().map(String::as_str))?;
         }
         Ok(Self {
             path: path.to_owned(),
@@ -268,7 +275,8 @@ impl Checkpoint {
         self.gguf.is_some() && self.architecture == "llama"
     }
 
-    /// Tokens that end a generation, from configuration and generation configuration.
+    /// Tokens that end a generation: those of the generation configuration, or where it names none,
+    /// of the configuration; of a GGUF file, those of its keys and the control tokens known to be such.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }

@@ -54,6 +54,16 @@ pub enum WeightsError {
         /// What is there instead.
         found: String,
     },
+    /// Something else is in the place of weights that this version reads.
+    #[error("`{}` is {found}; {remedy}", file.display())]
+    Foreign {
+        /// The file.
+        file: PathBuf,
+        /// What it is.
+        found: String,
+        /// What would help.
+        remedy: &'static str,
+    },
     /// A JSON file or header does not parse.
     #[error("`{}` is not valid {what}", file.display())]
     Json {

@@ -11,7 +11,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    error::WeightsError, gguf, mmap::MappedFile, safetensors, side_file::read_json,
+    error::WeightsError, foreign, gguf, mmap::MappedFile, safetensors, side_file::read_json,
     tensor::StoredTensor,
 };
 
@@ -70,6 +70,9 @@ pub(super) fn only_gguf_in(folder: &Path) -> Result<Option<PathBuf>, WeightsErro
     }
     if found.len() == 1 {
         return Ok(found.pop());
+    }
+    if found.is_empty() {
+        foreign::refuse_pickles(folder)?;
     }
     Err(WeightsError::NotACheckpoint {
         path: folder.to_owned(),

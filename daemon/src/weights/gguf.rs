@@ -20,6 +20,7 @@ use dsd_kernels::dtype::Format;
 
 use super::{
     error::WeightsError,
+    foreign,
     mmap::{self, MappedFile},
     tensor::{NAME_BYTES_MAX, StoredTensor, StoredType, check_shape},
 };
@@ -91,6 +92,7 @@ pub(super) fn read(path: &Path) -> Result<Gguf, WeightsError> {
 /// [`WeightsError`] naming the first thing that does not fit.
 pub(super) fn open(path: &Path) -> Result<(MappedFile, Gguf), WeightsError> {
     let mapped = mmap::map_file(path)?;
+    foreign::refuse_pointer(path, &mapped.file)?;
     let reader = Reader {
         path,
         file: Some(&mapped.file),

@@ -206,7 +206,34 @@ fn qwen_experts(keys: &Keys<'_>, config: &mut Map<String, Value>) -> Result<(), 
     Ok(())
 }
 
-/// The token ids after which generation ends: end of sequence, of turn, of message.
+/// Control tokens that end a turn or a text, whatever the keys say: files are about that name one
+/// end token of several. They are those of llama.cpp for the lines served here, the ends of a file in
+/// a filled hole included.
+const END_TOKENS: [&str; 18] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<\u{FF5C}end\u{2581}of\u{2581}sentence\u{FF5C}>",
+    "</s>",
+    "<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|fim_pad|>",
+    "<fim_pad>",
+    "<|repo_name|>",
+    "<reponame>",
+    "<|file_sep|>",
+];
+/// Type of control tokens in `tokenizer.ggml.token_type`.
+const CONTROL: u64 = 3;
+
+/// The token ids after which generation ends: end of sequence, of turn, of message, and the control
+/// tokens that are known to be such.
 ///
 /// # Errors
 /// [`WeightsError::Field`] for an id that is no integer.
@@ -220,6 +247,21 @@ pub(super) fn eos_token_ids(metadata: &GgufMetadata) -> Result<Vec<u32>, Weights
         let id = u32::try_from(id)
             .map_err(|_| metadata.field(&key, "a 32-bit token id", &id.to_string()))?;
         if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    let tokens = metadata.array("tokenizer.ggml.tokens")?.unwrap_or_default();
+    let types = metadata.array("tokenizer.ggml.token_type")?;
+    for (id, (token, kind)) in (0..).zip(tokens.iter().zip(types.unwrap_or_default())) {
+        let is_control = match kind {
+            GgufValue::Uint(kind) => *kind == CONTROL,
+            GgufValue::Int(kind) => u64::try_from(*kind) == Ok(CONTROL),
+            _ => false,
+        };
+        let GgufValue::String(token) = token else {
+            continue;
+        };
+        if is_control && END_TOKENS.contains(&token.as_str()) && !ids.contains(&id) {
             ids.push(id);
         }
     }
@@ -254,23 +296,21 @@ fn vocab_size(metadata: &GgufMetadata, tensors: &[StoredTensor]) -> Result<usize
 fn rope_scaling(keys: &Keys<'_>) -> Result<Value, WeightsError> {
     let metadata = keys.metadata;
     let key = keys.name("rope.scaling.type");
-    let factor_key = keys.name("rope.scaling.factor");
+    // Before `rope.scaling.factor` there was only a linear one. Zero stands for none.
+    let factor = match keys.float("rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => keys.float("rope.scale_linear")?,
+    };
+    let factor = factor.filter(|factor| *factor != 0.0);
     let rope_type = match metadata.string(&key)? {
-        // Before `rope.scaling.type` there was only a linear factor.
-        None if metadata.value(&keys.name("rope.scale_linear")).is_some() => {
-            let key = keys.name("rope.scale_linear");
-            return match metadata.float(&key)? {
-                None | Some(1.0) => Ok(Value::Null),
-                Some(factor) => Ok(json!({"rope_type": "linear", "factor": factor})),
-            };
-        }
-        None | Some("none") => return Ok(Value::Null),
-        Some(known @ ("linear" | "yarn")) => known,
+        Some("none") => return Ok(Value::Null),
+        // A factor without a type is a linear one, as in the programs that write these files.
+        None | Some("linear") if matches!(factor, None | Some(1.0)) => return Ok(Value::Null),
+        None | Some("linear") => "linear",
+        Some("yarn") => "yarn",
         Some(other) => return Err(metadata.field(&key, "none, linear or yarn", other)),
     };
-    let factor = metadata
-        .float(&factor_key)?
-        .ok_or_else(|| metadata.field(&factor_key, "a number", "missing"))?;
+    let factor = factor.ok_or_else(|| keys.field("rope.scaling.factor", "a number", "missing"))?;
     let mut scaling = Map::new();
     scaling.insert("rope_type".to_owned(), json!(rope_type));
     scaling.insert("factor".to_owned(), json!(factor));

@@ -85,6 +85,16 @@ pub(super) fn repack(
         check_order(groups, n_cols, group_len)?;
     }
 
+    let zero_offset = match scheme.packing {
+        Int4Packing::Awq => 0,
+        Int4Packing::Gptq {
+            zero_offset,
+            symmetric,
+        } => symmetric
+            .then(|| zero_offset_of(zeros))
+            .flatten()
+            .unwrap_or(zero_offset),
+    };
     let block_bytes = Format::Int4.block_bytes();
     let (blocks_per_row, n_eights) = (n_cols / GROUP_UNIT, n_rows / CODES);
     let mut data = vec![0; n_rows * blocks_per_row * block_bytes];
@@ -98,7 +108,7 @@ pub(super) fn repack(
                     awq_block(codes, first * n_eights + eight, n_eights),
                     AWQ_NIBBLE.map(|i| nibble(zeros, i)),
                 ),
-                Int4Packing::Gptq { zero_offset } => (
+                Int4Packing::Gptq { .. } => (
                     gptq_block(codes, first / CODES * n_rows + eight * CODES, n_rows),
                     std::array::from_fn(|i| (nibble(zeros, i) + zero_offset) & 15),
                 ),
@@ -144,6 +154,18 @@ fn gptq_block(words: &[[u8; 4]], first: usize, stride: usize) -> [[u8; GROUP_UNI
         }
     }
     codes
+}
+
+/// What stored zeros of a symmetric layer are less than the real ones, which are all 8: files exist
+/// whose configuration and whose zeros are of different versions. `None` where the zeros are not such.
+fn zero_offset_of(zeros: &[[u8; 4]]) -> Option<u8> {
+    let (first, rest) = zeros.split_first()?;
+    match first {
+        _ if rest.iter().any(|zero| zero != first) => None,
+        [0x77, 0x77, 0x77, 0x77] => Some(1),
+        [0x88, 0x88, 0x88, 0x88] => Some(0),
+        _ => None,
+    }
 }
 
 fn nibble(word: [u8; 4], index: usize) -> u8 {

@@ -15,6 +15,7 @@ pub mod pack;
 pub mod verify;
 mod error;
 mod folder;
+mod foreign;
 pub(crate) mod side_file;
 mod pread;
 mod gguf;

@@ -45,8 +45,10 @@ pub(super) enum Int4Packing {
     Awq,
     /// GPTQ: eight columns in a word; zeros are stored less `zero_offset`.
     Gptq {
-        /// 1 for the first version of the format, 0 for the second.
+        /// 1 for the first version of the format, 0 for the second, as the configuration has it.
         zero_offset: u8,
+        /// All zeros may be the middle of the codes, which says more about the version.
+        symmetric: bool,
     },
 }
 
@@ -218,8 +220,14 @@ fn gptq(section: &Section<'_>) -> Result<Int4Scheme, WeightsError> {
     section.expect_word("checkpoint_format", &[Some("gptq"), Some("gptq_v2"), None])?;
     let format = section.field("checkpoint_format").and_then(Value::as_str);
     let zero_offset = u8::from(format != Some("gptq_v2"));
+    section.expect("sym", "true or false", |v| v.is_none_or(Value::is_boolean))?;
+    // Transformers takes an absent key for true.
+    let symmetric = section.field("sym") != Some(&Value::Bool(false));
     Ok(Int4Scheme {
-        packing: Int4Packing::Gptq { zero_offset },
+        packing: Int4Packing::Gptq {
+            zero_offset,
+            symmetric,
+        },
         group_len: group_len(section)?,
     })
 }

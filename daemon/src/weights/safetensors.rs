@@ -18,6 +18,7 @@ use serde::{
 
 use super::{
     error::WeightsError,
+    foreign,
     mmap::{self, MappedFile},
     tensor::{NAME_BYTES_MAX, StoredTensor, StoredType, check_shape},
 };
@@ -42,6 +43,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<StoredTensor>, WeightsError> {
 /// [`WeightsError`] naming the first thing that does not fit.
 pub(super) fn open(path: &Path) -> Result<(MappedFile, Vec<StoredTensor>), WeightsError> {
     let mapped = mmap::map_file(path)?;
+    foreign::refuse_pointer(path, &mapped.file)?;
     let read_at = |buffer: &mut [u8], offset| {
         file::read_at(&mapped.file, buffer, offset).map_err(|source| WeightsError::Read {
             file: path.to_owned(),

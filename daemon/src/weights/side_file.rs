@@ -4,7 +4,10 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::error::{WeightsError, file_error};
+use super::{
+    error::{WeightsError, file_error},
+    foreign,
+};
 use crate::runtime::file;
 
 /// Longest side file that is read; the largest real ones are tokenizers of about 20 MB.
@@ -33,5 +36,7 @@ pub(crate) fn read_text(file: &Path, what: &'static str) -> Result<String, Weigh
 /// Reads a side file of bounded size. Copied, not mapped: side files are small, and people edit them
 /// in place.
 pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, WeightsError> {
-    file::read(path, SIDE_BYTES_MAX).map_err(|e| file_error(path, e))
+    let bytes = file::read(path, SIDE_BYTES_MAX).map_err(|e| file_error(path, e))?;
+    foreign::refuse_pointer_bytes(path, &bytes)?;
+    Ok(bytes)
 }

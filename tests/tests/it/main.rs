@@ -8,6 +8,7 @@
 
 mod bad_input;
 mod cancel_storm;
+mod checkpoints;
 mod dsctl;
 mod edge;
 mod lifecycle;

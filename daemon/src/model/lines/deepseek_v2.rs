@@ -35,15 +35,35 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
         scoring: Scoring::Softmax,
         groups: None,
         normalize: false,
-        scale: routed_scaling(config)?,
+        scale: routed_scaling(config, &DEFAULTS)?,
     };
-    spec.ffns = ffns(config, with_groups(config, gate, groups)?, false)?;
+    let gate = with_groups(config, gate, groups, &DEFAULTS)?;
+    spec.ffns = ffns(config, gate, false, &DEFAULTS)?;
     Ok(spec)
 }
 
+/// What the absence of a key means: the defaults of transformers' configuration classes, by which
+/// trimmed files were written.
+pub(super) struct Defaults {
+    pub(super) routed_scaling_factor: f64,
+    pub(super) n_group: Option<usize>,
+    pub(super) topk_group: Option<usize>,
+    pub(super) first_k_dense_replace: usize,
+    pub(super) n_shared_experts: usize,
+}
+
+const DEFAULTS: Defaults = Defaults {
+    routed_scaling_factor: 1.0,
+    n_group: None,
+    topk_group: None,
+    first_k_dense_replace: 0,
+    n_shared_experts: 2,
+};
+
 #[expect(clippy::cast_possible_truncation, reason = "kernels compute in f32")]
-pub(super) fn routed_scaling(config: Fields<'_>) -> Result<f32, ConfigError> {
-    Ok(config.number_opt("routed_scaling_factor")?.unwrap_or(1.0) as f32)
+pub(super) fn routed_scaling(config: Fields<'_>, defaults: &Defaults) -> Result<f32, ConfigError> {
+    let scale = config.number_opt("routed_scaling_factor")?;
+    Ok(scale.unwrap_or(defaults.routed_scaling_factor) as f32)
 }
 
 /// Adds the group limit where the configuration has one.
@@ -51,14 +71,25 @@ pub(super) fn with_groups(
     config: Fields<'_>,
     mut gate: GateShape,
     group_score: Option<GroupScore>,
+    defaults: &Defaults,
 ) -> Result<GateShape, ConfigError> {
-    let n_groups = config.size_or("n_group", 1)?;
+    let n_groups = config.size_or_none("n_group", defaults.n_group)?;
     let mut available = gate.n_experts;
-    if let Some(group_score) = group_score
-        && n_groups > 1
-    {
-        let top_groups = config.size("topk_group")?;
-        if !gate.n_experts.is_multiple_of(n_groups) || top_groups > n_groups {
+    if group_score == Some(GroupScore::Max) && n_groups.is_none() {
+        return Err(ConfigError::Missing { key: "n_group" });
+    }
+    if let (Some(group_score), Some(n_groups @ 2..)) = (group_score, n_groups) {
+        let top_groups = config
+            .size_or_none("topk_group", defaults.topk_group)?
+            .ok_or(ConfigError::Missing { key: "topk_group" })?;
+        let members_min = match group_score {
+            GroupScore::Max => 1,
+            GroupScore::TopTwoSum => 2,
+        };
+        if !gate.n_experts.is_multiple_of(n_groups)
+            || top_groups > n_groups
+            || gate.n_experts / n_groups < members_min
+        {
             return Err(contradiction(format!(
                 "n_group {n_groups} and topk_group {top_groups} do not fit {} experts",
                 gate.n_experts
@@ -80,12 +111,17 @@ pub(super) fn ffns(
     config: Fields<'_>,
     gate: GateShape,
     gate_bias: bool,
+    defaults: &Defaults,
 ) -> Result<Vec<FfnSpec>, ConfigError> {
     let n_layers = n_layers(config)?;
-    let n_dense = config.count_opt("first_k_dense_replace")?.unwrap_or(0);
+    let n_dense = config.count_opt("first_k_dense_replace")?;
+    let n_dense = n_dense.unwrap_or(defaults.first_k_dense_replace);
     let every = config.size_or("moe_layer_freq", 1)?;
     let inter = config.size("moe_intermediate_size")?;
-    let n_shared = config.count_opt("n_shared_experts")?.unwrap_or(0);
+    let n_shared = match config.0.get("n_shared_experts") {
+        None => defaults.n_shared_experts,
+        Some(_) => config.count_opt("n_shared_experts")?.unwrap_or(0),
+    };
     let shared_inter = (n_shared > 0).then_some(n_shared * inter);
     let moe = MoeSpec {
         gate,

@@ -8,8 +8,16 @@ use super::{
         fields::{ConfigError, Fields},
         spec::DecoderSpec,
     },
-    deepseek_v2::{ffns, routed_scaling, with_groups},
+    deepseek_v2::{Defaults, ffns, routed_scaling, with_groups},
     mla,
+};
+
+const DEFAULTS: Defaults = Defaults {
+    routed_scaling_factor: 2.5,
+    n_group: Some(8),
+    topk_group: Some(4),
+    first_k_dense_replace: 3,
+    n_shared_experts: 1,
 };
 
 pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigError> {
@@ -25,13 +33,10 @@ pub(in super::super) fn spec(config: Fields<'_>) -> Result<DecoderSpec, ConfigEr
         scoring: Scoring::Sigmoid,
         groups: None,
         normalize: config.flag_or("norm_topk_prob", true)?,
-        scale: routed_scaling(config)?,
+        scale: routed_scaling(config, &DEFAULTS)?,
     };
-    spec.ffns = ffns(
-        config,
-        with_groups(config, gate, Some(GroupScore::TopTwoSum))?,
-        true,
-    )?;
+    let gate = with_groups(config, gate, Some(GroupScore::TopTwoSum), &DEFAULTS)?;
+    spec.ffns = ffns(config, gate, true, &DEFAULTS)?;
     spec.n_extra_layers = match config.count_opt("num_nextn_predict_layers")? {
         Some(n) => n,
         None => config.count_opt("num_mtp_layers")?.unwrap_or(0),

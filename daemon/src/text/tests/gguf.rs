@@ -98,6 +98,10 @@ fn metadata_that_makes_no_tokenizer_is_refused_by_name() {
         ": tokenizer.ggml.pre is `tekken`, expected default, gpt-2, smollm, llama-bpe, qwen2, deepseek-llm, deepseek-coder, deepseek-v3 or deepseek-r1-qwen",
     );
     check(
+        small().without("tokenizer.ggml.pre"),
+        ": tokenizer.ggml.pre is missing, expected the name of a pre-tokenizer, as these merges are of no known vocabulary: write it with `gguf-new-metadata --pre-tokenizer NAME`, NAME being default, gpt-2, smollm, llama-bpe, qwen2, deepseek-llm, deepseek-coder, deepseek-v3 or deepseek-r1-qwen",
+    );
+    check(
         small().without("tokenizer.ggml.tokens"),
         ": tokenizer.ggml.tokens is missing, expected an array of strings",
     );
@@ -217,7 +221,12 @@ fn splitters_by_name_cut_as_the_published_tokenizers_do() {
         );
         let published = Arc::new(TextModel::open(&folder).unwrap());
         let tokenizer = read(&folder.join("tokenizer.json"));
-        let ours = open(&as_gguf(&tokenizer, pre)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let named = as_gguf(&tokenizer, pre);
+        let ours = open(&named).unwrap_or_else(|e| panic!("{name}: {e}"));
+        // Older files do not name it, and got other tokens without a word.
+        let unnamed = named.clone().without("tokenizer.ggml.pre");
+        let unnamed = open(&unnamed).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let default = open(&named.string("tokenizer.ggml.pre", "default")).unwrap();
         for case in golden["cases"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
             let expected = published.encode_trusted(text).unwrap();
@@ -227,6 +236,9 @@ fn splitters_by_name_cut_as_the_published_tokenizers_do() {
                 "{name}: {}",
                 case["name"]
             );
+            for recognised in [&unnamed, &default] {
+                assert_eq!(recognised.encode_trusted(text).unwrap(), expected, "{name}");
+            }
             let plain = published.encode(text, false).unwrap();
             assert_eq!(
                 ours.encode(text, false).unwrap(),

@@ -131,31 +131,153 @@ fn template_faults_have_names() {
     let endless = "{% for i in range(9999) %}{% for j in range(9999) %}{% set x = j %}{% endfor %}{% endfor %}";
     assert!(matches!(error(endless), TextError::Render { .. }));
     assert!(matches!(error("{{ 1 + {} }}"), TextError::Render { .. }));
+}
+
+/// The whole model was refused.
+#[test]
+fn a_template_that_does_not_compile_costs_chat_alone() {
+    let user = [json!({"role": "user", "content": "x"})];
+    let model = model_with("{% for %}");
+    let error = model.render_chat(&user, &options(None)).unwrap_err();
+    assert!(error.is_request_fault());
+    let shown = error.to_string();
+    let expected = "the model's chat template does not compile, so that it has no chat; use \
+                    completions (syntax error: ";
+    assert!(shown.starts_with(expected), "{shown}");
+    let ids = model.encode_prompt("thi", PromptForm::default(), usize::MAX);
+    assert_eq!(ids.unwrap(), [260, 257]);
+}
+
+/// Without a default the first of the list was taken, whatever it was for.
+#[test]
+fn named_templates_are_for_what_they_are_called() {
+    let user = [json!({"role": "user", "content": "x"})];
+    let with = |templates: Value, tools: bool| {
+        let model = edited(|_, config| config["chat_template"] = templates.clone()).unwrap();
+        let options = ChatOptions {
+            tools: tools.then(|| json!([{"type": "function", "function": {"name": "f"}}])),
+            ..options(None)
+        };
+        let prompt = model.render_chat(&user, &options);
+        prompt.map(|p| p.text).map_err(|e| e.to_string())
+    };
+    let named = |name: &str, template: &str| json!({"name": name, "template": template});
+    let default = named("default", "d");
+    let tool_use = named("tool_use", "t");
+    let rag = named("rag", "r");
+    let broken = named("tool_use", "{% for %}");
+    let all = json!([rag, tool_use, default]);
+    assert_eq!(with(all.clone(), false).as_deref(), Ok("d"));
+    assert_eq!(with(all, true).as_deref(), Ok("t"));
+    let without = json!([rag, tool_use]);
+    assert_eq!(with(without.clone(), true).as_deref(), Ok("t"));
+    assert_eq!(
+        with(without, false).unwrap_err(),
+        "the model has chat templates for special purposes alone (rag, tool_use), none of them \
+         called `default`; use completions"
+    );
+    assert_eq!(with(json!([default, broken]), false).as_deref(), Ok("d"));
+    let error = with(json!([default, broken]), true).unwrap_err();
+    assert!(error.contains("does not compile"), "{error}");
+}
+
+#[test]
+fn the_tags_that_mark_what_the_assistant_said_change_nothing() {
+    let user = [json!({"role": "assistant", "content": "x"})];
+    let marked = "{% set a = 1 %}{% for m in messages %}\n    {%- generation %}{% set a = 2 %}\
+                  {{ m.content }}{{ loop.index }}{{ a }}{%- endgeneration -%}\n {% endfor %}{{ a }}";
+    let model = model_with(marked);
+    // As Jinja2 renders it with transformers' extension: the block has a scope of its own.
+    assert_eq!(
+        model.render_chat(&user, &options(None)).unwrap().text,
+        "x121"
+    );
+}
+
+/// The small model's files after an edit.
+fn edited(edit: impl Fn(&mut Value, &mut Value)) -> Result<TextModel, String> {
     let dir = tempfile::tempdir().unwrap();
-    write_tokenizer(dir.path(), &super::ADDED, "{% for %}");
-    assert!(matches!(
-        TextModel::open(dir.path()),
-        Err(TextError::Template { .. })
-    ));
+    write_tokenizer(dir.path(), &super::ADDED, "x");
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
+    };
+    let (mut tokenizer, mut config) = (read("tokenizer.json"), read("tokenizer_config.json"));
+    edit(&mut tokenizer, &mut config);
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    // Older tools' place, kept within the configuration here.
+    if let Some(legacy) = config.get("added_tokens.json") {
+        std::fs::write(dir.path().join("added_tokens.json"), legacy.to_string()).unwrap();
+    }
+    TextModel::open(dir.path()).map_err(|e| {
+        e.to_string()
+            .replace(&format!("{}/", dir.path().display()), "@")
+    })
+}
+
+/// Tokens that were only in the configuration were encoded as letters.
+#[test]
+fn tokens_outside_the_tokenizer_are_added_to_it() {
+    let token = |content: &str, special: bool| {
+        json!({"content": content, "special": special, "lstrip": false, "rstrip": false,
+            "single_word": false, "normalized": false})
+    };
+    let decoder = json!({
+        "260": token("<s>", true), "264": token("<think>", true), "268": token("<|im_end|>", true),
+        "269": token("<tool>", false), "300": token("th", false), "400": token("</s>", true),
+    });
+    let model = edited(|_, config| {
+        config["added_tokens_decoder"] = decoder.clone();
+        config["eos_token"] = json!("<|im_end|>");
+    });
+    let model = model.unwrap();
+    assert_eq!((model.eos_id(), model.vocab_len()), (Some(268), 270));
+    let ids = model.encode_trusted("<s>a<tool>thi<|im_end|></s>").unwrap();
+    // `th` is a token of its own now, so that `thi` cannot be merged.
+    assert_eq!(ids, [260, 97, 269, 256, 105, 268, 261]);
+    assert_eq!(model.decode(&ids, true), "a<tool>thi");
+    assert!(model.is_special(268) && !model.is_special(269));
+
+    let legacy = edited(|_, config| {
+        config["added_tokens.json"] = json!({"<|im_end|>": 268, "<tool>": 269});
+        config["eos_token"] = json!("<|im_end|>");
+    });
+    let legacy = legacy.unwrap();
+    assert_eq!(
+        legacy.encode_trusted("<tool><|im_end|>").unwrap(),
+        [269, 268]
+    );
+    assert!(legacy.is_special(268) && !legacy.is_special(269));
+
+    let refused = |decoder: Value| {
+        edited(|_, config| config["added_tokens_decoder"] = decoder.clone()).unwrap_err()
+    };
+    assert_eq!(
+        refused(json!({"97": token("<x>", true)})),
+        "`@tokenizer_config.json`: the id of token `<x>` is 97, expected 268, the next one that is \
+         free"
+    );
+    assert_eq!(
+        refused(json!({"300": token("<x>", true)})),
+        "`@tokenizer_config.json`: the id of token `<x>` is 300, expected 268, the next one that is \
+         free"
+    );
+    for odd in [json!({"many": "x"}), json!({"268": "x"})] {
+        assert_eq!(
+            refused(odd),
+            "`@tokenizer_config.json`: added_tokens_decoder is \"x\", expected objects by their ids"
+        );
+    }
+    assert_eq!(
+        refused(json!([])),
+        "`@tokenizer_config.json`: added_tokens_decoder is [], expected an object"
+    );
 }
 
 #[test]
 fn tokenizers_that_are_not_understood_are_refused_by_name() {
     let check = |edit: &dyn Fn(&mut Value, &mut Value), expected: &str| {
-        let dir = tempfile::tempdir().unwrap();
-        write_tokenizer(dir.path(), &super::ADDED, "x");
-        let read = |name: &str| -> Value {
-            serde_json::from_slice(&std::fs::read(dir.path().join(name)).unwrap()).unwrap()
-        };
-        let (mut tokenizer, mut config) = (read("tokenizer.json"), read("tokenizer_config.json"));
-        edit(&mut tokenizer, &mut config);
-        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
-        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        let error = TextModel::open(dir.path()).unwrap_err().to_string();
-        assert_eq!(
-            error.replace(&format!("{}/", dir.path().display()), "@"),
-            expected
-        );
+        assert_eq!(edited(edit).unwrap_err(), expected);
     };
     check(
         &|t, _| t["model"]["type"] = json!("Unigram"),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{
     super::Checkpoint,
     describe,
-    writer::{f32s, safetensors, tiny_gguf, tiny_llama_gguf, write_folder},
+    writer::{GgufWriter, f32s, safetensors, tiny_gguf, tiny_llama_gguf, write_folder},
 };
 use crate::runtime::file::tests::for_each_stranger;
 
@@ -343,30 +343,108 @@ fn folders_without_one_checkpoint_are_refused() {
     ));
 }
 
+/// A configuration's end token stopped answers although the generation configuration, where authors
+/// mend it, named others.
 #[test]
-fn eos_ids_are_joined_from_both_configurations() {
+fn end_tokens_of_the_generation_configuration_stand_alone() {
+    let check = |config: Value, generation: Value, expected: &[u32]| {
+        let dir = tempfile::tempdir().unwrap();
+        let one = safetensors(&[("a", "F32", &[1], f32s(&[1.0]))]);
+        let files = [
+            ("model.safetensors", one),
+            (
+                "generation_config.json",
+                generation.to_string().into_bytes(),
+            ),
+        ];
+        let config = json!({"architectures": ["X"], "eos_token_id": config});
+        write_folder(dir.path(), &config, &files);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.architecture(), "X");
+        assert_eq!(checkpoint.eos_token_ids(), expected, "{generation}");
+        assert_eq!(checkpoint.generation_config(), Some(&generation));
+    };
+    check(json!(2), json!({"eos_token_id": [3, 7]}), &[3, 7]);
+    check(json!([2, 3]), json!({"eos_token_id": 7}), &[7]);
+    check(json!([2, 3]), json!({"temperature": 0.6}), &[2, 3]);
+    check(json!(2), json!({"eos_token_id": null}), &[2]);
+    check(json!(2), json!({"eos_token_id": []}), &[2]);
+    check(json!(null), json!({"eos_token_id": 0}), &[0]);
+    check(json!(null), json!({}), &[]);
     let dir = tempfile::tempdir().unwrap();
-    let one = safetensors(&[("a", "F32", &[1], f32s(&[1.0]))]);
-    let generation = json!({"eos_token_id": [3, 7], "temperature": 0.6}).to_string();
-    let files = [
-        ("model.safetensors", one),
-        ("generation_config.json", generation.into_bytes()),
-    ];
-    write_folder(
-        dir.path(),
-        &json!({"architectures": ["X"], "eos_token_id": 3}),
-        &files,
-    );
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(checkpoint.architecture(), "X");
-    assert_eq!(checkpoint.eos_token_ids(), [3, 7]);
-    assert_eq!(checkpoint.generation_config().unwrap()["temperature"], 0.6);
     let negative = json!({"model_type": "x", "eos_token_id": -1});
-    write_folder(dir.path(), &negative, &[]);
+    let one = safetensors(&[("a", "F32", &[1], f32s(&[1.0]))]);
+    write_folder(dir.path(), &negative, &[("model.safetensors", one)]);
     check_open(
         dir.path(),
         "Field: `@config.json`: eos_token_id is -1, expected a token id or a list of them",
     );
+}
+
+fn gguf(writer: &GgufWriter) -> Checkpoint {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    fs::write(&file, writer.bytes()).unwrap();
+    Checkpoint::open(&file).unwrap()
+}
+
+/// A file whose end token was that of a text, not of a turn, never stopped.
+#[test]
+fn control_tokens_that_end_turns_stop_whatever_the_keys_say() {
+    let tokens = [
+        "a",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ];
+    let check = |types: &[i32], eos: u32, expected: &[u32]| {
+        let writer = tiny_llama_gguf()
+            .strings("tokenizer.ggml.tokens", &tokens)
+            .i32s("tokenizer.ggml.token_type", types)
+            .u32("tokenizer.ggml.eos_token_id", eos);
+        assert_eq!(gguf(&writer).eos_token_ids(), expected, "{types:?} {eos}");
+    };
+    check(&[1, 3, 3, 3, 3], 1, &[1, 2, 4]);
+    check(&[1, 3, 3, 3, 3], 4, &[4, 1, 2]);
+    // Whoever writes these letters in a text has not ended a turn.
+    check(&[1, 1, 3, 3, 4], 1, &[1, 2]);
+    check(&[1, 3, 1, 3, 3], 3, &[3, 1, 4]);
+    for (token, ends) in [
+        ("<end_of_turn>", true),
+        ("<\u{FF5C}end\u{2581}of\u{2581}sentence\u{FF5C}>", true),
+        ("<|eom_id|>", true),
+        ("<|file_sep|>", true),
+        ("<|fim_prefix|>", false),
+        ("<|start_header_id|>", false),
+    ] {
+        let writer = tiny_llama_gguf()
+            .strings("tokenizer.ggml.tokens", &[token])
+            .i32s("tokenizer.ggml.token_type", &[3]);
+        let expected: &[u32] = if ends { &[0] } else { &[] };
+        assert_eq!(gguf(&writer).eos_token_ids(), expected, "{token}");
+    }
+}
+
+/// A factor without a type was passed over; llama.cpp takes it for a linear one.
+#[test]
+fn a_rope_factor_without_a_type_is_linear() {
+    let check = |edit: &dyn Fn(GgufWriter) -> GgufWriter, expected: Value| {
+        let checkpoint = gguf(&edit(tiny_llama_gguf()));
+        assert_eq!(checkpoint.config()["rope_scaling"], expected);
+    };
+    let linear = |factor: f64| json!({"rope_type": "linear", "factor": factor});
+    let (kind, factor) = ("llama.rope.scaling.type", "llama.rope.scaling.factor");
+    let old = "llama.rope.scale_linear";
+    check(&|g| g, json!(null));
+    check(&|g| g.f32(factor, 4.0), linear(4.0));
+    check(&|g| g.f32(old, 2.0), linear(2.0));
+    check(&|g| g.f32(old, 2.0).f32(factor, 4.0), linear(4.0));
+    check(&|g| g.f32(old, 2.0).string(kind, "linear"), linear(2.0));
+    check(&|g| g.f32(factor, 4.0).string(kind, "none"), json!(null));
+    check(&|g| g.f32(factor, 1.0), json!(null));
+    check(&|g| g.f32(factor, 0.0), json!(null));
+    check(&|g| g.string(kind, "linear"), json!(null));
 }
 
 #[test]
@@ -477,6 +555,10 @@ fn gguf_metadata_that_is_not_understood_is_refused_by_name() {
             base.clone()
                 .f32("llama.attention.layer_norm_rms_epsilon", f32::NAN),
             "llama.attention.layer_norm_rms_epsilon is NaN, expected a finite number",
+        ),
+        (
+            base.clone().string("llama.rope.scaling.type", "yarn"),
+            "llama.rope.scaling.factor is missing, expected a number",
         ),
         (
             base.u32("split.count", 4),

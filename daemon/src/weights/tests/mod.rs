@@ -3,6 +3,7 @@
 pub(crate) mod writer;
 mod corrupt;
 mod folder;
+mod foreign;
 mod quantized;
 mod reference;
 mod verifying;

@@ -153,6 +153,46 @@ fn gptq_values_are_those_of_the_definition_in_both_versions() {
     check_int4(&config, &gptq(N_COLS, 1), N_COLS);
 }
 
+/// Files say one version and hold the zeros of the other, and every weight was off by its scale: the
+/// zeros of a symmetric layer can only be 8.
+#[test]
+fn zeros_of_symmetric_gptq_layers_tell_their_version() {
+    /// Value of the code in row 3, column 5, of a layer whose zeros are all stored as `stored`.
+    fn code_less_zero(sym: &Value, format: &str, stored: impl Fn(usize) -> u32) -> f32 {
+        let mut tensors = gptq(128, 1);
+        let zeros = (0..N_ROWS / 8).map(|w| pack(|i| stored(8 * w + i)));
+        tensors[1].3 = words(zeros);
+        let config = json!({
+            "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": sym,
+            "checkpoint_format": format,
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoint = open(dir.path(), &config, &tensors);
+        let matrix = checkpoint.matrix("l.weight", N_ROWS, N_COLS).unwrap();
+        code(3, 5) as f32 - values(&matrix)[3 * N_COLS + 5] / scale(0, 3)
+    }
+    let check = |sym: Value, format: &str, stored: u32, expected: f32| {
+        let found = code_less_zero(&sym, format, |_| stored);
+        assert!(
+            (found - expected).abs() < 1e-3,
+            "{sym} {format} {stored}: {found}"
+        );
+    };
+    for sym in [json!(true), json!(null)] {
+        for format in ["gptq", "gptq_v2"] {
+            check(sym.clone(), format, 7, 8.0);
+            check(sym.clone(), format, 8, 8.0);
+        }
+        check(sym.clone(), "gptq", 6, 7.0);
+        check(sym, "gptq_v2", 6, 6.0);
+    }
+    check(json!(false), "gptq", 8, 9.0);
+    check(json!(false), "gptq_v2", 7, 7.0);
+    // Zeros that differ are of no symmetric layer.
+    let mixed = code_less_zero(&json!(true), "gptq", |row| 8 - (row as u32 & 1));
+    assert!((mixed - 8.0).abs() < 1e-3, "{mixed}");
+}
+
 fn int8_config() -> Value {
     json!({
         "quant_method": "compressed-tensors", "format": "int-quantized",
@@ -325,7 +365,7 @@ fn schemes_that_are_not_read_are_refused_by_key() {
         *config.pointer_mut(pointer).unwrap() = value;
         config
     };
-    let gptq = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": null,
+    let gptq = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": null, "sym": true,
                       "is_marlin_format": false, "checkpoint_format": "gptq"});
     let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm",
                      "zero_point": true, "modules_to_not_convert": null});
@@ -352,6 +392,10 @@ fn schemes_that_are_not_read_are_refused_by_key() {
         (
             edited(gptq.clone(), "/is_marlin_format", json!(true)),
             "is_marlin_format is true, expected false",
+        ),
+        (
+            edited(gptq.clone(), "/sym", json!("yes")),
+            "sym is \"yes\", expected true or false",
         ),
         (
             edited(gptq, "/checkpoint_format", json!("marlin")),
