@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::matrix::Matrix;
 
-/// How activations enter linear layers with quantized weights (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K,
+/// How activations enter linear layers with quantized weights (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
 /// Int8, Int4).
 /// Other formats, and [`Backend::latent_weight`], always compute in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

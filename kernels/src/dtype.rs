@@ -20,10 +20,18 @@ pub enum Format {
     Q4_0,
     /// 32 elements: f16 scale `d`, f16 minimum `m`, 16 bytes of nibbles; value `d * q + m`.
     Q4_1,
+    /// 32 elements: f16 scale `d`, 32 fifth bits (u32, bit `i` of element `i`), 16 bytes of nibbles;
+    /// value `d * (q - 16)`.
+    Q5_0,
+    /// 32 elements: f16 scale `d`, f16 minimum `m`, fifth bits and nibbles as in Q5_0; value
+    /// `d * q + m`.
+    Q5_1,
     /// 32 elements: f16 scale `d`, 32 signed bytes; value `d * q`.
     Q8_0,
     /// 256 elements in 8 sub-blocks with 6-bit scales and minima; 144 bytes.
     Q4K,
+    /// 256 elements in 8 sub-blocks as in Q4K, with a fifth bit each; 176 bytes.
+    Q5K,
     /// 256 elements in 16 sub-blocks with 8-bit scales, 6-bit codes; 210 bytes.
     Q6K,
     /// 32 signed bytes; one f32 scale per row, in [`crate::matrix::TileScales`] of one row.
@@ -36,15 +44,18 @@ pub enum Format {
 
 impl Format {
     /// All formats, in the order of the enum.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
         Self::F8E4m3,
         Self::Q4_0,
         Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
         Self::Q8_0,
         Self::Q4K,
+        Self::Q5K,
         Self::Q6K,
         Self::Int8,
         Self::Int4,
@@ -54,8 +65,14 @@ impl Format {
     pub const fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4m3 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q8_0 | Self::Int8 | Self::Int4 => 32,
-            Self::Q4K | Self::Q6K => 256,
+            Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Q8_0
+            | Self::Int8
+            | Self::Int4 => 32,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
         }
     }
 
@@ -67,8 +84,11 @@ impl Format {
             Self::F8E4m3 => 1,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
             Self::Q8_0 => 34,
             Self::Q4K => 144,
+            Self::Q5K => 176,
             Self::Q6K => 210,
             Self::Int8 => 32,
             Self::Int4 => 19,
@@ -93,8 +113,11 @@ impl Format {
             Self::F8E4m3 => "fp8_e4m3",
             Self::Q4_0 => "q4_0",
             Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
             Self::Q8_0 => "q8_0",
             Self::Q4K => "q4_k",
+            Self::Q5K => "q5_k",
             Self::Q6K => "q6_k",
             Self::Int8 => "int8",
             Self::Int4 => "int4",

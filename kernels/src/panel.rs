@@ -10,8 +10,11 @@
 //! |---|---|---|
 //! | Q4_0 | 4 x 64 bytes: quad `q` in low nibbles, quad `q + 4` in high ones | `d` f16 x 16 a group |
 //! | Q4_1 | as Q4_0 | `d`, `m` f16 x 16 a group |
+//! | Q5_0 | as Q4_0, then 64 bytes of fifth bits: quad `q` in bit `q` | as Q4_0 |
+//! | Q5_1 | as Q5_0 | as Q4_1 |
 //! | Q8_0 | 8 x 64 bytes, each code + 128 | `d` f16 x 16 a group |
 //! | Q4_K | as Q4_0 | scale, minimum u8 x 16 a group; then `d`, `dmin` f16 x 16 per 8 groups |
+//! | Q5_K | as Q5_0 | as Q4_K |
 //! | Q6_K | low nibbles as Q4_0, then 2 x 64 bytes of bit pairs: quad `4 h + i` in bits `2 i` | two halves' scales i8 x 16 a group; then `d` f16 x 16 per 8 groups |
 //! | Int8 | as Q8_0 | f32 x 16 a panel |
 //! | Int4 | as Q4_0 | `d` f16, zero u8 x 16 a group |
@@ -19,7 +22,7 @@
 use crate::{
     dtype::Format,
     matrix::Matrix,
-    quant::{f16_to_f32, q4k_scale_min, q6k_codes},
+    quant::{f16_to_f32, fifth_bits, q4k_scale_min, q5k_codes, q6k_codes},
 };
 
 /// Names the layout of all formats in files that outlive this program: another name, once a byte of a
@@ -31,7 +34,7 @@ pub const PANEL_ROWS: usize = 16;
 pub const GROUP_LEN: usize = 32;
 /// Bytes a panel is padded to: a cache line.
 pub const PANEL_ALIGN: usize = 64;
-/// Groups that share a Q4_K or Q6_K block.
+/// Groups that share a Q4_K, Q5_K or Q6_K block.
 pub const GROUPS_PER_BLOCK: usize = 8;
 /// Bytes of four columns of a panel.
 const QUAD_BYTES: usize = 4 * PANEL_ROWS;
@@ -62,8 +65,11 @@ impl PanelLayout {
             Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => return None,
             Format::Q4_0 => (4 * QUAD_BYTES, HALF_BYTES, 0),
             Format::Q4_1 => (4 * QUAD_BYTES, 2 * HALF_BYTES, 0),
+            Format::Q5_0 => (5 * QUAD_BYTES, HALF_BYTES, 0),
+            Format::Q5_1 => (5 * QUAD_BYTES, 2 * HALF_BYTES, 0),
             Format::Q8_0 => (8 * QUAD_BYTES, HALF_BYTES, 0),
             Format::Q4K => (4 * QUAD_BYTES, 2 * PANEL_ROWS, 2 * HALF_BYTES),
+            Format::Q5K => (5 * QUAD_BYTES, 2 * PANEL_ROWS, 2 * HALF_BYTES),
             Format::Q6K => (6 * QUAD_BYTES, 2 * PANEL_ROWS, HALF_BYTES),
             Format::Int8 => (8 * QUAD_BYTES, 0, 0),
             Format::Int4 => (4 * QUAD_BYTES, HALF_BYTES + PANEL_ROWS, 0),
@@ -159,6 +165,19 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
                     half(scales, 1, &block[2..4]);
                     put_nibbles(codes, r, &block[4..]);
                 }
+                Format::Q5_0 => {
+                    let block = &row[group * 22..][..22];
+                    half(scales, 0, &block[..2]);
+                    put_nibbles(codes, r, &block[6..]);
+                    put_fifth_bits(codes, r, fifth_bits(&block[2..6]));
+                }
+                Format::Q5_1 => {
+                    let block = &row[group * 24..][..24];
+                    half(scales, 0, &block[..2]);
+                    half(scales, 1, &block[2..4]);
+                    put_nibbles(codes, r, &block[8..]);
+                    put_fifth_bits(codes, r, fifth_bits(&block[4..8]));
+                }
                 Format::Q8_0 => {
                     let block = &row[group * 34..][..34];
                     half(scales, 0, &block[..2]);
@@ -177,9 +196,10 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
                     scales[HALF_BYTES + r] = block[2];
                     put_nibbles(codes, r, &block[3..]);
                 }
-                Format::Q4K => {
+                Format::Q4K | Format::Q5K => {
                     let (index, j) = (group / GROUPS_PER_BLOCK, group % GROUPS_PER_BLOCK);
-                    let block = &row[index * 144..][..144];
+                    let block_bytes = format.block_bytes();
+                    let block = &row[index * block_bytes..][..block_bytes];
                     if j == 0 {
                         let shared = &mut blocks[index * layout.block_bytes..];
                         half(shared, 0, &block[..2]);
@@ -188,8 +208,14 @@ pub fn pack(matrix: &Matrix, index: usize, out: &mut [u8]) {
                     let (scale, min) = q4k_scale_min(&block[4..16], j);
                     scales[r] = scale;
                     scales[PANEL_ROWS + r] = min;
-                    let (bytes, shift) = (&block[16 + j / 2 * 32..][..32], j % 2 * 4);
-                    put_codes(codes, r, |k| (bytes[k] >> shift) & 15);
+                    if format == Format::Q5K {
+                        let values = q5k_codes(block, j);
+                        put_codes(codes, r, |k| values[k] & 15);
+                        put_fifth_bits(codes, r, |k| values[k] >> 4);
+                    } else {
+                        let (bytes, shift) = (&block[16 + j / 2 * 32..][..32], j % 2 * 4);
+                        put_codes(codes, r, |k| (bytes[k] >> shift) & 15);
+                    }
                 }
                 Format::Q6K => {
                     let (index, j) = (group / GROUPS_PER_BLOCK, group % GROUPS_PER_BLOCK);
@@ -230,6 +256,13 @@ fn put_codes(codes: &mut [u8], r: usize, code: impl Fn(usize) -> u8) {
     }
 }
 
+/// Behind the nibbles: `bit(k)`, 0 or 1, of column `k`.
+fn put_fifth_bits(codes: &mut [u8], r: usize, bit: impl Fn(usize) -> u8) {
+    for k in 0..GROUP_LEN {
+        codes[4 * QUAD_BYTES + r * 4 + k % 4] |= bit(k) << (k / 4);
+    }
+}
+
 /// Decodes row `row` of a matrix stored in panels.
 pub(crate) fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
     let format = matrix.format();
@@ -250,12 +283,20 @@ pub(crate) fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
                 byte >> 4
             }
         };
+        let five_bits = |k: usize| {
+            let bits = codes[4 * QUAD_BYTES + r * 4 + k % 4];
+            nibble(k) | ((bits >> (k / 4) & 1) << 4)
+        };
         for (k, value) in values.iter_mut().enumerate() {
             *value = match format {
                 Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => 0.0,
                 Format::Q4_0 => half_at(scales_at) * (f32::from(nibble(k)) - 8.0),
                 Format::Q4_1 => {
                     half_at(scales_at) * f32::from(nibble(k)) + half_at(scales_at + HALF_BYTES)
+                }
+                Format::Q5_0 => half_at(scales_at) * (f32::from(five_bits(k)) - 16.0),
+                Format::Q5_1 => {
+                    half_at(scales_at) * f32::from(five_bits(k)) + half_at(scales_at + HALF_BYTES)
                 }
                 Format::Q8_0 => half_at(scales_at) * (f32::from(codes[place(k, r)]) - 128.0),
                 Format::Int8 => {
@@ -267,10 +308,14 @@ pub(crate) fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
                     let zero = f32::from(scales[HALF_BYTES + r]);
                     half_at(scales_at) * (f32::from(nibble(k)) - zero)
                 }
-                Format::Q4K => {
+                Format::Q4K | Format::Q5K => {
                     let scale = half_at(block_at) * f32::from(scales[r]);
                     let min = half_at(block_at + HALF_BYTES) * f32::from(scales[PANEL_ROWS + r]);
-                    scale * f32::from(nibble(k)) - min
+                    let code = match format {
+                        Format::Q5K => five_bits(k),
+                        _ => nibble(k),
+                    };
+                    scale * f32::from(code) - min
                 }
                 Format::Q6K => {
                     let quad = k / 4;

@@ -51,8 +51,8 @@ impl Random {
                 Format::Bf16 => block.copy_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
                 Format::F8E4m3 if block[0] & 0x7f == 0x7f => block[0] = 0x7e,
                 Format::F8E4m3 => {}
-                Format::Q4_0 | Format::Q8_0 => scale(block, 0, value / 16.0),
-                Format::Q4_1 | Format::Q4K => {
+                Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => scale(block, 0, value / 16.0),
+                Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => {
                     scale(block, 0, value / 16.0);
                     scale(block, 2, self.unit() / 4.0);
                 }
@@ -891,6 +891,9 @@ fn mlps_agree_with_and_without_bias_and_are_the_same_fused_or_not() {
         (Format::F32, 64, 70),
         (Format::Q4_0, 64, 96),
         (Format::Q4_1, 64, 160),
+        (Format::Q5_0, 64, 96),
+        (Format::Q5_1, 64, 160),
+        (Format::Q5K, 256, 256),
         (Format::Q6K, 256, 256),
         (Format::Int8, 64, 96),
         (Format::Int4, 64, 96),

@@ -20,7 +20,7 @@ use dsd_kernels::{
 pub(crate) enum ActivationsArg {
     /// f32 products and sums.
     F32,
-    /// int8 activations, integer products (Q4_0, Q4_1, Q8_0, Q4_K, Q6_K, int8 and int4 weights); over
+    /// int8 activations, integer products (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K, int8 and int4 weights); over
     /// a bf16 KV cache, queries and softmax weights in bf16.
     Int8,
 }

@@ -236,7 +236,7 @@ fn read_info(reader: &mut Reader<'_>) -> Result<TensorInfo, WeightsError> {
         return Err(WeightsError::TensorType {
             file: reader.path.to_owned(),
             tensor: name,
-            expected: "F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K or Q6_K".to_owned(),
+            expected: "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K".to_owned(),
             found: type_name(type_id),
         });
     };
@@ -329,8 +329,11 @@ fn format_of(type_id: u32) -> Option<Format> {
         1 => Format::F16,
         2 => Format::Q4_0,
         3 => Format::Q4_1,
+        6 => Format::Q5_0,
+        7 => Format::Q5_1,
         8 => Format::Q8_0,
         12 => Format::Q4K,
+        13 => Format::Q5K,
         14 => Format::Q6K,
         30 => Format::Bf16,
         _ => return None,
@@ -340,12 +343,9 @@ fn format_of(type_id: u32) -> Option<Format> {
 /// The name of a type we do not have, for the message.
 fn type_name(type_id: u32) -> String {
     let name = match type_id {
-        6 => "Q5_0",
-        7 => "Q5_1",
         9 => "Q8_1",
         10 => "Q2_K",
         11 => "Q3_K",
-        13 => "Q5_K",
         15 => "Q8_K",
         16 => "IQ2_XXS",
         17 => "IQ2_XS",

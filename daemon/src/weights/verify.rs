@@ -363,8 +363,8 @@ fn first_non_finite(stored_type: StoredType, data: &[u8]) -> Option<(&'static st
                     .map(element);
             }
             Format::F8E4m3 => return data.iter().position(|b| b & 0x7F == 0x7F).map(element),
-            Format::Q4_0 | Format::Q8_0 => &[0],
-            Format::Q4_1 | Format::Q4K => &[0, 2],
+            Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
+            Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K => &[0, 2],
             Format::Q6K => &[208],
             Format::Int4 => &[0],
             Format::Int8 => return None,

@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub use fp8::e4m3_to_f32;
-pub use ggml::{q4k_scale_min, q6k_codes};
+pub use ggml::{fifth_bits, q4k_scale_min, q5k_codes, q6k_codes};
 pub use integer::put_int4;
 pub use plain::{bf16_to_f32, f16_to_f32};
 pub use round::{RoundError, round_to};
@@ -40,8 +40,11 @@ pub fn decode_row(matrix: &Matrix, row: usize, out: &mut [f32]) {
         Format::F8E4m3 => fp8::decode(matrix, row, bytes, out),
         Format::Q4_0 => ggml::decode_blocks(bytes, out, ggml::q4_0),
         Format::Q4_1 => ggml::decode_blocks(bytes, out, ggml::q4_1),
+        Format::Q5_0 => ggml::decode_blocks(bytes, out, ggml::q5_0),
+        Format::Q5_1 => ggml::decode_blocks(bytes, out, ggml::q5_1),
         Format::Q8_0 => ggml::decode_blocks(bytes, out, ggml::q8_0),
         Format::Q4K => ggml::decode_blocks(bytes, out, ggml::q4_k),
+        Format::Q5K => ggml::decode_blocks(bytes, out, ggml::q5_k),
         Format::Q6K => ggml::decode_blocks(bytes, out, ggml::q6_k),
         Format::Int8 => integer::decode_int8(matrix, row, bytes, out),
         Format::Int4 => ggml::decode_blocks(bytes, out, integer::int4),

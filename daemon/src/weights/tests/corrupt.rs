@@ -251,11 +251,11 @@ fn impossible_gguf_tensors_are_refused_by_name() {
     };
     check_gguf(
         &with(&|w| w.tensors[0].type_id = 10),
-        "TensorType: `@a.gguf`: tensor `token_embd.weight` has type Q2_K, expected F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K or Q6_K",
+        "TensorType: `@a.gguf`: tensor `token_embd.weight` has type Q2_K, expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K",
     );
     check_gguf(
         &with(&|w| w.tensors[0].type_id = 77),
-        "TensorType: `@a.gguf`: tensor `token_embd.weight` has type unknown ggml type 77, expected F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q4_K or Q6_K",
+        "TensorType: `@a.gguf`: tensor `token_embd.weight` has type unknown ggml type 77, expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K or Q6_K",
     );
     check_gguf(
         &with(&|w| w.tensors[0].dims = vec![0, 48]),

@@ -3,7 +3,7 @@
 use crate::{
     cpu::simd::{LANES, Simd},
     matrix::Matrix,
-    quant::{f16_to_f32, q4k_scale_min, q6k_codes},
+    quant::{f16_to_f32, fifth_bits, q4k_scale_min, q5k_codes, q6k_codes},
 };
 
 /// Columns decoded at once.
@@ -131,6 +131,52 @@ impl Decode for Q4_1 {
     }
 }
 
+/// The codes of a Q5_0 or Q5_1 group: nibbles with their fifth bits.
+#[inline(always)]
+fn five_bits(bits: &[u8], nibbles: &[u8]) -> [u8; GROUP_LEN] {
+    let bit = fifth_bits(bits);
+    let mut codes = [0; GROUP_LEN];
+    for (j, byte) in nibbles.iter().enumerate() {
+        codes[j] = byte & 15 | bit(j) << 4;
+        codes[j + LANES] = byte >> 4 | bit(j + LANES) << 4;
+    }
+    codes
+}
+
+/// 32 codes as numbers.
+#[inline(always)]
+fn numbers<S: Simd>(simd: S, codes: &[u8; GROUP_LEN]) -> [S::F; 2] {
+    // SAFETY: 32 bytes.
+    unsafe {
+        [
+            simd.load_u8(codes.as_ptr()),
+            simd.load_u8(codes[LANES..].as_ptr()),
+        ]
+    }
+}
+
+pub(super) enum Q5_0 {}
+impl Decode for Q5_0 {
+    #[inline(always)]
+    unsafe fn group<S: Simd>(simd: S, row: &WeightRow<'_>, group: usize) -> [S::F; 2] {
+        let block = &row.bytes[group * 22..][..22];
+        let d = simd.splat(f16_to_f32([block[0], block[1]]));
+        let codes = numbers(simd, &five_bits(&block[2..6], &block[6..]));
+        codes.map(|code| simd.mul(d, simd.sub(code, simd.splat(16.0))))
+    }
+}
+
+pub(super) enum Q5_1 {}
+impl Decode for Q5_1 {
+    #[inline(always)]
+    unsafe fn group<S: Simd>(simd: S, row: &WeightRow<'_>, group: usize) -> [S::F; 2] {
+        let block = &row.bytes[group * 24..][..24];
+        let half = |at: usize| simd.splat(f16_to_f32([block[at], block[at + 1]]));
+        let codes = numbers(simd, &five_bits(&block[4..8], &block[8..]));
+        codes.map(|code| simd.fma(half(0), code, half(2)))
+    }
+}
+
 pub(super) enum Q8_0 {}
 impl Decode for Q8_0 {
     #[inline(always)]
@@ -202,6 +248,20 @@ impl Decode for Q4K {
             let (d, m) = (simd.splat(d), simd.splat(-dmin));
             [simd.fma(d, codes[0], m), simd.fma(d, codes[1], m)]
         }
+    }
+}
+
+pub(super) enum Q5K {}
+impl Decode for Q5K {
+    #[inline(always)]
+    unsafe fn group<S: Simd>(simd: S, row: &WeightRow<'_>, group: usize) -> [S::F; 2] {
+        let (block, j) = (group / 8, group % 8);
+        let block = &row.bytes[block * 176..][..176];
+        let (scale, min) = q4k_scale_min(&block[4..16], j);
+        let d = f16_to_f32([block[0], block[1]]) * f32::from(scale);
+        let dmin = f16_to_f32([block[2], block[3]]) * f32::from(min);
+        let (d, m) = (simd.splat(d), simd.splat(-dmin));
+        numbers(simd, &q5k_codes(block, j)).map(|code| simd.fma(d, code, m))
     }
 }
 

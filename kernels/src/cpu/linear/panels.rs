@@ -56,8 +56,11 @@ pub(super) fn tile_fns<S: Simd>(format: Format, int8: bool) -> [TileFn<S>; N_TIL
     match format {
         Format::Q4_0 => fns::<S, Q4_0>(int8),
         Format::Q4_1 => fns::<S, Q4_1>(int8),
+        Format::Q5_0 => fns::<S, Q5_0>(int8),
+        Format::Q5_1 => fns::<S, Q5_1>(int8),
         Format::Q8_0 => fns::<S, Q8_0>(int8),
         Format::Q4K => fns::<S, Q4K>(int8),
+        Format::Q5K => fns::<S, Q5K>(int8),
         Format::Q6K => fns::<S, Q6K>(int8),
         Format::Int8 => fns::<S, Int8>(int8),
         Format::Int4 => fns::<S, Int4>(int8),
@@ -78,8 +81,11 @@ pub(super) fn unpack_fn<S: Simd>(format: Format) -> Option<UnpackFn<S>> {
     match format {
         Format::Q4_0 => Some(unpack::<S, Q4_0, true>),
         Format::Q4_1 => Some(unpack::<S, Q4_1, true>),
+        Format::Q5_0 => Some(unpack::<S, Q5_0, true>),
+        Format::Q5_1 => Some(unpack::<S, Q5_1, true>),
         Format::Q8_0 => Some(unpack::<S, Q8_0, true>),
         Format::Q4K => Some(unpack::<S, Q4K, true>),
+        Format::Q5K => Some(unpack::<S, Q5K, true>),
         Format::Int8 => Some(unpack::<S, Int8, true>),
         Format::Int4 => Some(unpack::<S, Int4, true>),
         Format::Q6K | Format::F32 | Format::F16 | Format::Bf16 | Format::F8E4m3 => None,
@@ -94,7 +100,10 @@ pub(super) fn bytes_fns<S: Simd>(
     match format {
         Format::Q4_0 => Some((unpack::<S, Q4_0, false>, fns::<S, Bytes<8, false>>(true))),
         Format::Q4_1 => Some((unpack::<S, Q4_1, false>, fns::<S, Bytes<0, true>>(true))),
+        Format::Q5_0 => Some((unpack::<S, Q5_0, false>, fns::<S, Bytes<16, false>>(true))),
+        Format::Q5_1 => Some((unpack::<S, Q5_1, false>, fns::<S, Bytes<0, true>>(true))),
         Format::Q4K => Some((unpack::<S, Q4K, false>, fns::<S, Bytes<0, true>>(true))),
+        Format::Q5K => Some((unpack::<S, Q5K, false>, fns::<S, Bytes<0, true>>(true))),
         Format::Int4 => Some((unpack::<S, Int4, false>, fns::<S, Bytes<0, true>>(true))),
         _ => None,
     }
@@ -102,7 +111,10 @@ pub(super) fn bytes_fns<S: Simd>(
 
 /// Whether a format has minima.
 pub(super) fn has_min(format: Format) -> bool {
-    matches!(format, Format::Q4_1 | Format::Q4K | Format::Int4)
+    matches!(
+        format,
+        Format::Q4_1 | Format::Q5_1 | Format::Q4K | Format::Q5K | Format::Int4
+    )
 }
 
 fn fns<S: Simd, P: PanelFormat>(int8: bool) -> [TileFn<S>; N_TILE_LENS] {
@@ -228,6 +240,19 @@ unsafe fn nibbles<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
     }
 }
 
+/// Quad `q` where 64 bytes of fifth bits follow the nibbles.
+///
+/// # Safety
+/// 320 bytes are readable, `q < 8`.
+#[inline(always)]
+unsafe fn five_bits<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let high = simd.load_bytes(codes.add(256));
+        simd.or(nibbles(simd, codes, q), simd.fifth_bit(high, q))
+    }
+}
+
 /// Quad `q` where a code is a byte.
 ///
 /// # Safety
@@ -246,6 +271,38 @@ unsafe fn one_scale<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> 
     Scales {
         scale: [d; 2],
         min: simd.splat(0.0),
+    }
+}
+
+/// `d` and `m` f16 per row, a group.
+#[inline(always)]
+unsafe fn scale_and_min<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let at = panel.scales.add(group * 4 * LANES);
+        Scales {
+            scale: [simd.load_f16(at); 2],
+            min: simd.load_f16(at.add(2 * LANES)),
+        }
+    }
+}
+
+/// A scale and a minimum u8 per row, a group, times the `d` and `dmin` f16 of its block.
+#[inline(always)]
+unsafe fn shared_scale_and_min<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+    // SAFETY: promised by the caller.
+    unsafe {
+        let own = panel.scales.add(group * 2 * LANES);
+        let shared = panel.blocks.add(group / GROUPS_PER_BLOCK * 4 * LANES);
+        let scale = simd.mul(simd.load_f16(shared), simd.load_u8(own));
+        let min = simd.mul(
+            simd.load_f16(shared.add(2 * LANES)),
+            simd.load_u8(own.add(LANES)),
+        );
+        Scales {
+            scale: [scale; 2],
+            min: simd.sub(simd.splat(0.0), min),
+        }
     }
 }
 
@@ -283,13 +340,45 @@ impl PanelFormat for Q4_1 {
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
         // SAFETY: promised by the caller.
-        unsafe {
-            let at = panel.scales.add(group * 4 * LANES);
-            Scales {
-                scale: [simd.load_f16(at); 2],
-                min: simd.load_f16(at.add(2 * LANES)),
-            }
-        }
+        unsafe { scale_and_min(simd, panel, group) }
+    }
+}
+
+enum Q5_0 {}
+impl PanelFormat for Q5_0 {
+    const FORMAT: Format = Format::Q5_0;
+    const ZERO: u8 = 16;
+    const HAS_MIN: bool = false;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
+        // SAFETY: promised by the caller.
+        unsafe { five_bits(simd, codes, q) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe { one_scale(simd, panel, group) }
+    }
+}
+
+enum Q5_1 {}
+impl PanelFormat for Q5_1 {
+    const FORMAT: Format = Format::Q5_1;
+    const ZERO: u8 = 0;
+    const HAS_MIN: bool = true;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
+        // SAFETY: promised by the caller.
+        unsafe { five_bits(simd, codes, q) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe { scale_and_min(simd, panel, group) }
     }
 }
 
@@ -377,19 +466,26 @@ impl PanelFormat for Q4K {
     #[inline(always)]
     unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
         // SAFETY: promised by the caller.
-        unsafe {
-            let own = panel.scales.add(group * 2 * LANES);
-            let shared = panel.blocks.add(group / GROUPS_PER_BLOCK * 4 * LANES);
-            let scale = simd.mul(simd.load_f16(shared), simd.load_u8(own));
-            let min = simd.mul(
-                simd.load_f16(shared.add(2 * LANES)),
-                simd.load_u8(own.add(LANES)),
-            );
-            Scales {
-                scale: [scale; 2],
-                min: simd.sub(simd.splat(0.0), min),
-            }
-        }
+        unsafe { shared_scale_and_min(simd, panel, group) }
+    }
+}
+
+enum Q5K {}
+impl PanelFormat for Q5K {
+    const FORMAT: Format = Format::Q5K;
+    const ZERO: u8 = 0;
+    const HAS_MIN: bool = true;
+    const HAS_HALVES: bool = false;
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd>(simd: S, codes: *const u8, q: usize) -> S::B {
+        // SAFETY: promised by the caller.
+        unsafe { five_bits(simd, codes, q) }
+    }
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(simd: S, panel: &Panel, group: usize) -> Scales<S> {
+        // SAFETY: promised by the caller.
+        unsafe { shared_scale_and_min(simd, panel, group) }
     }
 }
 
@@ -579,6 +675,7 @@ unsafe fn int8_pass<
                     let start = |half: usize, t: usize| match (P::HAS_HALVES, P::ZERO) {
                         (true, 32) => half_sums.add(half * T + t).read_unaligned(),
                         (false, 8) => x_sums.add(T + t).read_unaligned(),
+                        (false, 16) => 2 * x_sums.add(T + t).read_unaligned(),
                         (false, 128) => x_sums.add(2 * T + t).read_unaligned(),
                         (false, 0) => 0,
                         _ => unreachable!("a format's zero has its sums in the tile"),

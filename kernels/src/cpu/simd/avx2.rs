@@ -112,6 +112,22 @@ fn bit_pairs(a: __m256i, index: usize) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn fifth_bit(a: __m256i, index: usize) -> __m256i {
+    let shifted = match index {
+        0 => _mm256_slli_epi16::<4>(a),
+        1 => _mm256_slli_epi16::<3>(a),
+        2 => _mm256_slli_epi16::<2>(a),
+        3 => _mm256_slli_epi16::<1>(a),
+        4 => a,
+        5 => _mm256_srli_epi16::<1>(a),
+        6 => _mm256_srli_epi16::<2>(a),
+        _ => _mm256_srli_epi16::<3>(a),
+    };
+    _mm256_and_si256(shifted, _mm256_set1_epi8(16))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn column(a: __m256i, j: usize) -> __m256 {
     let low = match j {
         0 => a,
@@ -397,6 +413,11 @@ impl Simd for Avx2 {
     fn bit_pairs(self, a: I, index: usize) -> I {
         // SAFETY: `self` proves the features.
         unsafe { [bit_pairs(a[0], index), bit_pairs(a[1], index)] }
+    }
+    #[inline(always)]
+    fn fifth_bit(self, a: I, index: usize) -> I {
+        // SAFETY: `self` proves the features.
+        unsafe { [fifth_bit(a[0], index), fifth_bit(a[1], index)] }
     }
     #[inline(always)]
     fn or(self, a: I, b: I) -> I {

@@ -455,6 +455,23 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
+    fn fifth_bit(self, a: __m512i, index: usize) -> __m512i {
+        // SAFETY: `self` proves the features.
+        unsafe {
+            let shifted = match index {
+                0 => _mm512_slli_epi16::<4>(a),
+                1 => _mm512_slli_epi16::<3>(a),
+                2 => _mm512_slli_epi16::<2>(a),
+                3 => _mm512_slli_epi16::<1>(a),
+                4 => a,
+                5 => _mm512_srli_epi16::<1>(a),
+                6 => _mm512_srli_epi16::<2>(a),
+                _ => _mm512_srli_epi16::<3>(a),
+            };
+            _mm512_and_si512(shifted, _mm512_set1_epi8(16))
+        }
+    }
+    #[inline(always)]
     fn or(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: `self` proves the features.
         unsafe { _mm512_or_si512(a, b) }

@@ -137,6 +137,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn high_nibbles(self, a: Self::B) -> Self::B;
     /// Bits `2 index..2 index + 2` of every byte as bits 4..6, `index < 4`.
     fn bit_pairs(self, a: Self::B, index: usize) -> Self::B;
+    /// Bit `index` of every byte as bit 4, `index < 8`.
+    fn fifth_bit(self, a: Self::B, index: usize) -> Self::B;
     fn or(self, a: Self::B, b: Self::B) -> Self::B;
     /// Byte `j` of every lane, unsigned, `j < 4`.
     fn column(self, a: Self::B, j: usize) -> Self::F;

@@ -179,6 +179,10 @@ impl Simd for Portable {
         a.map(|lane| lane.map(|byte| ((byte >> (2 * index)) & 3) << 4))
     }
     #[inline(always)]
+    fn fifth_bit(self, a: B, index: usize) -> B {
+        a.map(|lane| lane.map(|byte| ((byte >> index) & 1) << 4))
+    }
+    #[inline(always)]
     fn or(self, a: B, b: B) -> B {
         std::array::from_fn(|i| std::array::from_fn(|j| a[i][j] | b[i][j]))
     }
