@@ -138,6 +138,12 @@ impl MessagesRequest {
     }
 }
 
+/// Names of the members of a request that are read.
+#[cfg(test)]
+pub(crate) fn request_fields() -> &'static [&'static str] {
+    raw::fields_of::<Raw>()
+}
+
 fn missing(param: impl Into<String>) -> RequestError {
     RequestError::Missing {
         param: param.into(),

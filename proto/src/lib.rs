@@ -15,3 +15,4 @@ pub mod quic;
 pub mod openai;
 pub mod anthropic;
 pub mod responses;
+pub mod fields;

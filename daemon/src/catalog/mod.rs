@@ -102,6 +102,8 @@ pub struct ConfiguredModel {
     pub path: PathBuf,
     /// Other names in requests, each of this model only.
     pub aliases: Vec<String>,
+    /// Those of them by which a request thinks unless it says otherwise.
+    pub thinking_aliases: Vec<String>,
     /// The node is not ready without it.
     pub required: bool,
 }
@@ -307,6 +309,12 @@ impl Catalog {
     pub fn aliases(&self, name: &str) -> &[String] {
         let model = self.configured.iter().find(|model| model.name == name);
         model.map_or(&[], |model| &model.aliases)
+    }
+
+    /// Whether a request by this name thinks where it does not say.
+    pub fn thinks(&self, name: &str) -> bool {
+        let model = self.configured_as(name);
+        model.is_some_and(|model| model.thinking_aliases.iter().any(|alias| alias == name))
     }
 
     /// Loads a model and serves it. Blocks until then: not for async threads.

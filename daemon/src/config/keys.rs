@@ -88,6 +88,7 @@ shown! {
     f64: ToString::to_string,
     String: String::clone,
     SocketAddr: ToString::to_string,
+    Vec<String>: |list| list.join(", "),
     PathBuf: |path| path.display().to_string(),
     Activations: |format| format!("{format:?}").to_lowercase(),
     KvType: |format| format!("{format:?}").to_lowercase(),
@@ -241,6 +242,7 @@ macro_rules! sections {
             name: Spanned<String>,
             path: Spanned<PathBuf>,
             aliases: Option<Spanned<Vec<Spanned<String>>>>,
+            thinking_aliases: Option<Spanned<Vec<Spanned<String>>>>,
             required: Option<Spanned<bool>>,
             $($($(
                 #[doc = stringify!($scope)]
@@ -268,16 +270,17 @@ macro_rules! sections {
                 note("name", self.name.span());
                 note("path", self.path.span());
                 let mut aliases = Vec::new();
-                if let Some(list) = self.aliases {
-                    note("aliases", list.span());
-                    aliases = list
-                        .into_inner()
-                        .into_iter()
-                        .map(|alias| Alias {
-                            origin: text.origin(Some(alias.span())),
-                            name: alias.into_inner(),
-                        })
-                        .collect();
+                for (key, list, thinks) in [
+                    ("aliases", self.aliases, false),
+                    ("thinking_aliases", self.thinking_aliases, true),
+                ] {
+                    let Some(list) = list else { continue };
+                    note(key, list.span());
+                    aliases.extend(list.into_inner().into_iter().map(|alias| Alias {
+                        origin: text.origin(Some(alias.span())),
+                        name: alias.into_inner(),
+                        thinks,
+                    }));
                 }
                 let required = self.required.is_none_or(|required| {
                     note("required", required.span());
@@ -335,6 +338,14 @@ macro_rules! sections {
             },
             KeyDoc {
                 section: "models",
+                name: "thinking_aliases",
+                default: "none",
+                range: "up to 16 names with `aliases`",
+                doc: "The same, such as `deepseek-reasoner`; requests by these names think unless they say otherwise.",
+                per_model: false,
+            },
+            KeyDoc {
+                section: "models",
                 name: "required",
                 default: "true",
                 range: "",
@@ -382,6 +393,8 @@ sections! {
         keep_alive_s: u64 = 10, "10", 1..=3600;
         /// File of API keys, one per line, all of one tenant; absent, and without `service.tenants_file`: everybody may call.
         api_keys_file: Option<PathBuf> = None, "none";
+        /// Origins whose pages may ask from a browser, such as `https://chat.example.com`; keys are needed all the same.
+        cors_origins: Vec<String> = Vec::new(), "none";
         /// Prompts tokenised at once; a long body takes several places, the longest one all.
         encoders_max: usize = 4, "4", 1..=1024;
         /// `/ready` answers 503 when a model's last token is older than this many seconds.
@@ -487,6 +500,8 @@ pub struct Alias {
     pub name: String,
     /// Where it stands.
     pub origin: Origin,
+    /// Requests by it think unless they say otherwise.
+    pub thinks: bool,
 }
 
 /// What a model runs with.

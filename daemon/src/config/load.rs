@@ -138,6 +138,17 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// What no browser sends as its page's origin.
+    #[error(
+        "{}`http.cors_origins` has {found:?}; an origin is scheme, host and port in small letters, such as `https://chat.example.com`",
+        at(origin.as_ref())
+    )]
+    NoOrigin {
+        /// Where it stands.
+        origin: Option<Origin>,
+        /// It.
+        found: String,
+    },
     /// A budget that the longest body does not fit into.
     #[error(
         "`http.body_budget_bytes` is {budget}, less than one body (`http.body_bytes_max`, {body})"
@@ -402,6 +413,12 @@ impl Config {
         if budget < body {
             return Err(ConfigError::BodyBudget { budget, body });
         }
+        if let Some(found) = self.http.cors_origins.iter().find(|text| !is_origin(text)) {
+            return Err(ConfigError::NoOrigin {
+                origin: self.origins.of("http.cors_origins").cloned(),
+                found: found.chars().take(100).collect(),
+            });
+        }
         if self.http.api_keys_file.is_some() && self.service.tenants_file.is_some() {
             return Err(ConfigError::KeysTwice);
         }
@@ -483,6 +500,24 @@ impl Config {
 }
 
 /// Names must be usable, and every name lead to one model.
+/// Whether a browser could send it as a page's origin.
+fn is_origin(text: &str) -> bool {
+    let Some((scheme, host)) = text.split_once("://") else {
+        return false;
+    };
+    let is_plain = |byte: u8| {
+        byte.is_ascii_lowercase()
+            || byte.is_ascii_digit()
+            || matches!(byte, b'.' | b'-' | b':' | b'[' | b']')
+    };
+    !scheme.is_empty()
+        && scheme
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+        && !host.is_empty()
+        && host.bytes().all(is_plain)
+}
+
 pub(super) fn check_models(models: &[ModelConfig]) -> Result<(), ConfigError> {
     let usable = |name: &str| {
         (1..=MODEL_NAME_LEN_MAX).contains(&name.len())
@@ -509,7 +544,7 @@ pub(super) fn check_models(models: &[ModelConfig]) -> Result<(), ConfigError> {
                 found: model.aliases.len(),
             });
         }
-        for Alias { name, origin } in &model.aliases {
+        for Alias { name, origin, .. } in &model.aliases {
             if !usable(name) {
                 return Err(ConfigError::ModelName {
                     origin: Some(origin.clone()),
@@ -927,6 +962,33 @@ mod tests {
             assert_eq!(error(main, &[], &[]), expected, "{main}");
         }
         assert!(error("version = 1\n[http\n", &[], &[]).starts_with("dsd.toml:2: "));
+    }
+
+    #[test]
+    fn origins_are_what_browsers_send() {
+        let found = |list: &str| {
+            let text = format!("version = 1\n[http]\ncors_origins = {list}\n");
+            load(&text, &[], &[]).unwrap()
+        };
+        for good in [
+            "https://a.example.com",
+            "http://localhost:3000",
+            "http://[::1]:80",
+        ] {
+            assert_eq!(found(&format!("[{good:?}]")).http.cors_origins, [good]);
+        }
+        for bad in [
+            "*",
+            "null",
+            "https://a/",
+            "https://A",
+            "a.example.com",
+            "https://a b",
+        ] {
+            let text = format!("version = 1\n[http]\ncors_origins = [\"http://a\", {bad:?}]\n");
+            let words = format!("dsd.toml:3: `http.cors_origins` has {bad:?}; an origin is");
+            assert!(error(&text, &[], &[]).starts_with(&words), "{bad}");
+        }
     }
 
     #[test]

@@ -150,6 +150,7 @@ async fn whole(mut generation: Generation, head: &Head) -> Result<ChatCompletion
                 role: "assistant".to_owned(),
                 content: Some(partial.content)
                     .filter(|text| !text.is_empty() || partial.calls.is_empty()),
+                refusal: None,
                 reasoning_content: partial.reasoning,
                 tool_calls: partial.calls,
             },

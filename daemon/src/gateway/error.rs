@@ -28,7 +28,7 @@ use crate::{
 const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// Read by OpenAI's clients, which otherwise come back twice by themselves.
-const SHOULD_RETRY: &str = "x-should-retry";
+pub(super) const SHOULD_RETRY: &str = "x-should-retry";
 
 /// Whether clients would repeat a request that was answered with `code` at once, and in vain. They
 /// do so after 408, 409, 429 and 5xx; only a body that came too late may come in time.

@@ -8,6 +8,7 @@
 
 pub mod generation;
 
+mod about;
 mod auth;
 mod body;
 mod body_budget;
@@ -35,6 +36,7 @@ pub use health::{NotReady, admission, model_readiness, readiness};
 
 use std::{sync::Arc, time::Duration};
 
+use axum::http::HeaderValue;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -69,6 +71,8 @@ pub struct GatewayConfig {
     pub encoders_max: usize,
     /// Age of the last token above which a model is not ready.
     pub token_age_max: Duration,
+    /// Origins whose pages may ask.
+    pub cors_origins: Vec<HeaderValue>,
     /// When the node closes, for clients to take what is left of their answers.
     pub flush_timeout: Duration,
 }
@@ -97,6 +101,12 @@ impl GatewayConfig {
             keep_alive: Duration::from_secs(http.keep_alive_s),
             encoders_max: http.encoders_max,
             token_age_max: Duration::from_secs(http.token_age_max_s),
+            // The configuration's check took no other.
+            cors_origins: http
+                .cors_origins
+                .iter()
+                .filter_map(|origin| HeaderValue::from_str(origin).ok())
+                .collect(),
             flush_timeout,
         }
     }

@@ -88,7 +88,7 @@ pub(super) struct Prepared {
 }
 
 /// Header with the names of members of the body that are ignored.
-const IGNORED: &str = "x-dsd-ignored-fields";
+pub(super) const IGNORED: &str = "x-dsd-ignored-fields";
 
 /// Says which members of the body were ignored, so that nobody looks for their effect.
 pub(super) fn name_ignored(response: &mut Response<Body>, names: &[String]) {
@@ -347,7 +347,13 @@ fn of_chat(
     let sources = request.tools.iter().map(|tool| tool.source.clone());
     let options = ChatOptions {
         add_generation_prompt: true,
-        thinking: request.thinking,
+        thinking: request.thinking.or_else(|| {
+            let thinks = request
+                .model
+                .as_deref()
+                .is_some_and(|name| catalog.thinks(name));
+            thinks.then_some(true)
+        }),
         tools: offers_tools.then(|| sources.collect()),
         describe_tools: true,
         schema: match &request.options.shape {

@@ -1,12 +1,12 @@
 //! Which path leads where, and what every answer gets.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Extension, Router,
     body::Body,
     extract::{Path, Request, State, rejection::PathRejection},
-    http::{HeaderMap, HeaderValue, Response, Version, header, uri::Authority},
+    http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version, header, uri::Authority},
     middleware::{self, Next},
     routing::{any, get, post},
 };
@@ -15,26 +15,30 @@ use dsd_proto::{
     openai::{Model, ModelList},
 };
 use serde::Serialize;
+use tower_http::cors::{AllowHeaders, CorsLayer};
 
 use super::{
-    Gateway,
+    Gateway, about,
     auth::{self, Entered},
     body::{self, Announced},
     chat, completions,
-    error::{ApiError, Dialect},
+    error::{self, ApiError, Dialect},
     generation,
     health::{self, NotReady},
-    messages, responses, tokenize,
+    messages, prepare, responses, tokenize,
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
 /// Name of the header that tells requests apart in logs.
 const REQUEST_ID: &str = "x-request-id";
+/// How long a browser may go by the leave that it got.
+const PREFLIGHT_AGE: Duration = Duration::from_secs(3600);
 /// Longest request id taken over from a client.
 const REQUEST_ID_LEN_MAX: usize = 128;
 
 pub(super) fn router(gateway: Arc<Gateway>) -> Router {
-    Router::new()
+    let origins = gateway.config.cors_origins.clone();
+    let router = Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
@@ -57,6 +61,10 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/version", get(version))
+        .route("/tokenizer_info", get(about::tokenizer))
+        .route("/user/balance", get(about::balance))
+        .route("/v1/embeddings", post(about::no_embeddings))
+        .route("/embeddings", post(about::no_embeddings))
         .route("/v1/models", get(list_models))
         .route("/models", get(list_models))
         .route("/v1/models/{*name}", get(show_model))
@@ -67,7 +75,27 @@ pub(super) fn router(gateway: Arc<Gateway>) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&gateway), around))
-        .with_state(gateway)
+        .with_state(gateway);
+    match origins.is_empty() {
+        true => router,
+        // Around everything: a browser asks for leave without the key.
+        false => router.layer(cors(origins)),
+    }
+}
+
+fn cors(origins: Vec<HeaderValue>) -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(origins)
+        .allow_methods([Method::GET, Method::HEAD, Method::POST])
+        // Clients name their versions in headers of their own; the key is checked all the same.
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([
+            header::RETRY_AFTER,
+            HeaderName::from_static(REQUEST_ID),
+            HeaderName::from_static(prepare::IGNORED),
+            HeaderName::from_static(error::SHOULD_RETRY),
+        ])
+        .max_age(PREFLIGHT_AGE)
 }
 
 /// Around every request: whether it may be read at all, who calls, how long it takes, which id it
@@ -133,6 +161,9 @@ fn route_label(path: &str) -> &'static str {
         "/tokenize" => "/tokenize",
         "/detokenize" => "/detokenize",
         "/version" => "/version",
+        "/tokenizer_info" => "/tokenizer_info",
+        "/user/balance" => "/user/balance",
+        "/embeddings" => "/v1/embeddings",
         "/models" => "/v1/models",
         "/health" => "/health",
         "/ready" => "/ready",
@@ -299,13 +330,14 @@ async fn method_not_allowed(request: Request) -> Response<Body> {
     let allowed = match route_label(head.uri.path()) {
         "/v1/chat/completions"
         | "/v1/completions"
+        | "/v1/embeddings"
         | "/v1/responses"
         | "/v1/responses/input_tokens"
         | "/tokenize"
         | "/detokenize"
         | "/v1/messages"
         | "/v1/messages/count_tokens" => "POST",
-        _ => "GET",
+        _ => "GET, HEAD",
     };
     let message = format!(
         "the route takes {allowed}, not {}",

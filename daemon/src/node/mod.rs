@@ -370,6 +370,12 @@ fn configured(models: &[ModelConfig]) -> Vec<ConfiguredModel> {
             .iter()
             .map(|alias| alias.name.clone())
             .collect(),
+        thinking_aliases: model
+            .aliases
+            .iter()
+            .filter(|alias| alias.thinks)
+            .map(|alias| alias.name.clone())
+            .collect(),
         required: model.required,
     };
     models.iter().map(configured).collect()

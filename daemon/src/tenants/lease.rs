@@ -145,6 +145,11 @@ impl Caller {
         models.as_ref().is_none_or(|models| models.contains(model))
     }
 
+    /// What is left under the tenant's caps.
+    pub fn left(&self, now: Instant) -> Left {
+        self.member.ledger.left(&self.tenant().caps, now)
+    }
+
     /// Counts a refusal.
     pub fn refused(&self, why: Refused) {
         self.member.ledger.refused(why);

@@ -269,6 +269,12 @@ impl TextModel {
         self.templates.is_some() || self.encoding.is_some()
     }
 
+    /// The default chat template.
+    pub fn chat_template(&self) -> Option<&str> {
+        let sources = self.templates.as_ref()?.sources();
+        sources.first().map(String::as_str)
+    }
+
     /// Encodes text whose genuine added tokens are those not spoilt by `mark`. Stops once it is
     /// certain that there are more than `tokens_max` tokens.
     pub(super) fn encode_marked(

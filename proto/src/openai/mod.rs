@@ -21,9 +21,10 @@ pub use request::{
     ReasoningEffort, Role, ServiceTier, limits, positive_seconds, unknown_fields,
 };
 pub use response::{
-    ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatLogprobs, ChatReply,
-    ChatTokenLogprob, Completion, CompletionChoice, CompletionLogprobs, CompletionTokensDetails,
-    FinishReason, Model, ModelList, TopLogprob, Usage,
+    Balance, BalanceEntry, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta,
+    ChatLogprobs, ChatReply, ChatTokenLogprob, Completion, CompletionChoice, CompletionLogprobs,
+    CompletionTokensDetails, FinishReason, Model, ModelList, TokenizerDescription, TopLogprob,
+    Usage,
 };
 pub use shape::AnswerShape;
 pub use tokenize::{DetokenizeRequest, Detokenized, TokenizeRequest, Tokenized};

@@ -162,7 +162,24 @@ pub(crate) fn read<'a, T: Deserialize<'a>>(param: &str, text: &'a str) -> Result
 
 /// Names of a body's members that nothing here reads, the first of them, each shortened.
 pub(super) fn unknown_fields(body: &[u8]) -> Vec<String> {
-    /// The names of the fields of a struct.
+    let known = request_fields();
+    let members: BTreeMap<String, IgnoredAny> = serde_json::from_slice(body).unwrap_or_default();
+    let unknown = members
+        .into_keys()
+        .filter(|name| !known.contains(&name.as_str()));
+    unknown
+        .take(limits::UNKNOWN_FIELDS_MAX)
+        .map(|name| shorten(&name, 64))
+        .collect()
+}
+
+/// Names of the members of a request that are read.
+pub(crate) fn request_fields() -> &'static [&'static str] {
+    fields_of::<RawRequest>()
+}
+
+/// The names of the fields of a struct.
+pub(crate) fn fields_of<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     struct FieldNames<'a>(&'a mut &'static [&'static str]);
     impl<'de> Deserializer<'de> for FieldNames<'_> {
         type Error = serde::de::value::Error;
@@ -183,16 +200,9 @@ pub(super) fn unknown_fields(body: &[u8]) -> Vec<String> {
             unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
         }
     }
-    let mut known: &[&str] = &[];
-    drop(RawRequest::deserialize(FieldNames(&mut known)));
-    let members: BTreeMap<String, IgnoredAny> = serde_json::from_slice(body).unwrap_or_default();
-    let unknown = members
-        .into_keys()
-        .filter(|name| !known.contains(&name.as_str()));
-    unknown
-        .take(limits::UNKNOWN_FIELDS_MAX)
-        .map(|name| shorten(&name, 64))
-        .collect()
+    let mut names: &[&str] = &[];
+    drop(T::deserialize(FieldNames(&mut names)));
+    names
 }
 
 /// The reader's names of types in JSON's words. What the client sent stands quoted between them and is

@@ -114,6 +114,9 @@ pub struct ChatReply {
     pub role: String,
     /// Text without thoughts, calls and stop strings; null beside calls when there is none.
     pub content: Option<String>,
+    /// Always null: a model's refusal is text.
+    #[serde(default)]
+    pub refusal: Option<String>,
     /// Thoughts; absent when there were none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reasoning_content: Option<String>,
@@ -270,6 +273,47 @@ pub struct Model {
     pub owned_by: String,
     /// Tokens that prompt and answer may have together.
     pub max_model_len: usize,
+}
+
+/// Answer of `GET /user/balance`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balance {
+    /// Whether a request would be taken now.
+    pub is_available: bool,
+    /// What is left of the tenant's cap on tokens; none without one.
+    pub balance_infos: Vec<BalanceEntry>,
+}
+
+/// An amount of something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalanceEntry {
+    /// `TOKENS`: nobody pays here.
+    pub currency: String,
+    /// Tokens that may be asked for now.
+    pub total_balance: String,
+    /// The same.
+    pub granted_balance: String,
+    /// Always `0`.
+    pub topped_up_balance: String,
+}
+
+/// Answer of `GET /tokenizer_info`, with the names of `tokenizer_config.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenizerDescription {
+    /// The served model's name.
+    pub model: String,
+    /// Text of the token that texts begin with.
+    pub bos_token: Option<String>,
+    /// Text of the token that answers end with.
+    pub eos_token: Option<String>,
+    /// Whether texts begin with `bos_token`.
+    pub add_bos_token: bool,
+    /// Ids.
+    pub vocab_size: usize,
+    /// Tokens that prompt and answer may have together.
+    pub model_max_length: usize,
+    /// The default one, in Jinja.
+    pub chat_template: Option<String>,
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! Invariant: what a request value holds went through the same checks as a chat's.
 
 mod answer;
+mod fields;
 mod items;
 mod request;
 
@@ -15,3 +16,7 @@ pub use answer::{
     OutputTokensDetails, Part, ReasoningText, Response, ResponseError, ResponseUsage, Status,
 };
 pub use request::{Echo, ResponsesRequest};
+
+pub(crate) use fields::FIELDS;
+#[cfg(test)]
+pub(crate) use request::request_fields;

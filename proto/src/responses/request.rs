@@ -114,6 +114,26 @@ const IGNORED_ON_PURPOSE: [&str; 9] = [
     "access_programs",
 ];
 
+/// Members that are read in words of their own.
+const OWN: [&str; 10] = [
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "top_logprobs",
+    "include",
+    "reasoning",
+    "text",
+    "tools",
+    "tool_choice",
+    "metadata",
+];
+
+/// Names of the members of a request that are known.
+pub(crate) fn request_fields() -> Vec<&'static str> {
+    let refused = REFUSED.map(|(name, _)| name);
+    [&OWN[..], &AS_IN_CHATS, &refused, &IGNORED_ON_PURPOSE].concat()
+}
+
 /// Notes of a request.
 const METADATA_MAX: usize = 16;
 /// Characters of a note's name.
@@ -246,22 +266,10 @@ impl ResponsesRequest {
             previous_response_id: None,
             user: chat.options.user.clone(),
         };
-        let is_known = |name: &str| {
-            let own = [
-                "input",
-                "instructions",
-                "max_output_tokens",
-                "top_logprobs",
-                "include",
-            ];
-            let own_too = ["reasoning", "text", "tools", "tool_choice", "metadata"];
-            let refused = REFUSED.iter().any(|(known, _)| *known == name);
-            refused
-                || [&own[..], &own_too, &AS_IN_CHATS, &IGNORED_ON_PURPOSE]
-                    .concat()
-                    .contains(&name)
-        };
-        let ignored = members.keys().filter(|name| !is_known(name));
+        let known = request_fields();
+        let ignored = members
+            .keys()
+            .filter(|name| !known.contains(&name.as_str()));
         let ignored = ignored.take(limits::UNKNOWN_FIELDS_MAX);
         Ok(Self {
             chat,

@@ -317,7 +317,40 @@ fn configured(name: &str, aliases: &[&str], required: bool) -> ConfiguredModel {
         name: name.to_owned(),
         path: format!("/models/{name}").into(),
         aliases: aliases.iter().map(|alias| (*alias).to_owned()).collect(),
+        thinking_aliases: Vec::new(),
         required,
+    }
+}
+
+#[tokio::test]
+async fn requests_by_a_thinking_alias_think_unless_they_say_otherwise() {
+    let reasoner = ConfiguredModel {
+        thinking_aliases: vec!["deepseek-reasoner".to_owned()],
+        ..configured("tiny", &["deepseek-chat", "deepseek-reasoner"], true)
+    };
+    let node = Node::start_configured(vec![model("tiny", &QUICK)], vec![reasoner]).await;
+    for (name, fields, thinks) in [
+        ("deepseek-reasoner", json!({}), true),
+        (
+            "deepseek-reasoner",
+            json!({"thinking": {"type": "disabled"}}),
+            false,
+        ),
+        ("deepseek-chat", json!({}), false),
+        (
+            "deepseek-chat",
+            json!({"thinking": {"type": "enabled"}}),
+            true,
+        ),
+        ("tiny", json!({}), false),
+    ] {
+        let mut body = fields;
+        body["model"] = json!(name);
+        body["messages"] = json!([{"role": "user", "content": "hi"}]);
+        let reply = node.post("/tokenize", &body.to_string()).await.json();
+        let last = reply["tokens"].as_array().unwrap().last().unwrap().clone();
+        // `<think>` is the template's last token then.
+        assert_eq!(last == 257, thinks, "{body}");
     }
 }
 

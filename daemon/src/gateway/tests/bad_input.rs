@@ -173,7 +173,15 @@ async fn prompts_beyond_the_context_are_refused_with_numbers() {
 #[tokio::test]
 async fn unknown_routes_and_methods_are_refused_in_the_same_shape() {
     let node = Node::quick().await;
-    check(&node, "/v1/embeddings", "{}", 404, "not_found", None).await;
+    check(
+        &node,
+        "/v1/images/generations",
+        "{}",
+        404,
+        "not_found",
+        None,
+    )
+    .await;
     check(&node, "/v1/models", "{}", 405, "method_not_allowed", None).await;
     let reply = node.get("/v1/chat/completions").await;
     assert_eq!(

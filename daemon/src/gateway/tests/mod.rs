@@ -2,6 +2,7 @@
 
 mod answers;
 mod bad_input;
+mod edges;
 pub(crate) mod kit;
 mod limits;
 mod messages;

@@ -84,6 +84,35 @@ async fn a_minutes_requests_are_let_in_and_the_next_one_is_told_when() {
 }
 
 #[tokio::test]
+async fn the_balance_is_what_is_left_of_the_cap_on_tokens() {
+    let tenants = tenants(&[("a", "caps = { tokens_per_minute = 40 }"), ("b", "")]);
+    let node = Node::start_with_tenants(config(), tenants, vec![model("tiny", &QUICK)]).await;
+    let balance = async |name: &str| {
+        let mut client = Client::connect(node.addr).await;
+        let head = format!(
+            "GET /user/balance HTTP/1.1\r\nhost: node\r\n{}connection: close\r\n\r\n",
+            headers(name)
+        );
+        client.send(head.as_bytes()).await;
+        client.reply().await.json()
+    };
+    let tokens = |n: &str| serde_json::json!([{"currency": "TOKENS", "total_balance": n, "granted_balance": n, "topped_up_balance": "0"}]);
+    let full = serde_json::json!({"is_available": true, "balance_infos": tokens("40")});
+    assert_eq!(balance("a").await, full);
+    let uncapped = serde_json::json!({"is_available": true, "balance_infos": []});
+    assert_eq!(balance("b").await, uncapped);
+    let long = r#"{"prompt": "ab", "max_tokens": 38, "ignore_eos": true}"#;
+    assert_eq!(ask(&node, "a", long).await.status, 200);
+    let found = balance("a").await;
+    // Time gives some of it back.
+    let left = found["balance_infos"][0]["total_balance"].as_str().unwrap();
+    let left: u64 = left.parse().unwrap();
+    assert!(left < 30, "{found}");
+    assert_eq!(found["is_available"], 0 < left, "{found}");
+    assert_eq!(node.get("/user/balance").await.status, 401);
+}
+
+#[tokio::test]
 async fn every_choice_counts_against_the_concurrency_and_leaves_with_its_end() {
     let tenants = tenants(&[("a", "caps = { concurrency = 2 }")]);
     let node = Node::start_with_tenants(config(), tenants, vec![model("tiny", &SLOW)]).await;

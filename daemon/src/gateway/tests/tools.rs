@@ -66,6 +66,9 @@ fn assembled(reply: &Reply) -> (Value, Value) {
 
 /// The message without ids, which differ from answer to answer.
 fn without_ids(mut message: Value) -> Value {
+    // Only whole messages have it.
+    let refusal = message.as_object_mut().and_then(|m| m.remove("refusal"));
+    assert!(refusal.is_none_or(|refusal| refusal.is_null()));
     let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
     for call in calls.into_iter().flatten() {
         let id = call.as_object_mut().unwrap().remove("id").unwrap();

@@ -1,0 +1,68 @@
+//! What becomes of each field, for [`crate::fields`].
+
+use crate::fields::{Field, ignored, obeyed, refused};
+
+/// In the order of the table.
+pub(crate) const FIELDS: &[Field] = &[
+    obeyed("model", "as in chats"),
+    obeyed(
+        "input",
+        "text, or `message`, `reasoning`, `function_call` and `function_call_output` items",
+    ),
+    obeyed("instructions", "the system's turn"),
+    obeyed("max_output_tokens", "whatever the context holds"),
+    obeyed("temperature", "0 to 2; 1"),
+    obeyed("top_p", "0 to 1; 1"),
+    obeyed("top_logprobs", "0 to 20, with `include`"),
+    obeyed(
+        "include",
+        "`message.output_text.logprobs`; other values are ignored",
+    ),
+    obeyed("stream", "false"),
+    obeyed("tools", "functions; others are refused by their type"),
+    obeyed("tool_choice", "`none`, `auto`, `required`, or a function"),
+    obeyed("parallel_tool_calls", "true"),
+    obeyed(
+        "text",
+        "`format`: `text`, `json_object`, `json_schema`; `verbosity` is ignored",
+    ),
+    obeyed(
+        "reasoning",
+        "`effort`; thoughts are told as they are, whatever `summary` says",
+    ),
+    obeyed("metadata", "up to 16 notes, which the answer repeats"),
+    obeyed("service_tier", "as in chats"),
+    obeyed("user", "as in chats"),
+    obeyed("user_id", "as in chats"),
+    obeyed("deadline_s", "as in chats"),
+    obeyed("seed", "as in chats"),
+    obeyed("stop", "as in chats"),
+    obeyed("stop_token_ids", "as in chats"),
+    obeyed("top_k", "as in chats"),
+    obeyed("min_p", "as in chats"),
+    obeyed("repetition_penalty", "as in chats"),
+    obeyed("presence_penalty", "as in chats"),
+    obeyed("frequency_penalty", "as in chats"),
+    obeyed("logit_bias", "as in chats"),
+    obeyed("thinking", "as in chats"),
+    obeyed("enable_thinking", "as in chats"),
+    obeyed("chat_template_kwargs", "as in chats"),
+    refused("previous_response_id", "nothing is kept"),
+    refused("conversation", "nothing is kept"),
+    refused("background", "true"),
+    refused("prompt", "nothing is kept"),
+    refused("context_management", ""),
+    refused("moderation", ""),
+    ignored("store", "answers say false"),
+    ignored("truncation", "what is too long is refused"),
+    ignored("max_tool_calls", "of tools of the server"),
+    ignored("stream_options", ""),
+    ignored("safety_identifier", ""),
+    ignored(
+        "prompt_cache_key",
+        "prompts that begin alike are found anyway",
+    ),
+    ignored("prompt_cache_options", ""),
+    ignored("prompt_cache_retention", ""),
+    ignored("access_programs", ""),
+];
