@@ -9,12 +9,7 @@ use clap_complete::Shell;
 
 /// Operates dsd nodes.
 #[derive(Debug, Parser)]
-#[command(
-    name = "dsctl",
-    version,
-    propagate_version = true,
-    disable_help_subcommand = true
-)]
+#[command(name = "dsctl", version, propagate_version = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,

@@ -1,9 +1,15 @@
 //! Progress of a long call on stderr, when a person watches.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    time::Duration,
+};
 
 use dsd_proto::wire::admin::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often a bar is drawn where nothing moves.
+const TICK: Duration = Duration::from_millis(500);
 
 /// A bar with rate and remaining time, or nothing where stderr is not a terminal.
 pub(crate) struct Bar {
@@ -12,12 +18,43 @@ pub(crate) struct Bar {
 }
 
 impl Bar {
-    /// A bar unless `is_quiet`.
+    /// A bar over the bytes of a call, unless `is_quiet`.
     pub(crate) fn new(is_quiet: bool) -> Self {
+        let template =
+            "{msg} [{wide_bar}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+        Self::styled(is_quiet, 0, template)
+    }
+
+    /// A bar over `n` things called `what`, unless `is_quiet`.
+    pub(crate) fn counting(is_quiet: bool, what: &'static str, n: u64) -> Self {
+        let bar = Self::styled(
+            is_quiet,
+            n,
+            "{msg} [{wide_bar}] {pos}/{len} {per_sec} {eta}",
+        );
+        if let Some(bar) = &bar.bar {
+            bar.set_message(what);
+            // The first of them may take long.
+            bar.enable_steady_tick(TICK);
+        }
+        bar
+    }
+
+    fn styled(is_quiet: bool, n: u64, template: &str) -> Self {
         let is_shown = !is_quiet && io::stderr().is_terminal();
+        let style = ProgressStyle::with_template(template)
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
         Self {
-            bar: is_shown.then(|| ProgressBar::new(0).with_style(style())),
+            bar: is_shown.then(|| ProgressBar::new(n).with_style(style)),
             phase: String::new(),
+        }
+    }
+
+    /// Counts `n` more.
+    pub(crate) fn advance(&self, n: u64) {
+        if let Some(bar) = &self.bar {
+            bar.inc(n);
         }
     }
 
@@ -39,12 +76,4 @@ impl Bar {
             bar.finish_and_clear();
         }
     }
-}
-
-fn style() -> ProgressStyle {
-    let template =
-        "{msg} [{wide_bar}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ")
 }

@@ -593,6 +593,10 @@ fn usage_errors_are_1_and_help_is_0() {
     };
     check("dsctl --help", Exit::Done);
     check("dsctl model load --help", Exit::Done);
+    check("dsctl help", Exit::Done);
+    check("dsctl help bench", Exit::Done);
+    check("dsctl help model load", Exit::Done);
+    check("dsctl help nonsense", Exit::Refused);
     check("dsctl --version", Exit::Done);
     check("dsctl", Exit::Refused);
     check("dsctl nonsense", Exit::Refused);

@@ -393,3 +393,51 @@ fn a_conversation_grows_until_it_is_reset() {
         "2:one\n4:two\n/what is not a command; see /help\n2:three\n"
     );
 }
+
+/// A server with one model whose answers are one word, each after a moment; it lasts as long as the test.
+fn slow_http() -> SocketAddr {
+    use axum::{Router, routing::get, routing::post};
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    let answer = || async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let chunk = "{\"choices\":[{\"text\":\"a\"}]}";
+        format!("data: {chunk}\n\ndata: [DONE]\n\n")
+    };
+    let list = "{\"data\":[{\"id\":\"tiny\"}]}";
+    let app = Router::new()
+        .route("/v1/models", get(move || async move { list }))
+        .route("/v1/completions", post(answer));
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            axum::serve(listener, app).await.unwrap();
+        });
+    });
+    address
+}
+
+#[test]
+fn a_bench_that_a_person_watches_shows_how_far_it_is() {
+    let address = slow_http();
+    let words = format!("bench --http http://{address} --concurrency 1 --requests 40");
+    let dsctl = env!("CARGO_BIN_EXE_dsctl");
+    // Both streams of `script` are a terminal.
+    let run = |words: &str| {
+        let mut command = Command::new("script");
+        command.args(["-qec", &format!("{dsctl} {words}"), "/dev/null"]);
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let seen = run(&words);
+    let states = (1..40).filter(|n| seen.contains(&format!(" {n}/40 ")));
+    assert!(3 <= states.count() && seen.contains("requests ["), "{seen}");
+    let seen = run(&format!("{words} --json"));
+    assert!(!seen.contains("/40"), "{seen}");
+}

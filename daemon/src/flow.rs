@@ -143,6 +143,8 @@ pub enum StreamItem {
     Started {
         /// Prompt positions found in the cache.
         n_cached: usize,
+        /// When the first step that computes for it began.
+        at: Instant,
     },
     /// How far its prompt is. For those who account for it; its reader gets none.
     Prefilled {

@@ -23,7 +23,7 @@ enum Command {
     Dev(commands::dev::Dev),
     /// Run the node that the configuration file describes (the systemd unit calls this).
     Serve(commands::serve::Serve),
-    /// Check the configuration file; print nothing if it is good, or what it means.
+    /// Name everything that `serve` would refuse; print nothing if all is good.
     CheckConfig(commands::check_config::CheckConfig),
     /// Lay a checkpoint out for the ranks of a group, in files that are used as they are.
     Pack(commands::pack::Pack),
@@ -37,21 +37,15 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
-        Command::Dev(dev) => dev.run(),
-        Command::Serve(serve) => serve.run(),
-        Command::CheckConfig(check) => match check.run() {
-            Ok(code) => return code,
-            Err(e) => Err(e),
-        },
+        Command::Dev(dev) => dev.run().map(|()| ExitCode::SUCCESS),
+        Command::Serve(serve) => serve.run().map(|()| ExitCode::SUCCESS),
+        Command::CheckConfig(check) => check.run(),
         Command::Pack(pack) => pack.run(),
-        Command::Rank(rank) => match rank.run() {
-            Ok(code) => return code,
-            Err(e) => Err(e),
-        },
-        Command::Eval(eval) => eval.run(),
+        Command::Rank(rank) => rank.run(),
+        Command::Eval(eval) => eval.run().map(|()| ExitCode::SUCCESS),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => {
             // Nothing is left to do when standard error is gone, too.
             let _ = writeln!(io::stderr(), "dsd: {e:#}");

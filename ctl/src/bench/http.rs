@@ -97,40 +97,78 @@ impl Target {
         })
     }
 
-    /// The model that the node lists first.
-    pub(super) async fn first_model(&self, limit: Duration) -> Result<String, Failure> {
-        let unreachable = |why: String| {
-            let message = format!("no model list from http://{}: {why}", self.host);
+    /// The models that the node lists; none where it has no such list, as some servers.
+    ///
+    /// # Errors
+    /// When the node cannot be reached, does not answer within `limit`, or wants another API key.
+    pub(super) async fn models(
+        &self,
+        limit: Duration,
+        reconnect: bool,
+    ) -> Result<Vec<String>, Failure> {
+        let unreachable = |why: &str| {
+            let message = format!("cannot reach http://{}: {why}", self.host);
             Failure::new(Exit::Unreachable, "unreachable", message)
                 .hint("is dsd running? start one with `dsd dev`, or name another node with --http")
         };
-        let answer = async {
-            let mut sender = self
-                .connection()
-                .await
-                .map_err(|e| unreachable(e.to_owned()))?;
+        let exchange = async {
+            let mut sender = self.connection().await.map_err(unreachable)?;
             let request = self
                 .request(Method::GET, "/v1/models", Bytes::new())
-                .map_err(|e| unreachable(e.to_string()))?;
+                .map_err(|e| unreachable(&e.to_string()))?;
             let response = sender
                 .send_request(request)
                 .await
-                .map_err(|e| unreachable(e.to_string()))?;
+                .map_err(|e| unreachable(&e.to_string()))?;
             let status = response.status();
             let body = body_start(response).await;
-            if status != StatusCode::OK {
-                return Err(unreachable(error_code(status, &body)));
+            if !reconnect {
+                self.keep(sender);
             }
-            let list: Value = serde_json::from_slice(&body).unwrap_or_default();
-            let id = list.pointer("/data/0/id").and_then(Value::as_str);
-            id.map(str::to_owned).ok_or_else(|| {
-                Failure::new(Exit::Unhealthy, "no_model", "the node serves no model")
-                    .hint("load one with `dsctl model load`")
-            })
+            Ok((status, body))
         };
-        timeout(limit, answer)
+        let (status, body) = timeout(limit, exchange)
             .await
-            .map_err(|_| Failure::new(Exit::TimedOut, "timeout", "no model list in time"))?
+            .map_err(|_| Failure::new(Exit::TimedOut, "timeout", "no model list in time"))??;
+        let message = || {
+            let value: Value = serde_json::from_slice(&body).unwrap_or_default();
+            let said = value.pointer("/error/message").and_then(Value::as_str);
+            said.map_or_else(|| error_code(status, &body), str::to_owned)
+        };
+        match status {
+            StatusCode::OK => {}
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                return Err(self.bad_key(&message()));
+            }
+            // Not of every server that can be measured.
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => return Ok(Vec::new()),
+            _ => {
+                let message = format!("http://{} gives no model list: {}", self.host, message());
+                return Err(Failure::new(Exit::Unhealthy, "no_model_list", message)
+                    .hint("see the node's log, or `dsctl status`"));
+            }
+        }
+        let list: Value = serde_json::from_slice(&body).unwrap_or_default();
+        let entries = list.get("data").and_then(Value::as_array);
+        let id = |entry: &Value| entry.get("id").and_then(Value::as_str).map(str::to_owned);
+        Ok(entries.into_iter().flatten().filter_map(id).collect())
+    }
+
+    fn bad_key(&self, said: &str) -> Failure {
+        let (kind, what, hint) = match self.api_key {
+            None => (
+                "missing_api_key",
+                "wants an API key",
+                "give one with --api-key or in DSD_API_KEY",
+            ),
+            Some(_) => (
+                "wrong_api_key",
+                "refuses the API key",
+                "is the key in --api-key or DSD_API_KEY one of this node's? `dsctl tenant list` shows its tenants",
+            ),
+        };
+        let message = format!("http://{} {what}: {said}", self.host);
+        Failure::new(Exit::Refused, kind, message).hint(hint)
     }
 
     /// Sends request number `idx` of the plan and reads its answer to the end.

@@ -16,6 +16,7 @@ use crate::{
     },
     cli::BenchArgs,
     clock,
+    progress::Bar,
 };
 
 /// Requests under way in an open loop; those above are counted as failed and not sent, because a
@@ -70,28 +71,54 @@ impl Plan {
             request_timeout: args.request_timeout,
         }
     }
+
+    /// Requests that it makes when nothing cuts it short.
+    pub(super) fn n_requests(&self) -> u64 {
+        match self.mode {
+            Mode::Closed { n_requests, .. } => u64::from(n_requests),
+            Mode::Open { rate, duration } => {
+                Arrivals::new(rate, duration, self.seed).count() as u64
+            }
+        }
+    }
+}
+
+/// What came of the requests that are done.
+struct Done<'a> {
+    outcomes: Vec<Outcome>,
+    bar: &'a Bar,
+}
+
+impl Done<'_> {
+    fn push(&mut self, outcome: Outcome) {
+        self.outcomes.push(outcome);
+        self.bar.advance(1);
+    }
 }
 
 /// Runs the plan; true when Ctrl-C cut it short, with what was measured until then.
-pub(super) async fn run(target: Target, plan: &Plan) -> (Vec<Outcome>, bool) {
-    let mut outcomes = Vec::new();
+pub(super) async fn run(target: Target, plan: &Plan, bar: &Bar) -> (Vec<Outcome>, bool) {
+    let mut done = Done {
+        outcomes: Vec::new(),
+        bar,
+    };
     let target = Arc::new(target);
     let shared = Arc::new(plan.clone());
     let is_interrupted = tokio::select! {
         () = async {
             match plan.mode {
                 Mode::Closed { concurrency, n_requests } => {
-                    closed(&target, &shared, concurrency, n_requests, &mut outcomes).await;
+                    closed(&target, &shared, concurrency, n_requests, &mut done).await;
                 }
                 Mode::Open { rate, duration } => {
                     let arrivals = Arrivals::new(rate, duration, plan.seed);
-                    open(&target, &shared, arrivals, &mut outcomes).await;
+                    open(&target, &shared, arrivals, &mut done).await;
                 }
             }
         } => false,
         _ = tokio::signal::ctrl_c() => true,
     };
-    (outcomes, is_interrupted)
+    (done.outcomes, is_interrupted)
 }
 
 async fn closed(
@@ -99,26 +126,21 @@ async fn closed(
     plan: &Arc<Plan>,
     concurrency: u32,
     n_requests: u32,
-    outcomes: &mut Vec<Outcome>,
+    done: &mut Done<'_>,
 ) {
     let mut under_way = JoinSet::new();
     for idx in 0..n_requests {
         if concurrency as usize <= under_way.len() {
-            collect(under_way.join_next().await, outcomes);
+            collect(under_way.join_next().await, done);
         }
         start(&mut under_way, target, plan, u64::from(idx));
     }
     while let Some(joined) = under_way.join_next().await {
-        collect(Some(joined), outcomes);
+        collect(Some(joined), done);
     }
 }
 
-async fn open(
-    target: &Arc<Target>,
-    plan: &Arc<Plan>,
-    arrivals: Arrivals,
-    outcomes: &mut Vec<Outcome>,
-) {
+async fn open(target: &Arc<Target>, plan: &Arc<Plan>, arrivals: Arrivals, done: &mut Done<'_>) {
     let started: Instant = clock::now();
     let mut under_way = JoinSet::new();
     for (idx, at) in arrivals.enumerate() {
@@ -128,17 +150,17 @@ async fn open(
             tokio::select! {
                 biased;
                 () = &mut arrival => break,
-                Some(joined) = under_way.join_next() => collect(Some(joined), outcomes),
+                Some(joined) = under_way.join_next() => collect(Some(joined), done),
             }
         }
         if OPEN_REQUESTS_MAX <= under_way.len() {
-            outcomes.push(Outcome::failed("client_saturated"));
+            done.push(Outcome::failed("client_saturated"));
             continue;
         }
         start(&mut under_way, target, plan, idx as u64);
     }
     while let Some(joined) = under_way.join_next().await {
-        collect(Some(joined), outcomes);
+        collect(Some(joined), done);
     }
 }
 
@@ -147,10 +169,10 @@ fn start(under_way: &mut JoinSet<Outcome>, target: &Arc<Target>, plan: &Arc<Plan
     under_way.spawn(async move { target.complete(&plan, idx).await });
 }
 
-fn collect(joined: Option<Result<Outcome, tokio::task::JoinError>>, outcomes: &mut Vec<Outcome>) {
+fn collect(joined: Option<Result<Outcome, tokio::task::JoinError>>, done: &mut Done<'_>) {
     match joined {
-        Some(Ok(outcome)) => outcomes.push(outcome),
-        Some(Err(_)) => outcomes.push(Outcome::failed("client_bug")),
+        Some(Ok(outcome)) => done.push(outcome),
+        Some(Err(_)) => done.push(Outcome::failed("client_bug")),
         None => {}
     }
 }

@@ -14,7 +14,7 @@ use axum::{
     Json, Router,
     body::{Body, Bytes},
     extract::State,
-    http::StatusCode,
+    http::{HeaderMap, HeaderValue, StatusCode},
     response::{IntoResponse, Response},
     routing::{get, post},
     serve::ListenerExt,
@@ -22,7 +22,12 @@ use axum::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::{bench, cli::Cli, failure::Exit, output::Output};
+use crate::{
+    bench,
+    cli::Cli,
+    failure::{Exit, Failure},
+    output::Output,
+};
 
 /// What the server remembers.
 #[derive(Default)]
@@ -81,6 +86,27 @@ fn body_of(rx: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
         }
     }
     Body::new(Frames(rx))
+}
+
+/// A node that knows one key.
+async fn serve_with_key(tasks: &mut JoinSet<()>) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let list = |headers: HeaderMap| async move {
+        match headers.get("authorization").map(HeaderValue::as_bytes) {
+            Some(b"Bearer right") => Json(json!({"data": [{"id": "tiny"}]})).into_response(),
+            _ => {
+                let error = json!({"error": {"message": "who are you?", "code": "unauthorized"}});
+                (StatusCode::UNAUTHORIZED, Json(error)).into_response()
+            }
+        }
+    };
+    let app = Router::new()
+        .route("/v1/models", get(list))
+        .route("/v1/completions", post(answer))
+        .with_state(Arc::new(Node::default()));
+    tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
+    format!("http://{address}")
 }
 
 async fn serve(tasks: &mut JoinSet<()>) -> String {
@@ -144,7 +170,8 @@ async fn a_closed_loop_counts_answers_and_errors_by_code() {
 
 #[tokio::test]
 async fn connections_are_kept_unless_told_otherwise() {
-    for (flag, expected) in [("", 1), ("--reconnect", 3)] {
+    // The first one asks for the model list.
+    for (flag, expected) in [("", 1), ("--reconnect", 4)] {
         let mut tasks = JoinSet::new();
         let n_connections = Arc::new(AtomicUsize::new(0));
         let url = serve_counting(&mut tasks, Arc::clone(&n_connections)).await;
@@ -170,21 +197,55 @@ async fn an_open_loop_sends_as_many_as_arrive() {
     assert_eq!(report["mode"], "open");
 }
 
+async fn failure_of(line: &str) -> Failure {
+    use clap::Parser;
+    let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+    let crate::cli::Command::Bench(args) = cli.command else {
+        panic!("{line}")
+    };
+    let mut out = Output::new(Box::new(Vec::new()), true, false);
+    bench::run(&args, &mut out).await.unwrap_err()
+}
+
+/// Both used to be as many failed requests, or an unreachable node.
+#[tokio::test]
+async fn a_missing_and_a_wrong_key_are_told_from_a_node_that_is_not_there() {
+    let mut tasks = JoinSet::new();
+    let url = serve_with_key(&mut tasks).await;
+    for (flags, kind) in [
+        ("", "missing_api_key"),
+        ("--model tiny", "missing_api_key"),
+        ("--api-key wrong", "wrong_api_key"),
+        ("--api-key wrong --model tiny", "wrong_api_key"),
+    ] {
+        let failure = failure_of(&format!("dsctl bench --http {url} {flags}")).await;
+        assert_eq!(
+            (failure.exit, failure.kind.as_str()),
+            (Exit::Refused, kind),
+            "{flags}"
+        );
+        let text = failure.to_string();
+        assert!(
+            text.contains("who are you?") && text.contains("DSD_API_KEY"),
+            "{text}"
+        );
+    }
+    let flags = "--api-key right --concurrency 1 --requests 1 --output-len 3 --ignore-eos";
+    let (exit, _) = bench_json(&format!("dsctl bench --http {url} {flags}")).await;
+    assert_eq!(exit, Exit::Done);
+}
+
 #[tokio::test]
 async fn a_node_that_is_not_there_is_unreachable() {
-    use clap::Parser;
     // Bound and dropped: nobody listens there now.
     let address = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
         .unwrap()
         .local_addr();
     let url = format!("http://{}", address.unwrap());
-    let cli = Cli::try_parse_from(["dsctl", "bench", "--http", url.as_str()]).unwrap();
-    let crate::cli::Command::Bench(args) = cli.command else {
-        panic!()
-    };
-    let mut out = Output::new(Box::new(Vec::new()), true, false);
-    let failure = bench::run(&args, &mut out).await.unwrap_err();
-    assert_eq!(failure.exit, Exit::Unreachable);
+    for flags in ["", "--model tiny"] {
+        let failure = failure_of(&format!("dsctl bench --http {url} {flags}")).await;
+        assert_eq!(failure.exit, Exit::Unreachable, "{flags}");
+    }
     for bad in [
         "https://127.0.0.1",
         "127.0.0.1:8000",

@@ -250,7 +250,7 @@ impl Admission {
     fn note(&self, id: u64, item: &StreamItem, now: Instant) {
         let mut books = self.lock();
         match item {
-            StreamItem::Started { n_cached } => books.ledger.started(id, *n_cached),
+            StreamItem::Started { n_cached, .. } => books.ledger.started(id, *n_cached),
             StreamItem::Prefilled { n_computed } => books.ledger.prefilled(id, *n_computed),
             StreamItem::Token(_) => {
                 let first = books.ledger.token(id, now);

@@ -193,9 +193,10 @@ impl World {
             return;
         }
         for slot in self.scheduler.admitted().to_vec() {
-            self.live[&slot]
-                .sink
-                .send(StreamItem::Started { n_cached: 0 });
+            self.live[&slot].sink.send(StreamItem::Started {
+                n_cached: 0,
+                at: self.now,
+            });
         }
         let seconds = self.slower * self.cost.seconds(self.scheduler.step_shape());
         let took = Duration::from_secs_f64(seconds);

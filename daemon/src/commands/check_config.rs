@@ -1,13 +1,19 @@
-//! `dsd check-config`: whether the configuration is good, and with `--explain` what it means.
+//! `dsd check-config`: everything that `serve` would refuse, and with `--explain` what the configuration
+//! means.
 
 use std::{
+    env,
     io::{self, Write},
     process::ExitCode,
 };
 
 use anyhow::{Context, Result};
 use clap::Args;
-use dsd::node::{self, ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan};
+use dsd::{
+    config::{self, ConfigError, Origin},
+    node::{self, ExplainedModel, ExplainedPlan, ExplainedValue, Finding},
+    telemetry::chain,
+};
 use serde_json::{Value, json};
 
 use super::serve::ConfigArgs;
@@ -19,40 +25,118 @@ pub(crate) struct CheckConfig {
     /// Print what each model will run with, where each value comes from, and its memory plan.
     #[arg(long)]
     explain: bool,
-    /// Print that as one JSON document.
-    #[arg(long, requires = "explain")]
+    /// Print all that was found, and what `--explain` says, as one JSON document.
+    #[arg(long)]
     json: bool,
 }
 
 impl CheckConfig {
-    /// Fails when the configuration is wrong, or when a model that can be read would not be loaded.
+    /// Fails when a start would be refused, or would go on without a model that is required.
     pub(crate) fn run(&self) -> Result<ExitCode> {
-        let config = self.file.read()?;
-        for warning in node::warnings(&config) {
-            // A closed standard error hears nothing.
-            let _ = writeln!(io::stderr(), "dsd: warning: {warning}");
-        }
-        if !self.explain {
-            return Ok(ExitCode::SUCCESS);
-        }
-        let models = node::explain(&config);
-        let text = match self.json {
-            true => format!(
-                "{}\n",
-                json!({ "models": models.iter().map(as_json).collect::<Vec<_>>() })
-            ),
-            false if models.is_empty() => "the configuration names no models\n".to_owned(),
-            false => models.iter().map(as_table).collect::<Vec<_>>().join("\n"),
+        let (config, problems) = config::problems(self.file.path(), env::vars());
+        let (found, models) = node::check(&config, problems.is_empty());
+        let mut findings: Vec<Finding> = problems.iter().map(finding_of).collect();
+        findings.extend(found);
+        findings.extend(
+            config::unread_variables(env::vars())
+                .into_iter()
+                .map(unread),
+        );
+        let (errors, warnings): (Vec<_>, Vec<_>) = findings.iter().partition(|f| f.is_error);
+        // Models of half a configuration would be explained wrongly.
+        let explained = (self.explain && problems.is_empty()).then_some(models);
+        let text = match (self.json, &explained) {
+            (true, _) => {
+                let list =
+                    |findings: &[&Finding]| findings.iter().map(|f| finding_json(f)).collect();
+                let (errors, warnings): (Vec<Value>, Vec<Value>) = (list(&errors), list(&warnings));
+                let mut document = json!({ "errors": errors, "warnings": warnings });
+                if let Some(models) = &explained {
+                    document["models"] = models.iter().map(as_json).collect();
+                }
+                format!("{document}\n")
+            }
+            (false, None) => String::new(),
+            (false, Some(models)) if models.is_empty() => {
+                "the configuration names no models\n".to_owned()
+            }
+            (false, Some(models)) => models.iter().map(as_table).collect::<Vec<_>>().join("\n"),
         };
         io::stdout()
             .write_all(text.as_bytes())
             .context("cannot write to standard output")?;
-        let refused = |model: &ExplainedModel| matches!(model.plan, Err(NoPlan::Refused(_)));
-        Ok(match models.iter().any(refused) {
-            true => ExitCode::FAILURE,
-            false => ExitCode::SUCCESS,
+        if !self.json {
+            let warnings = warnings
+                .iter()
+                .map(|f| format!("dsd: warning: {}\n", line(f)));
+            let errors = errors.iter().map(|f| format!("dsd: {}\n", line(f)));
+            // A closed standard error hears nothing.
+            let _ = io::stderr().write_all(warnings.chain(errors).collect::<String>().as_bytes());
+        }
+        Ok(match errors.is_empty() {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
         })
     }
+}
+
+fn finding_of(problem: &ConfigError) -> Finding {
+    Finding {
+        is_error: true,
+        origin: problem.origin().cloned(),
+        message: without_place(chain(problem), problem.origin()),
+        suggestion: problem.suggestion(),
+    }
+}
+
+/// A message without the place that it begins with.
+fn without_place(message: String, origin: Option<&Origin>) -> String {
+    let place = origin.map(|origin| format!("{origin}: "));
+    let inside = place.and_then(|place| message.strip_prefix(&place).map(str::to_owned));
+    inside.unwrap_or(message)
+}
+
+fn unread(name: String) -> Finding {
+    Finding {
+        is_error: false,
+        message: format!("nothing reads the environment variable {name}"),
+        origin: Some(Origin::Env(name)),
+        suggestion: None,
+    }
+}
+
+/// A finding as a person reads it: with its place and what to do, which most messages say themselves.
+fn line(finding: &Finding) -> String {
+    let Finding {
+        origin,
+        message,
+        suggestion,
+        ..
+    } = finding;
+    let place = origin.as_ref().map(|origin| format!("{origin}: "));
+    let place = place.filter(|place| !message.starts_with(place.as_str()));
+    let place = place.unwrap_or_default();
+    let suggestion = suggestion
+        .as_ref()
+        .filter(|s| !message.contains(s.as_str()));
+    let suggestion = suggestion.map_or_else(String::new, |s| format!("; {s}"));
+    format!("{place}{message}{suggestion}")
+}
+
+fn finding_json(finding: &Finding) -> Value {
+    let (file, line, variable) = match &finding.origin {
+        Some(Origin::Line { file, line }) => (Some(file), Some(*line), None),
+        Some(Origin::File(file)) => (Some(file), None, None),
+        Some(Origin::Env(name) | Origin::Flag(name)) => (None, None, Some(name)),
+        None => (None, None, None),
+    };
+    json!({
+        "file": file,
+        "line": line,
+        "variable": variable,
+        "message": finding.message,
+        "suggestion": finding.suggestion,
+    })
 }
 
 fn origin(value: &ExplainedValue) -> String {

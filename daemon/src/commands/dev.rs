@@ -16,7 +16,7 @@ use dsd::{
     telemetry,
 };
 
-use super::{ActivationsArg, KvTypeArg};
+use super::{ActivationsArg, KvTypeArg, serve::warn_of_variables};
 
 #[derive(Debug, Args)]
 pub(crate) struct Dev {
@@ -71,6 +71,7 @@ impl Dev {
         }
         config.apply_env(env::vars())?;
         telemetry::install_logs(&config.log)?;
+        warn_of_variables();
         let path = match self.model {
             Some(path) => path,
             None => only_model(&models_dir(&config))?,
@@ -82,7 +83,7 @@ impl Dev {
             .with_context(|| format!("`{}` has no name to serve it under", path.display()))?;
         config.models.push(ModelConfig::new(name.clone(), path));
         let state = config.node.state_dir.clone();
-        let node = Node::bind(config)?;
+        let node = Node::bind(config, None)?;
         let addresses = node.addresses();
         node.run(|_: &Catalog| {
             // A closed standard output must not end the node.

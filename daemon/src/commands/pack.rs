@@ -2,17 +2,25 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    ops::ControlFlow,
     path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use anyhow::{Context, Result};
 use clap::Args;
 use dsd::{
-    packing::{self, PackingProgress, PackingReport},
+    packing::{self, PackingError, PackingProgress, PackingReport},
     runtime::clock,
+    telemetry::chain,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Args)]
 pub(crate) struct Pack {
@@ -32,16 +40,55 @@ pub(crate) struct Pack {
 }
 
 impl Pack {
-    pub(crate) fn run(self) -> Result<()> {
+    /// Packs; a signal that would end the process ends the packing first, which leaves nothing behind.
+    pub(crate) fn run(self) -> Result<ExitCode> {
         let started = clock::now();
-        let mut bar = Bar::new();
-        let report = packing::pack(
-            &self.model,
-            usize::from(self.tp),
-            &self.out,
-            &mut |progress| bar.update(progress),
-        );
-        bar.finish();
+        let is_wanted = Arc::new(AtomicBool::new(true));
+        let (model, out, n_ranks) = (self.model.clone(), self.out.clone(), usize::from(self.tp));
+        let is_still_wanted = Arc::clone(&is_wanted);
+        let work = move || {
+            let mut bar = Bar::new();
+            let report = packing::pack(&model, n_ranks, &out, &mut |progress| {
+                bar.update(progress);
+                match is_still_wanted.load(Ordering::Acquire) {
+                    true => ControlFlow::Continue(()),
+                    false => ControlFlow::Break(()),
+                }
+            });
+            bar.finish();
+            report
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot wait for signals")?;
+        let (report, signalled) = runtime.block_on(async {
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut hangup = signal(SignalKind::hangup())?;
+            let mut work = tokio::task::spawn_blocking(work);
+            let mut signalled = None;
+            loop {
+                let kind = tokio::select! {
+                    report = &mut work => return anyhow::Ok((report?, signalled)),
+                    _ = interrupt.recv() => SignalKind::interrupt(),
+                    _ = terminate.recv() => SignalKind::terminate(),
+                    _ = hangup.recv() => SignalKind::hangup(),
+                };
+                signalled = Some(kind);
+                is_wanted.store(false, Ordering::Release);
+            }
+        })?;
+        let report = match (report, signalled) {
+            (Err(e @ PackingError::Interrupted), Some(kind)) => {
+                // Nothing is left to do when standard error is gone, too.
+                let _ = writeln!(io::stderr(), "dsd: {}", chain(&e));
+                // As shells number it.
+                let code = 128 + kind.as_raw_value();
+                return Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from));
+            }
+            (report, _) => report,
+        };
         let report = report.with_context(|| format!("cannot pack `{}`", self.model.display()))?;
         let seconds = started.elapsed().as_secs_f64();
         let line = match self.json {
@@ -54,7 +101,8 @@ impl Pack {
                 report.bytes
             ),
         };
-        writeln!(io::stdout(), "{line}").context("cannot write to standard output")
+        writeln!(io::stdout(), "{line}").context("cannot write to standard output")?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 

@@ -1,6 +1,9 @@
 //! `dsd serve`: the node that the configuration file describes.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use clap::Args;
@@ -24,8 +27,19 @@ pub(crate) struct ConfigArgs {
 }
 
 impl ConfigArgs {
+    pub(super) fn path(&self) -> &Path {
+        &self.config
+    }
+
     pub(super) fn read(&self) -> Result<Config> {
         Ok(Config::load(&self.config, env::vars())?)
+    }
+}
+
+/// Says which variables look like this program's and are not.
+pub(super) fn warn_of_variables() {
+    for name in config::unread_variables(env::vars()) {
+        tracing::warn!(name, "nothing reads this environment variable");
     }
 }
 
@@ -33,7 +47,10 @@ impl Serve {
     pub(crate) fn run(&self) -> Result<()> {
         let config = self.file.read()?;
         telemetry::install_logs(&config.log)?;
-        Node::bind(config)?.run(|_| {})?;
+        warn_of_variables();
+        let path = self.file.config.clone();
+        let reread = Box::new(move || Config::load(&path, env::vars()));
+        Node::bind(config, Some(reread))?.run(|_| {})?;
         Ok(())
     }
 }

@@ -191,6 +191,18 @@ macro_rules! sections {
             pub origins: Origins,
         }
 
+        impl Config {
+            /// Every key of every section with its value as text, as `section.key`.
+            pub fn shown(&self) -> Vec<(String, String)> {
+                let mut all = Vec::new();
+                $(
+                    let named = |(key, value)| (format!("{}.{key}", stringify!($section)), value);
+                    all.extend(self.$section.shown().into_iter().map(named));
+                )+
+                all
+            }
+        }
+
         /// One file as TOML gives it.
         #[derive(Debug, Default, Deserialize)]
         #[serde(default, deny_unknown_fields)]

@@ -128,8 +128,14 @@ pub enum ConfigError {
         name: String,
     },
     /// A node name that cannot stand in a certificate.
-    #[error("`node.name` cannot be used")]
-    NodeName(#[source] dsd_proto::ids::NameError),
+    #[error("{}`node.name` cannot be used", at(origin.as_ref()))]
+    NodeName {
+        /// Where.
+        origin: Option<Origin>,
+        /// Why.
+        #[source]
+        source: dsd_proto::ids::NameError,
+    },
     /// Two models of one name.
     #[error("{}two models are called `{name}`", at(origin.as_ref()))]
     ModelTwice {
@@ -151,17 +157,26 @@ pub enum ConfigError {
     },
     /// A budget that the longest body does not fit into.
     #[error(
-        "`http.body_budget_bytes` is {budget}, less than one body (`http.body_bytes_max`, {body})"
+        "{}`http.body_budget_bytes` is {budget}, less than one body (`http.body_bytes_max`, {body})",
+        at(origin.as_ref())
     )]
     BodyBudget {
+        /// Where either is.
+        origin: Option<Origin>,
         /// The budget.
         budget: usize,
         /// The longest body.
         body: usize,
     },
     /// Two ways to say who may call.
-    #[error("`http.api_keys_file` and `service.tenants_file` are both set; keep one")]
-    KeysTwice,
+    #[error(
+        "{}`http.api_keys_file` and `service.tenants_file` are both set; keep one",
+        at(origin.as_ref())
+    )]
+    KeysTwice {
+        /// Where one of them is.
+        origin: Option<Origin>,
+    },
     /// An alias that leads somewhere else already.
     #[error("{origin}: the alias `{alias}` of the model `{model}` is {taken} already")]
     AliasTaken {
@@ -187,6 +202,40 @@ pub enum ConfigError {
     /// Two keys of which only one can be followed.
     #[error(transparent)]
     Contradiction(Box<Contradiction>),
+}
+
+impl ConfigError {
+    /// Where to change something.
+    pub fn origin(&self) -> Option<&Origin> {
+        match self {
+            Self::Read { .. } | Self::TooLong { .. } => None,
+            Self::Syntax { origin, .. }
+            | Self::UnknownKey { origin, .. }
+            | Self::OutOfRange { origin, .. }
+            | Self::VersionMissing { origin }
+            | Self::Version { origin, .. }
+            | Self::AliasTaken { origin, .. }
+            | Self::Aliases { origin, .. } => Some(origin),
+            Self::ModelName { origin, .. }
+            | Self::NodeName { origin, .. }
+            | Self::ModelTwice { origin, .. }
+            | Self::BodyBudget { origin, .. }
+            | Self::KeysTwice { origin } => origin.as_ref(),
+            Self::Contradiction(contradiction) => Some(&contradiction.first),
+        }
+    }
+
+    /// What was probably meant.
+    pub fn suggestion(&self) -> Option<String> {
+        match self {
+            Self::UnknownKey { suggestion, .. } => suggestion.clone(),
+            Self::OutOfRange { range, .. } => Some(range.clone()),
+            Self::VersionMissing { .. } | Self::Version { .. } => {
+                Some(format!("version = {VERSION}"))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Two keys that exclude each other.
@@ -311,19 +360,26 @@ impl Config {
         path: &Path,
         env: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, ConfigError> {
-        let mut config = Self::default();
-        for (idx, file) in [path.to_owned()]
-            .into_iter()
-            .chain(drop_ins(path)?)
-            .enumerate()
-        {
+        let mut files = Vec::new();
+        for file in [path.to_owned()].into_iter().chain(drop_ins(path)?) {
             let text = read(&file)?;
-            let text = SourceText {
-                text: &text,
-                source: Source::File(&file),
-            };
+            files.push((file, text));
+        }
+        Self::of(&files, true, env)
+    }
+
+    /// The configuration of these texts, the first of which has to say its version if `is_versioned`.
+    pub(super) fn of(
+        files: &[(PathBuf, String)],
+        is_versioned: bool,
+        env: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        for (idx, (file, text)) in files.iter().enumerate() {
+            let source = Source::File(file);
+            let text = SourceText { text, source };
             let raw = text.parse()?;
-            if idx == 0 && raw.version.is_none() {
+            if idx == 0 && is_versioned && raw.version.is_none() {
                 return Err(ConfigError::VersionMissing {
                     origin: text.origin(None),
                 });
@@ -345,10 +401,17 @@ impl Config {
         // Sorted, so that the first error does not depend on the order of the environment.
         let vars: BTreeSet<(String, String)> = env.into_iter().collect();
         for (name, value) in &vars {
-            let Some((section, key)) = name
-                .strip_prefix("DSD_")
-                .and_then(|rest| rest.split_once("__"))
-            else {
+            let Some(rest) = name.strip_prefix("DSD_") else {
+                continue;
+            };
+            let Some((section, key)) = rest.split_once("__") else {
+                if let Some(suggestion) = variable_near(name) {
+                    return Err(ConfigError::UnknownKey {
+                        origin: Origin::Env(name.clone()),
+                        key: name.clone(),
+                        suggestion: Some(suggestion),
+                    });
+                }
                 continue;
             };
             let (section, key) = (section.to_lowercase(), key.to_lowercase());
@@ -407,11 +470,20 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        let origin = |key| self.origins.of(key).cloned();
         let name: Result<NodeName, _> = self.node.name.parse();
-        name.map_err(ConfigError::NodeName)?;
+        name.map_err(|source| ConfigError::NodeName {
+            origin: origin("node.name"),
+            source,
+        })?;
         let (budget, body) = (self.http.body_budget_bytes, self.http.body_bytes_max);
         if budget < body {
-            return Err(ConfigError::BodyBudget { budget, body });
+            let origin = origin("http.body_budget_bytes").or_else(|| origin("http.body_bytes_max"));
+            return Err(ConfigError::BodyBudget {
+                origin,
+                budget,
+                body,
+            });
         }
         if let Some(found) = self.http.cors_origins.iter().find(|text| !is_origin(text)) {
             return Err(ConfigError::NoOrigin {
@@ -420,7 +492,8 @@ impl Config {
             });
         }
         if self.http.api_keys_file.is_some() && self.service.tenants_file.is_some() {
-            return Err(ConfigError::KeysTwice);
+            let origin = origin("http.api_keys_file");
+            return Err(ConfigError::KeysTwice { origin });
         }
         check_models(&self.models)?;
         self.contradiction(None)?;
@@ -499,6 +572,42 @@ impl Config {
     }
 }
 
+/// Variables of the programs of this package that are no keys.
+const VARIABLES: [&str; 4] = ["DSD_LOG", "DSD_STATE", "DSD_NODE", "DSD_API_KEY"];
+
+/// Whether a variable without `__` is one of this package's, or one that Kubernetes gives every
+/// container beside a service that is called `dsd`.
+fn is_variable(name: &str) -> bool {
+    let of_kubernetes = ["DSD_SERVICE_HOST", "DSD_SERVICE_PORT", "DSD_PORT"];
+    VARIABLES.contains(&name) || of_kubernetes.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// The variable that is meant by one without `__` that nobody reads.
+fn variable_near(name: &str) -> Option<String> {
+    if is_variable(name) {
+        return None;
+    }
+    let keys = KEYS.iter().filter(|key| key.section != "models");
+    let keys = keys.map(|key| format!("{}__{}", key.section, key.name).to_uppercase());
+    let others = VARIABLES
+        .iter()
+        .filter_map(|name| name.strip_prefix("DSD_"));
+    let words: Vec<String> = keys.chain(others.map(str::to_owned)).collect();
+    let word = name.strip_prefix("DSD_")?.to_uppercase();
+    let nearest = suggest::nearest(&word, words.iter().map(String::as_str))?;
+    Some(format!("DSD_{nearest}"))
+}
+
+/// Variables that look like this program's, and that nobody reads.
+pub fn unread_variables(env: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
+    let names = env.into_iter().map(|(name, _)| name);
+    let is_unread = |name: &String| {
+        let is_ours = name.starts_with("DSD_") && !name.contains("__");
+        is_ours && !is_variable(name)
+    };
+    names.filter(is_unread).collect()
+}
+
 /// Names must be usable, and every name lead to one model.
 /// Whether a browser could send it as a page's origin.
 fn is_origin(text: &str) -> bool {
@@ -570,7 +679,7 @@ pub(super) fn check_models(models: &[ModelConfig]) -> Result<(), ConfigError> {
 }
 
 /// Files of `<path>.d`, by name; none when there is no such folder.
-fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+pub(super) fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut dir = path.as_os_str().to_owned();
     dir.push(".d");
     let dir = PathBuf::from(dir);
@@ -594,7 +703,7 @@ fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(files)
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+pub(super) fn read(path: &Path) -> Result<String, ConfigError> {
     let failed = |source| ConfigError::Read {
         path: path.to_owned(),
         source,
@@ -939,7 +1048,7 @@ mod tests {
             ),
             (
                 "version = 1\n[http]\nbody_budget_bytes = 4194303\n",
-                "`http.body_budget_bytes` is 4194303, less than one body (`http.body_bytes_max`, 4194304)",
+                "dsd.toml:3: `http.body_budget_bytes` is 4194303, less than one body (`http.body_bytes_max`, 4194304)",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 1\nkv_bytes = 1\n",
@@ -948,7 +1057,7 @@ mod tests {
             ),
             (
                 "version = 1\n[http]\napi_keys_file = \"a\"\n[service]\ntenants_file = \"b\"\n",
-                "`http.api_keys_file` and `service.tenants_file` are both set; keep one",
+                "dsd.toml:3: `http.api_keys_file` and `service.tenants_file` are both set; keep one",
             ),
             (
                 "version = 1\n[engine]\nkv_tokens = 0\n",
@@ -956,7 +1065,7 @@ mod tests {
             ),
             (
                 "version = 1\n[node]\nname = \"Node 1\"\n",
-                "`node.name` cannot be used",
+                "dsd.toml:3: `node.name` cannot be used",
             ),
         ] {
             assert_eq!(error(main, &[], &[]), expected, "{main}");
@@ -1005,6 +1114,33 @@ mod tests {
             error("version = 1\n", &[], &[("DSD_HTTP__LISEN", "x")]),
             "environment variable DSD_HTTP__LISEN: unknown key `DSD_HTTP__LISEN`; did you mean `DSD_HTTP__LISTEN`?"
         );
+        for (wrong, right) in [
+            ("DSD_HTTP_LISTEN", "DSD_HTTP__LISTEN"),
+            ("DSD_HTTP_API_KEYS_FILE", "DSD_HTTP__API_KEYS_FILE"),
+            ("DSD_LOGS", "DSD_LOG"),
+            ("DSD_LOG_FILTER", "DSD_LOG__FILTER"),
+        ] {
+            assert_eq!(
+                error("version = 1\n", &[], &[(wrong, "x")]),
+                format!(
+                    "environment variable {wrong}: unknown key `{wrong}`; did you mean `{right}`?"
+                )
+            );
+        }
+        let others = [
+            "DSD_TEST_DATA",
+            "DSD_BIN",
+            "DSD_PORT",
+            "DSD_PORT_8000_TCP_ADDR",
+            "DSD_SERVICE_HOST",
+            "DSD_SERVICE_PORT_HTTP",
+            "DSD_LOG",
+            "DSD_STATE",
+            "PATH",
+        ];
+        let env = || others.map(|name| (name.to_owned(), "x".to_owned()));
+        Config::default().apply_env(env()).unwrap();
+        assert_eq!(unread_variables(env()), ["DSD_TEST_DATA", "DSD_BIN"]);
         assert_eq!(
             error("version = 1\n", &[], &[("DSD_ENGINE__RUNNING_MAX", "0")]),
             "environment variable DSD_ENGINE__RUNNING_MAX: `engine.running_max` is 0, expected 1 to 65536"

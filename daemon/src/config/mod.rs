@@ -6,6 +6,7 @@
 
 mod keys;
 mod load;
+mod problems;
 mod suggest;
 
 pub use keys::{
@@ -13,10 +14,12 @@ pub use keys::{
     LogFormat, ModelConfig, ModelOverrides, ModelSettings, NodeConfig, Origins, QuicConfig,
     ServiceConfig,
 };
-pub use load::{ConfigError, Contradiction, Origin};
+pub use load::{ConfigError, Contradiction, Origin, unread_variables};
+pub use problems::problems;
 pub(crate) use suggest::nearest;
 
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
@@ -42,13 +45,37 @@ impl Config {
     }
 }
 
+/// What is not the same in two configurations: keys as `section.key`, and `models.NAME`.
+pub fn changes(old: &Config, new: &Config) -> Vec<String> {
+    let keys = old.shown().into_iter().zip(new.shown());
+    let changed = keys
+        .filter(|(old, new)| old != new)
+        .map(|((key, _), _)| key);
+    let set = |config: &Config, name: &str| {
+        let model = config.models.iter().find(|model| model.name == name)?;
+        let mut plain = model.clone();
+        plain.origins = Origins::default();
+        let aliases = plain.aliases.drain(..).map(|alias| alias.name);
+        let aliases: Vec<String> = aliases.collect();
+        Some((plain, aliases))
+    };
+    let models = old.models.iter().chain(&new.models);
+    let names: BTreeSet<&str> = models.map(|model| &*model.name).collect();
+    let models = names
+        .into_iter()
+        .filter(|name| set(old, name) != set(new, name))
+        .map(|name| format!("models.{name}"));
+    changed.chain(models).collect()
+}
+
 /// docs/CONFIG.md as it must read.
 pub fn markdown() -> String {
     let mut text = String::from(
         "# Configuration\n\n\
          `dsd` reads `/etc/dsd/dsd.toml`, then every `dsd.toml.d/*.toml` beside it in the order of their names, then the\n\
          environment (`DSD_HTTP__LISTEN=0.0.0.0:8000` sets `listen` of `[http]`). Later values replace earlier ones; `[[models]]`\n\
-         entries add up. Unknown keys, wrong types and values out of range stop the start with file, line and a suggestion.\n\n\
+         entries add up. Unknown keys, wrong types, values out of range and misspelt `DSD_` variables stop the start with file, line\n\
+         and a suggestion; `dsd check-config` names all of them at once, and what else a start would refuse.\n\n\
          The file begins with `version = 1`.\n",
     );
     let mut section = "";
@@ -122,6 +149,42 @@ mod tests {
         config.origins = Origins::default();
         assert_eq!(config, Config::default());
         assert!(15 <= n_spelled_out, "{n_spelled_out}");
+    }
+
+    #[test]
+    fn changes_are_named_by_their_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dsd.toml");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Config::load(&path, []).unwrap()
+        };
+        let model = |name: &str, more: &str| {
+            format!("[[models]]\nname = \"{name}\"\npath = \"/m\"\n{more}\n")
+        };
+        let old = read(&format!(
+            "version = 1\n[engine]\ntp = 2\n{}{}{}",
+            model("a", "aliases = [\"x\"]"),
+            model("b", ""),
+            model("c", "")
+        ));
+        let new = read(&format!(
+            "version = 1\n\n\n[engine]\ntp = 3\n[http]\nkeep_alive_s = 11\n{}{}{}",
+            model("c", "tp = 4"),
+            model("a", "\naliases = [\"x\"]"),
+            model("d", "")
+        ));
+        assert_eq!(
+            changes(&old, &new),
+            [
+                "http.keep_alive_s",
+                "engine.tp",
+                "models.b",
+                "models.c",
+                "models.d"
+            ]
+        );
+        assert!(changes(&old, &old).is_empty());
     }
 
     #[test]

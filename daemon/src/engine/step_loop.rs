@@ -118,7 +118,14 @@ struct Client {
     top_logprobs: Option<usize>,
     sink: TokenSink,
     submitted_at: Instant,
+    /// When its first step began.
+    started_at: Option<Instant>,
+    first_token_at: Option<Instant>,
     last_token_at: Option<Instant>,
+    n_prompt: usize,
+    n_cached: usize,
+    /// Tokens that an engine before this one gave.
+    n_given_before: usize,
     n_emitted: usize,
     /// Holds a place in the waiting line's count.
     is_queued: bool,
@@ -337,7 +344,7 @@ impl StepLoop {
             constraint,
             submitted_at,
         } = arrival;
-        let n_emitted = request.output.len();
+        let (n_prompt, n_emitted) = (request.prompt.len(), request.output.len());
         let spec = SequenceSpec {
             prompt: request.prompt,
             output: request.output,
@@ -359,7 +366,12 @@ impl StepLoop {
                     top_logprobs: request.top_logprobs,
                     sink: request.sink,
                     submitted_at,
+                    started_at: None,
+                    first_token_at: None,
                     last_token_at: None,
+                    n_prompt,
+                    n_cached: 0,
+                    n_given_before: n_emitted,
                     n_emitted,
                     is_queued: true,
                 };
@@ -525,8 +537,35 @@ impl StepLoop {
             self.shared.release_place();
         }
         self.meter.count_end(end);
+        self.note_sequence(client);
         let (request, n_tokens) = (client.id.0, client.n_emitted);
         tracing::debug!(model = %self.model, request, end = end.name(), n_tokens, "request ended");
+    }
+
+    /// Times and tokens of a sequence that is over, if it gave a token.
+    fn note_sequence(&self, client: &Client) {
+        let (Some(started), Some(first), Some(last)) = (
+            client.started_at,
+            client.first_token_at,
+            client.last_token_at,
+        ) else {
+            return;
+        };
+        let meter = &self.meter;
+        let decoding = last.saturating_duration_since(first);
+        meter.decode_seconds.record(decoding);
+        meter
+            .inference_seconds
+            .record(last.saturating_duration_since(started));
+        let n_after_first = client.n_emitted - client.n_given_before - 1;
+        if 0 < n_after_first {
+            let mean = decoding.as_secs_f64() / n_after_first as f64;
+            meter.time_per_output_token_seconds.record(mean);
+        }
+        let n_computed = client.n_prompt.saturating_sub(client.n_cached);
+        meter.sequence_prompt_tokens.record(client.n_prompt as f64);
+        meter.sequence_computed_tokens.record(n_computed as f64);
+        meter.sequence_output_tokens.record(client.n_emitted as f64);
     }
 
     fn note_admissions(&mut self, now: Instant) {
@@ -537,7 +576,9 @@ impl StepLoop {
             };
             client.is_queued = false;
             let n_cached = self.scheduler.n_cached(*slot);
-            client.sink.send(StreamItem::Started { n_cached });
+            client.started_at = Some(now);
+            client.n_cached = n_cached;
+            client.sink.send(StreamItem::Started { n_cached, at: now });
             n_cached_all += n_cached as u64;
             self.shared.release_place();
             self.meter
@@ -613,6 +654,10 @@ impl StepLoop {
                 None => {
                     let waited = now.saturating_duration_since(client.submitted_at);
                     self.meter.time_to_first_token_seconds.record(waited);
+                    let started_at = client.started_at.unwrap_or(client.submitted_at);
+                    let prefilling = now.saturating_duration_since(started_at);
+                    self.meter.prefill_seconds.record(prefilling);
+                    client.first_token_at = Some(now);
                 }
             }
             n_tokens += 1;

@@ -200,6 +200,7 @@ pub struct Generation {
 struct Choice {
     /// `None` once it has ended.
     stream: Option<TokenStream>,
+    n_output: usize,
     parser: OutputParser,
     stop_tokens: Arc<[u32]>,
     /// Tokens whose text is held back.
@@ -260,6 +261,15 @@ impl Generation {
             }
         }
         model.replica.submit_all(requests)?;
+        let name = &model.name;
+        for _ in prompts {
+            metrics::histogram!("dsd_request_choices", "model" => name.clone())
+                .record(params.n as f64);
+            if let Some(max_tokens) = params.max_tokens {
+                metrics::histogram!("dsd_request_max_tokens", "model" => name.clone())
+                    .record(max_tokens as f64);
+            }
+        }
         Ok(generation)
     }
 
@@ -314,6 +324,7 @@ impl Generation {
         );
         let choice = Choice {
             stream: Some(stream),
+            n_output: 0,
             parser,
             stop_tokens: Arc::clone(stop_tokens),
             held: Vec::new(),
@@ -351,7 +362,7 @@ impl Generation {
         self.counts
     }
 
-    /// When the first choice was taken into a step; `None` while all wait.
+    /// When the first step for a choice began; `None` while all wait.
     pub fn admitted_at(&self) -> Option<Instant> {
         self.admitted_at
     }
@@ -378,8 +389,8 @@ impl Generation {
         self.first = idx + 1;
         match item {
             // A prompt counts once: the other choices find what the first one computed.
-            Some(StreamItem::Started { n_cached }) => {
-                let admitted_at = *self.admitted_at.get_or_insert_with(clock::now);
+            Some(StreamItem::Started { n_cached, at }) => {
+                let admitted_at = *self.admitted_at.get_or_insert(at);
                 if let Some(lease) = &mut self.lease {
                     lease.started(admitted_at);
                 }
@@ -406,6 +417,7 @@ impl Generation {
     fn token(&mut self, idx: usize, event: TokenEvent) {
         let choice = &mut self.choices[idx];
         self.counts.n_output += 1;
+        choice.n_output += 1;
         if choice.stop_tokens.contains(&event.token) {
             // The end follows; an end token is no text.
             self.ready.push_back(GenerationEvent::Delta {
@@ -477,6 +489,7 @@ impl Generation {
         self.ready
             .push_back(GenerationEvent::Finished { choice: idx, end });
         if self.choices.iter().all(|choice| choice.stream.is_none()) {
+            self.count_longest();
             self.settle();
         }
     }
@@ -509,6 +522,18 @@ impl Generation {
         }
     }
 
+    /// Counts the longest choice of each prompt that got a token.
+    fn count_longest(&self) {
+        for choices in self.choices.chunks(self.n_per_prompt.max(1)) {
+            let longest = choices.iter().map(|choice| choice.n_output).max();
+            if let Some(n_tokens) = longest.filter(|n| 0 < *n) {
+                let model = self.model.name.clone();
+                metrics::histogram!("dsd_request_longest_tokens", "model" => model)
+                    .record(n_tokens as f64);
+            }
+        }
+    }
+
     fn count_end(&self, end: &'static str) {
         let model = self.model.name.clone();
         metrics::counter!("dsd_generations_total", "model" => model.clone(), "end" => end)
@@ -520,8 +545,13 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        for _ in self.choices.iter().filter(|choice| choice.stream.is_some()) {
+        let n_open = self.choices.iter().filter(|choice| choice.stream.is_some());
+        let n_open = n_open.count();
+        for _ in 0..n_open {
             self.count_end("cancelled");
+        }
+        if 0 < n_open {
+            self.count_longest();
         }
         self.settle();
     }

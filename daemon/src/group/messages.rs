@@ -6,8 +6,8 @@ use std::{
 };
 
 use dsd_proto::wire::group::{
-    EngineLimits as WireLimits, GroupEventKind, GroupLoad, GroupSubmit, GroupToken, TokenSampling,
-    TokenValue,
+    EngineLimits as WireLimits, GroupEventKind, GroupLoad, GroupStart, GroupSubmit, GroupToken,
+    TokenSampling, TokenValue,
 };
 
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
         Account, CacheOwner, Class, FinishReason, Request, RequestId, SamplingParams, Siblings,
         StreamItem, TokenEvent, TokenLogprobs, TokenSink,
     },
+    runtime::clock,
 };
 
 fn values(pairs: &[(u32, f32)]) -> Vec<TokenValue> {
@@ -131,7 +132,10 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
 /// An event on its way to the agent.
 pub(super) fn event_of(item: StreamItem) -> GroupEventKind {
     match item {
-        StreamItem::Started { n_cached } => GroupEventKind::Started(n_cached as u64),
+        StreamItem::Started { n_cached, at } => GroupEventKind::Started(GroupStart {
+            n_cached: n_cached as u64,
+            age_us: clock::now().saturating_duration_since(at).as_micros() as u64,
+        }),
         StreamItem::Prefilled { n_computed } => GroupEventKind::Prefilled(n_computed as u64),
         StreamItem::Token(event) => {
             let (logprob, top) = match event.logprobs {
@@ -160,9 +164,15 @@ pub(super) fn item_of(event: GroupEventKind) -> Option<StreamItem> {
     let size = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
     Some(match event {
         GroupEventKind::NoRoom => return None,
-        GroupEventKind::Started(n_cached) => StreamItem::Started {
-            n_cached: size(n_cached),
-        },
+        GroupEventKind::Started(start) => {
+            let now = clock::now();
+            StreamItem::Started {
+                n_cached: size(start.n_cached),
+                at: now
+                    .checked_sub(Duration::from_micros(start.age_us))
+                    .unwrap_or(now),
+            }
+        }
         GroupEventKind::Prefilled(n_computed) => StreamItem::Prefilled {
             n_computed: size(n_computed),
         },

@@ -351,20 +351,30 @@ fn fault(error: &StepError) -> RankFault {
     }
 }
 
-/// Events that the next report carries.
+/// Events that the next report carries, with when they came.
 #[derive(Debug, Clone, Default)]
-struct Events(Arc<Mutex<Vec<GroupEvent>>>);
+struct Events(Arc<Mutex<Vec<(Instant, GroupEvent)>>>);
 
 impl Events {
     fn push(&self, event: GroupEvent) {
-        self.lock().push(event);
+        self.lock().push((clock::now(), event));
     }
 
     fn take(&self) -> Vec<GroupEvent> {
-        std::mem::take(&mut *self.lock())
+        let events = std::mem::take(&mut *self.lock());
+        let now = clock::now();
+        let aged = |(came_at, mut event): (Instant, GroupEvent)| {
+            // A report follows a step, which may take seconds: the step must not count as a wait for it.
+            if let GroupEventKind::Started(start) = &mut event.what {
+                let held = now.saturating_duration_since(came_at);
+                start.age_us += held.as_micros() as u64;
+            }
+            event
+        };
+        events.into_iter().map(aged).collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<GroupEvent>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Instant, GroupEvent)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -624,13 +624,13 @@ impl Supervisor {
                 continue;
             };
             match item {
-                StreamItem::Started { n_cached } => {
+                StreamItem::Started { n_cached, at } => {
                     if in_flight.has_started {
                         // Started before, in a lost group: its reader knows.
                         continue;
                     }
                     in_flight.has_started = true;
-                    in_flight.sink.send(StreamItem::Started { n_cached });
+                    in_flight.sink.send(StreamItem::Started { n_cached, at });
                     state.n_waiting -= 1;
                 }
                 item @ StreamItem::Prefilled { .. } => {

@@ -1,12 +1,13 @@
 //! What each model of a configuration will run with, where every value comes from, and the memory it
 //! will take: the node without sockets, processes or weights in memory.
 //!
-//! Called by `dsd check-config --explain`.
+//! Called by `check`, and so by `dsd check-config`.
 
 use std::{fs, path::PathBuf};
 
 use super::loader::{self, PlannedModel};
 use crate::{
+    catalog::LoadError,
     config::{Config, KEYS, KeyDoc, ModelConfig, Origin},
     runner::{Available, MemoryPlan},
     telemetry::chain,
@@ -32,6 +33,9 @@ pub enum NoPlan {
     /// Nothing can be read at the path, from here.
     #[error("its path cannot be read: {0}")]
     Unreadable(String),
+    /// It does not fit beside what is there.
+    #[error("would not be loaded: {0}")]
+    NoRoom(String),
     /// It would not be loaded.
     #[error("would not be loaded: {0}")]
     Refused(String),
@@ -74,7 +78,7 @@ impl ExplainedPlan {
 }
 
 /// Explains every model of a configuration, in its order, each beside the ones before it.
-pub fn explain(config: &Config) -> Vec<ExplainedModel> {
+pub(super) fn explain(config: &Config) -> Vec<ExplainedModel> {
     let mut promised = 0;
     let mut models = Vec::new();
     for model in &config.models {
@@ -101,9 +105,13 @@ fn explain_model(
         checkpoint
             .and_then(|checkpoint| {
                 let planned = loader::plan(&checkpoint, &settings.engine, available.clone())?;
+                loader::read_text(&checkpoint)?;
                 Ok(plan_of(&checkpoint, &planned, available))
             })
-            .map_err(|e| NoPlan::Refused(chain(&e)))
+            .map_err(|e| match e {
+                LoadError::Memory { .. } => NoPlan::NoRoom(chain(&e)),
+                e => NoPlan::Refused(chain(&e)),
+            })
     });
     let n_threads = loader::cpu_config(&settings.engine).n_threads;
     let comes_to = |key| match key {

@@ -29,6 +29,7 @@ use crate::{
         kv_bytes_per_token, plan_cpu,
     },
     runtime::clock,
+    telemetry,
     text::TextModel,
     weights::{Checkpoint, KeeperConfig, PackKeeper},
 };
@@ -120,14 +121,14 @@ fn load(
             n_total,
         });
     };
+    telemetry::declare("model", name);
     let own = settings.models.get(name).unwrap_or(&settings.other);
     let (keys, service) = (&own.engine, &own.service);
     let started = clock::now();
     stage(0);
     let checkpoint = open(path)?;
     stage(1);
-    let text = TextModel::from_checkpoint(&checkpoint).map_err(|e| bad_checkpoint(path, e))?;
-    let text = Arc::new(text);
+    let text = Arc::new(read_text(&checkpoint)?);
     let stop_token_ids = stop_token_ids(&checkpoint, &text);
     stage(2);
     let mut ledger = settings.ledger.open();
@@ -158,6 +159,8 @@ fn load(
         kv_bytes: sum(|plan| plan.kv_bytes),
         workspace_bytes: sum(|plan| plan.workspace_bytes),
     };
+    let context_len = plan.ranks.first().map_or(0, |rank| rank.memory.context_len);
+    metrics::gauge!("dsd_context_tokens", "model" => name.to_owned()).set(context_len as f64);
     let spec = &plan.spec;
     let learnt_on = format!(
         "dsd {} {} ranks={} threads={} isa={} activations={:?} kv={}",
@@ -255,6 +258,11 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint, LoadError> {
             source: e.into(),
         }),
     }
+}
+
+/// Tokenizer and template of a checkpoint.
+pub(super) fn read_text(checkpoint: &Checkpoint) -> Result<TextModel, LoadError> {
+    TextModel::from_checkpoint(checkpoint).map_err(|e| bad_checkpoint(checkpoint.path(), e))
 }
 
 /// A model on paper.

@@ -7,19 +7,23 @@
 //! Called by `dsd dev` and `dsd serve`.
 
 mod certificates;
+mod check;
 mod descriptors;
 mod drain;
 mod explain;
 mod loader;
 mod ledger;
+mod reload;
 mod state_folder;
 mod watchdog;
 
+pub use check::{Finding, check};
 pub use descriptors::TooFewFiles;
-pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan, explain};
+pub use explain::{ExplainedModel, ExplainedPlan, ExplainedValue, NoPlan};
+pub use reload::Reread;
 
 use std::{
-    env, io,
+    io,
     net::{SocketAddr, TcpListener, UdpSocket},
     path::PathBuf,
     sync::{
@@ -51,6 +55,7 @@ use crate::{
     tenants::{Now, Source, Tenants, TenantsError},
 };
 use certificates::Certificates;
+use reload::Reload;
 use state_folder::StateFolder;
 
 pub use state_folder::StateFolderError;
@@ -131,6 +136,8 @@ pub enum NodeError {
 /// A node with its sockets bound and its models not yet loaded.
 pub struct Node {
     config: Config,
+    hangups: Signal,
+    reload: Reload,
     state_folder: StateFolder,
     runtime: Runtime,
     http: TcpListener,
@@ -153,11 +160,28 @@ pub struct NodeAddresses {
 }
 
 impl Node {
-    /// Takes sockets, state folder and certificates.
+    /// Takes sockets, state folder and certificates. From here on SIGHUP does not end the process:
+    /// it has the tenants read again, and `reread` say what else has changed.
     ///
     /// # Errors
     /// [`NodeError`].
-    pub fn bind(mut config: Config) -> Result<Self, NodeError> {
+    pub fn bind(mut config: Config, reread: Option<Reread>) -> Result<Self, NodeError> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(NodeError::Runtime)?;
+        let hangups = {
+            let _entered = runtime.enter();
+            signal(SignalKind::hangup()).map_err(NodeError::Runtime)?
+        };
+        let metrics = telemetry::install_metrics()?;
+        for model in &config.models {
+            telemetry::declare("model", &model.name);
+        }
+        let reload = Reload {
+            as_read: config.clone(),
+            reread,
+        };
         config.http.connections_max = descriptors::connections(&config)?;
         let state = &config.node.state_dir;
         // Before anything else is written: two first starts at once would mix their certificates.
@@ -195,17 +219,14 @@ impl Node {
             http: http.local_addr().map_err(NodeError::Runtime)?,
             quic: quic.local_addr().map_err(NodeError::Runtime)?,
         };
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(NodeError::Runtime)?;
-        let metrics = telemetry::install_metrics()?;
         let catalog = Arc::new(Catalog::of_configuration(
             loader::new(&config),
             configured(&config.models),
         ));
         Ok(Self {
             config,
+            hangups,
+            reload,
             state_folder,
             runtime,
             http,
@@ -232,6 +253,8 @@ impl Node {
     pub fn run(self, on_ready: impl FnOnce(&Catalog)) -> Result<(), NodeError> {
         let Self {
             config,
+            hangups,
+            reload,
             // Held until everything has ended.
             state_folder: _state_folder,
             runtime,
@@ -273,9 +296,7 @@ impl Node {
             services.spawn(server.run(stop.draining.clone().cancelled_owned()));
             upkeep.spawn(tidy_metrics(metrics, Arc::clone(&tenants)));
             let is_serving = Arc::<AtomicBool>::default();
-            if let Some(hangups) = hangups(&tenants).map_err(NodeError::Runtime)? {
-                upkeep.spawn(reload(hangups, tenants, Arc::clone(&is_serving)));
-            }
+            upkeep.spawn(reload.run(hangups, tenants, Arc::clone(&is_serving)));
             info!(http = %addresses.http, quic = %addresses.quic, "listening");
 
             let mut signals = StopSignals::new().map_err(NodeError::Runtime)?;
@@ -389,16 +410,6 @@ fn source_of(config: &Config) -> Source {
     )
 }
 
-/// What this machine has for a configuration that is none of its mistakes, but an operator should
-/// know: files that a start here would refuse, folders that others may write.
-pub fn warnings(config: &Config) -> Vec<String> {
-    let mut warnings = Vec::from_iter(state_folder::exposure(&config.node.state_dir));
-    if let Err(e) = Tenants::read(source_of(config), Now::read()) {
-        warnings.push(telemetry::chain(&e));
-    }
-    warnings
-}
-
 /// Where models are looked for by name.
 pub fn models_dir(config: &Config) -> PathBuf {
     let default = || config.node.state_dir.join("models");
@@ -444,49 +455,6 @@ async fn tidy_metrics(metrics: Metrics, tenants: Arc<Tenants>) {
     }
 }
 
-/// SIGHUP, where it means to read a file again: where there is one, and under systemd, whose reload
-/// must not end a node that has none. Elsewhere it goes on to mean that the terminal is gone.
-fn hangups(tenants: &Tenants) -> io::Result<Option<Signal>> {
-    let is_wanted = !tenants.is_open() || env::var_os("NOTIFY_SOCKET").is_some();
-    is_wanted.then(|| signal(SignalKind::hangup())).transpose()
-}
-
-/// Reads the file of tenants again at every SIGHUP. Systemd is told only while it holds the node for
-/// up: the READY that ends a reload would otherwise be the first one.
-async fn reload(mut hangups: Signal, tenants: Arc<Tenants>, is_serving: Arc<AtomicBool>) {
-    while hangups.recv().await.is_some() {
-        let is_told = is_serving.load(Ordering::Acquire);
-        if is_told {
-            match NotifyState::monotonic_usec_now() {
-                Ok(now) => notify(&[NotifyState::Reloading, now]),
-                Err(e) => warn!(error = %e, "cannot tell systemd when the reload began"),
-            }
-        }
-        let file = Arc::clone(&tenants);
-        let read = tokio::task::spawn_blocking(move || file.reload(Now::read())).await;
-        let result = match read {
-            Ok(Ok(changed)) => {
-                let (n, n_added, n_removed) =
-                    (changed.n_tenants, changed.n_added, changed.n_removed);
-                info!(n_tenants = n, n_added, n_removed, "tenants read again");
-                "ok"
-            }
-            Ok(Err(e)) => {
-                error!(error = %telemetry::chain(&e), "tenants not read again, the old ones stay");
-                "failed"
-            }
-            Err(e) => {
-                error!(error = %e, "reading tenants again broke off, the old ones stay");
-                "failed"
-            }
-        };
-        metrics::counter!("dsd_tenant_reloads_total", "result" => result).increment(1);
-        if is_told && is_serving.load(Ordering::Acquire) {
-            notify(&[NotifyState::Ready]);
-        }
-    }
-}
-
 /// Tells systemd; without it there is nobody to tell.
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(e) = sd_notify::notify(states) {
@@ -524,10 +492,21 @@ mod tests {
         };
         let catalog = Catalog::new(loader::new(&config));
         catalog.insert(kit::model("tiny", &QUICK));
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let hangups = {
+            let _entered = runtime.enter();
+            signal(SignalKind::hangup()).unwrap()
+        };
+        let reload = Reload {
+            as_read: config.clone(),
+            reread: None,
+        };
         Node {
             config,
+            hangups,
+            reload,
             state_folder,
-            runtime: Builder::new_current_thread().enable_all().build().unwrap(),
+            runtime,
             http,
             quic,
             certificates,

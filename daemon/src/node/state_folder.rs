@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{Access, FlockOperation, Mode, OFlags, access, flock};
 
 /// The file that is locked. It stays when its holder ends: removing it would let two daemons lock
 /// two files of one name.
@@ -106,6 +106,38 @@ impl StateFolder {
     }
 }
 
+/// Whether a start could have the folder, without touching it: who has it now, if anybody.
+///
+/// # Errors
+/// [`StateFolderError::Write`], where it could be neither made nor written.
+pub(super) fn look(path: &Path) -> Result<Option<StateFolderError>, StateFolderError> {
+    let failed = |source| StateFolderError::Write {
+        path: path.to_owned(),
+        source,
+    };
+    // A start makes what is missing, in what is there.
+    let is_there = |path: &&Path| path.symlink_metadata().is_ok();
+    let there = path.ancestors().find(is_there).unwrap_or(Path::new("."));
+    if !fs::metadata(there).map_err(failed)?.is_dir() {
+        return Err(failed(io::ErrorKind::NotADirectory.into()));
+    }
+    access(there, Access::WRITE_OK | Access::EXEC_OK).map_err(|e| failed(e.into()))?;
+    let lock = match File::open(path.join(LOCK_NAME)) {
+        Ok(lock) => lock,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(e)),
+    };
+    match flock(&lock, FlockOperation::NonBlockingLockShared) {
+        // Closing it gives it back.
+        Ok(()) => Ok(None),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Some(StateFolderError::InUse {
+            path: path.to_owned(),
+            pid: holder(&lock),
+        })),
+        Err(e) => Err(failed(e.into())),
+    }
+}
+
 /// What to change about the folder's permissions, where others may write it: they could put their own
 /// certificates there.
 pub(super) fn exposure(path: &Path) -> Option<String> {
@@ -176,8 +208,24 @@ mod tests {
         ] {
             assert!(text.contains(&expected), "{text}");
         }
+        assert!(matches!(
+            look(&state),
+            Ok(Some(StateFolderError::InUse { .. }))
+        ));
         drop(held);
+        assert!(matches!(look(&state), Ok(None)));
         StateFolder::lock(&state).unwrap();
+    }
+
+    #[test]
+    fn looking_at_a_folder_makes_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b");
+        assert!(matches!(look(&path), Ok(None)));
+        assert!(!folder.path().join("a").exists());
+        fs::write(folder.path().join("a"), b"").unwrap();
+        let error = look(&path).unwrap_err();
+        assert!(matches!(error, StateFolderError::Write { .. }), "{error}");
     }
 
     #[test]

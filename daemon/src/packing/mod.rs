@@ -14,10 +14,14 @@ mod tests;
 
 use std::{
     io,
+    ops::ControlFlow,
     path::{Path, PathBuf},
 };
 
-use self::{place::Place, rank_file::RankWriter};
+use self::{
+    place::Place,
+    rank_file::{OnBytes, RankWriter},
+};
 use crate::{
     model::{self, ModelError, RankOf, Split, TensorRequest},
     runner::WeightBytes,
@@ -69,6 +73,9 @@ pub enum PackingError {
         /// Bytes that can be written.
         free: u64,
     },
+    /// Whoever is told of progress wanted no more.
+    #[error("interrupted; nothing is left of the pack")]
+    Interrupted,
     /// The system refused a write: most often, the disk is full.
     #[error("cannot write `{}`", file.display())]
     Write {
@@ -89,6 +96,17 @@ pub struct PackingProgress {
     pub bytes_done: u64,
     /// Bytes of this stage.
     pub bytes: u64,
+}
+
+/// Who is told of progress, a few times a second, and says whether to go on.
+pub type OnProgress<'a> = &'a mut dyn FnMut(PackingProgress) -> ControlFlow<()>;
+
+/// Tells of progress.
+fn tell(on_progress: OnProgress<'_>, progress: PackingProgress) -> Result<(), PackingError> {
+    match on_progress(progress) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(PackingError::Interrupted),
+    }
 }
 
 /// What was written.
@@ -114,7 +132,7 @@ pub fn pack(
     model: &Path,
     n_ranks: usize,
     out: &Path,
-    on_progress: &mut dyn FnMut(PackingProgress),
+    on_progress: OnProgress<'_>,
 ) -> Result<PackingReport, PackingError> {
     let model = model.canonicalize().map_err(|source| WeightsError::Read {
         file: model.to_owned(),
@@ -144,7 +162,7 @@ pub fn pack(
     for (rank, requests) in wanted.iter().enumerate() {
         let mut on_bytes = |n_bytes| {
             progress.bytes_done += n_bytes;
-            on_progress(progress);
+            tell(on_progress, progress)
         };
         let path = place.path().join(rank_name(rank, n_ranks));
         ranks.push(write_rank(
@@ -214,7 +232,7 @@ fn write_rank(
     rank: usize,
     requests: &[TensorRequest],
     path: &Path,
-    on_bytes: &mut dyn FnMut(u64),
+    on_bytes: OnBytes<'_>,
 ) -> Result<RankFile, PackingError> {
     let mut writer = RankWriter::create(path, requests)?;
     for request in requests {
@@ -300,7 +318,7 @@ fn side_files(checkpoint: &Checkpoint) -> Result<Vec<PlannedFile>, PackingError>
 fn source_files(
     checkpoint: &Checkpoint,
     side_files: &[PlannedFile],
-    on_progress: &mut dyn FnMut(PackingProgress),
+    on_progress: OnProgress<'_>,
 ) -> Result<Vec<SourceFile>, PackingError> {
     let weights = checkpoint.files().iter().map(|file| file.path.clone());
     let mut paths = weights.collect::<Vec<_>>();
@@ -319,10 +337,11 @@ fn source_files(
     };
     let mut files = Vec::new();
     for path in paths {
-        let file = SourceFile::of(&path)?;
-        progress.bytes_done = (progress.bytes_done + file.bytes).min(progress.bytes);
-        files.push(file);
-        on_progress(progress);
+        let file = SourceFile::of(&path, &mut |n_bytes| {
+            progress.bytes_done = (progress.bytes_done + n_bytes).min(progress.bytes);
+            on_progress(progress)
+        })?;
+        files.push(file.ok_or(PackingError::Interrupted)?);
     }
     Ok(files)
 }

@@ -46,6 +46,9 @@ const WRITE_BYTES: usize = 8 << 20;
 /// Bytes after which the disk is waited for, so that progress is what is on it.
 const SYNC_BYTES: u64 = 256 << 20;
 
+/// Who is told how many bytes more were written, and may end the writing.
+pub(super) type OnBytes<'a> = &'a mut dyn FnMut(u64) -> Result<(), PackingError>;
+
 pub(super) struct RankWriter {
     path: PathBuf,
     file: File,
@@ -92,7 +95,7 @@ impl RankWriter {
         cut: &Cut,
         role: Role,
         matrix: &Matrix,
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<(), PackingError> {
         let (format, n_rows, n_cols) = (matrix.format(), matrix.n_rows(), matrix.n_cols());
         let panels = match (role, matrix.layout()) {
@@ -139,7 +142,7 @@ impl RankWriter {
         len: usize,
         part: Range<usize>,
         values: &[f32],
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<(), PackingError> {
         let span = self.floats(name, values, on_bytes)?;
         self.pieces.push(Piece {
@@ -204,7 +207,7 @@ impl RankWriter {
         &mut self,
         name: &str,
         values: &[f32],
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<Span, PackingError> {
         let bytes = values
             .iter()
@@ -217,7 +220,7 @@ impl RankWriter {
         &mut self,
         name: &str,
         bytes: &[u8],
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<Span, PackingError> {
         let mut tensor = self.begin();
         for chunk in bytes.chunks(CHUNK_BYTES) {
@@ -232,7 +235,7 @@ impl RankWriter {
         name: &str,
         matrix: &Matrix,
         len: usize,
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<Span, PackingError> {
         let n_panels = matrix.n_rows().div_ceil(PANEL_ROWS);
         let panel_len = len / n_panels.max(1);
@@ -272,12 +275,11 @@ impl RankWriter {
         &mut self,
         tensor: &mut Tensor,
         bytes: &[u8],
-        on_bytes: &mut dyn FnMut(u64),
+        on_bytes: OnBytes<'_>,
     ) -> Result<(), PackingError> {
         tensor.hasher.update(bytes);
         self.write(bytes)?;
-        on_bytes(bytes.len() as u64);
-        Ok(())
+        on_bytes(bytes.len() as u64)
     }
 
     fn end(&mut self, name: &str, tensor: &Tensor) -> Result<Span, PackingError> {

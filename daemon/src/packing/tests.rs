@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    ops::ControlFlow,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,7 +18,7 @@ use dsd_kernels::{
 };
 use tempfile::TempDir;
 
-use super::{PackingError, Place, RankOf, Split, TensorRequest, pack, requests};
+use super::{PackingError, PackingProgress, Place, RankOf, Split, TensorRequest, pack, requests};
 use crate::{
     eval::{Ranks, Session},
     model,
@@ -47,10 +48,14 @@ struct Packed {
     _source: Option<TempDir>,
 }
 
+fn go_on(_: PackingProgress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 fn packed(model: &Path, n_ranks: usize) -> Packed {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("packed");
-    pack(model, n_ranks, &path, &mut |_| {}).unwrap();
+    pack(model, n_ranks, &path, &mut go_on).unwrap();
     assert_eq!(
         fs::read_dir(dir.path()).unwrap().count(),
         1,
@@ -474,7 +479,7 @@ fn a_pack_that_is_cut_off_meanwhile_is_a_finding() {
 fn nothing_is_written_over_or_left_behind() {
     let (packed, model) = tiny();
     let parent = packed.dir.path();
-    let error = pack(&model, 2, &packed.path, &mut |_| {}).unwrap_err();
+    let error = pack(&model, 2, &packed.path, &mut go_on).unwrap_err();
     assert!(matches!(error, PackingError::Exists { .. }), "{error}");
 
     // What a killed writer leaves is no pack, and goes away with the next writer.
@@ -482,7 +487,7 @@ fn nothing_is_written_over_or_left_behind() {
     let left = parent.join(".next.packing");
     fs::create_dir(&left).unwrap();
     fs::write(left.join("rank-00-of-02.safetensors"), b"half").unwrap();
-    pack(&model, 2, &out, &mut |_| {}).unwrap();
+    pack(&model, 2, &out, &mut go_on).unwrap();
     assert!(!left.exists());
     assert_eq!(fs::read_dir(&out).unwrap().count(), 4);
 
@@ -499,14 +504,41 @@ fn nothing_is_written_over_or_left_behind() {
     drop(place);
     assert!(!parent.join(".third.packing").exists());
 
-    let error = pack(&packed.path, 2, &parent.join("fourth"), &mut |_| {}).unwrap_err();
+    // Interrupted wherever somebody is told of progress.
+    let mut n_told = 0;
+    let mut count = |_| {
+        n_told += 1;
+        ControlFlow::Continue(())
+    };
+    pack(&model, 2, &parent.join("whole"), &mut count).unwrap();
+    assert!(8 < n_told, "{n_told}");
+    let n_files = fs::read_dir(parent).unwrap().count();
+    for n in [1, 2, n_told / 2, n_told] {
+        let mut n_left = n;
+        let mut stop = |_| {
+            n_left -= 1;
+            match n_left {
+                0 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        };
+        let error = pack(&model, 2, &parent.join("cut"), &mut stop).unwrap_err();
+        assert!(matches!(error, PackingError::Interrupted), "{error}");
+        assert_eq!(
+            fs::read_dir(parent).unwrap().count(),
+            n_files,
+            "{n} of {n_told}"
+        );
+    }
+
+    let error = pack(&packed.path, 2, &parent.join("fourth"), &mut go_on).unwrap_err();
     assert!(error.to_string().contains("is a pack already"), "{error}");
-    let error = pack(&model, 3, &parent.join("fourth"), &mut |_| {}).unwrap_err();
+    let error = pack(&model, 3, &parent.join("fourth"), &mut go_on).unwrap_err();
     assert!(
         error.to_string().contains("3 ranks cannot share 2"),
         "{error}"
     );
-    let error = pack(&model, 1, &parent.join("no/where"), &mut |_| {}).unwrap_err();
+    let error = pack(&model, 1, &parent.join("no/where"), &mut go_on).unwrap_err();
     assert!(error.to_string().starts_with("cannot write `"), "{error}");
 }
 

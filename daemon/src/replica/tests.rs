@@ -122,7 +122,7 @@ fn read_all(mut stream: TokenStream) -> (Vec<u32>, FinishReason) {
 /// Waits until a request runs; returns the positions it found in the cache.
 fn started(stream: &mut TokenStream) -> usize {
     match stream.blocking_next() {
-        Some(StreamItem::Started { n_cached }) => n_cached,
+        Some(StreamItem::Started { n_cached, .. }) => n_cached,
         other => panic!("{other:?} before the start"),
     }
 }

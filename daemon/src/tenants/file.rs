@@ -251,6 +251,35 @@ pub enum TenantsError {
     },
 }
 
+impl TenantsError {
+    /// Where in the file to change something; `None` where it is the file itself.
+    pub fn origin(&self) -> Option<&Origin> {
+        match self {
+            Self::Read { .. }
+            | Self::NoFile { .. }
+            | Self::Exposed { .. }
+            | Self::TooLong { .. }
+            | Self::Empty { .. } => None,
+            Self::Syntax { origin, .. }
+            | Self::UnknownKey { origin, .. }
+            | Self::VersionMissing { origin }
+            | Self::Version { origin, .. }
+            | Self::Name { origin, .. }
+            | Self::NameTwice { origin, .. }
+            | Self::Weight { origin, .. }
+            | Self::Class { origin, .. }
+            | Self::Cap { origin, .. }
+            | Self::CapsContradict { origin, .. }
+            | Self::Model { origin, .. }
+            | Self::NoModel { origin }
+            | Self::Digest { origin }
+            | Self::KeyTwice { origin, .. }
+            | Self::TooMany { origin, .. }
+            | Self::Key { origin } => Some(origin),
+        }
+    }
+}
+
 /// Two clocks at one moment: files speak of the wall's, the rest of the node of the other.
 #[derive(Debug, Clone, Copy)]
 pub struct Now {

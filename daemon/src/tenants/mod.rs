@@ -34,7 +34,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use crate::flow::Class;
+use crate::{flow::Class, telemetry};
 use lease::Ledger;
 
 /// Tenants that ever were labels in metrics; those that come later share one. The exporter keeps a
@@ -290,7 +290,9 @@ impl Tenants {
     fn label(&self, name: &Arc<str>) -> Arc<str> {
         let mut labels = self.labels.lock().unwrap_or_else(PoisonError::into_inner);
         if labels.len() < LABELS_MAX || labels.contains(name) {
-            labels.insert(Arc::clone(name));
+            if labels.insert(Arc::clone(name)) {
+                telemetry::declare("tenant", name);
+            }
             return Arc::clone(name);
         }
         LABEL_OTHER.into()

@@ -15,7 +15,7 @@ wire_messages! {
     GroupSubmit = 0x0311, 3, Request;
     GroupCancel = 0x0312, 1, Control;
     GroupStop = 0x0313, 1, Control;
-    GroupEvents = 0x0314, 2, Request;
+    GroupEvents = 0x0314, 3, Request;
     GroupTick = 0x0315, 1, Control;
     AgentTick = 0x0316, 1, Control;
 }
@@ -263,8 +263,8 @@ wire_struct! {
 wire_enum! {
     /// What happens to a request.
     pub enum GroupEventKind {
-        /// It left the waiting line, with this many prompt positions found in the cache.
-        Started(u64),
+        /// It left the waiting line.
+        Started(GroupStart),
         /// This many positions of its prompt are computed.
         Prefilled(u64),
         /// The next token.
@@ -281,6 +281,16 @@ wire_enum! {
         NoRoom,
         /// It is over: a step failed.
         Failed(String),
+    }
+}
+
+wire_struct! {
+    /// The beginning of a request's first step.
+    pub struct GroupStart {
+        /// Prompt positions found in the cache.
+        pub n_cached: u64,
+        /// Microseconds from then to the message.
+        pub age_us: u64,
     }
 }
 

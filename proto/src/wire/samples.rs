@@ -18,8 +18,9 @@ use crate::{
         },
         group::{
             AgentTick, EngineLimits, GroupCancel, GroupEvent, GroupEventKind, GroupEvents,
-            GroupLoad, GroupStop, GroupSubmit, GroupTick, GroupToken, MetricKind, MetricSeries,
-            MetricUpdate, RankFailed, RankFault, RankReady, RankStart, TokenSampling, TokenValue,
+            GroupLoad, GroupStart, GroupStop, GroupSubmit, GroupTick, GroupToken, MetricKind,
+            MetricSeries, MetricUpdate, RankFailed, RankFault, RankReady, RankStart, TokenSampling,
+            TokenValue,
         },
     },
 };
@@ -420,7 +421,10 @@ pub(crate) fn group_events() -> GroupEvents {
     let event = |what| GroupEvent { id: 9, what };
     GroupEvents {
         events: vec![
-            event(GroupEventKind::Started(32)),
+            event(GroupEventKind::Started(GroupStart {
+                n_cached: 32,
+                age_us: 1500,
+            })),
             event(GroupEventKind::Prefilled(96)),
             event(GroupEventKind::Token(GroupToken {
                 index: 1,

@@ -134,6 +134,48 @@ fn systemd_is_told_of_readiness_life_and_stop() {
     assert_eq!(node.exit().code(), Some(0));
 }
 
+/// Without a file of keys it used to end the process, and with it every stream.
+#[test]
+fn sighup_ends_no_node_and_no_stream() {
+    let node = Node::start(&data::reference("deepseek_v3"));
+    let mut running = stream(&node, 500);
+    for n in 1..=3 {
+        process::signal(node.pid(), "HUP");
+        wait::until_true("the log's word", || {
+            let words = "everybody may call, so there are no tenants to read again";
+            node.records(words).len() == n
+        });
+    }
+    let events = rest(&mut running);
+    assert!(events.ends_with("data: [DONE]\n\n"), "{events:?}");
+    node.must_serve();
+}
+
+#[test]
+fn sighup_names_what_waits_for_a_restart() {
+    let model = data::reference("llama");
+    let words = "the configuration changed; these wait for a restart";
+    let wrong = "the configuration is wrong now; a restart would fail";
+    let text = format!("version = 1\n[[models]]\nname = \"llama\"\npath = {model:?}\n");
+    let node = Node::builder(&model)
+        .configuration(&text)
+        .allow(words)
+        .allow(wrong)
+        .start();
+    let reload = |text: &str, message: &str| {
+        fs::write(node.state().join("dsd.toml"), text).unwrap();
+        process::signal(node.pid(), "HUP");
+        wait::until_true("the log's word", || !node.records(message).is_empty());
+        node.records(message).remove(0)
+    };
+    let record = reload(&format!("{text}tp = 2\n[http]\nkeep_alive_s = 3\n"), words);
+    assert_eq!(record["keys"], "http.keep_alive_s, models.llama");
+    let record = reload(&format!("{text}tpp = 2\n"), wrong);
+    let error = record["error"].as_str().unwrap();
+    assert!(error.contains("dsd.toml:5: unknown key `tpp`"), "{error}");
+    node.must_serve();
+}
+
 #[test]
 fn a_killed_node_comes_back_with_its_certificates() {
     let state = TempDir::new().unwrap();

@@ -13,6 +13,7 @@ mod dsctl;
 mod edge;
 mod lifecycle;
 mod memory;
+mod metrics;
 mod openai;
 mod packs;
 mod quic;

@@ -260,6 +260,31 @@ fn a_writer_that_is_killed_leaves_nothing_that_is_used() {
     assert_eq!(names(folder.path()), ["packed"]);
 }
 
+/// It used to leave what it had written to the next pack of that name.
+#[test]
+fn a_writer_that_is_interrupted_leaves_nothing() {
+    let model = data::smollm2();
+    for (signal, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+        let folder = TempDir::new().unwrap();
+        let half = folder.path().join(".packed.packing");
+        let mut child = tool::command("dsd")
+            .args(["pack", "--tp", "1", "--model"])
+            .arg(&model)
+            .arg("--out")
+            .arg(folder.path().join("packed"))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait::until_true("a beginning", || {
+            half.exists() || child.try_wait().unwrap().is_some()
+        });
+        process::signal(child.id(), signal);
+        let status = process::exit_of(&mut child, "an interrupted pack");
+        assert_eq!(status.code(), Some(code), "{signal}");
+        assert_eq!(names(folder.path()), [""; 0], "{signal}");
+    }
+}
+
 /// A limit on the length of files stands for a full disk: the same write fails, and for anybody.
 #[test]
 fn a_full_disk_is_said_and_leaves_nothing() {

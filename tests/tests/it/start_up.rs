@@ -344,8 +344,15 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         &["absent.toml"],
     );
 
-    fs::write(&path, "version = 1\n").unwrap();
-    let outcome = tool::dsd(&["check-config", "--config", path_text]);
+    // Addresses that are free wherever this runs.
+    let addresses = "[http]\nlisten = \"127.0.0.1:0\"\n[quic]\nlisten = \"127.0.0.1:0\"\n";
+    fs::write(&path, format!("version = 1\n{addresses}")).unwrap();
+    let state = folder.path().join("state");
+    let mut command = tool::command("dsd");
+    command
+        .args(["check-config", "--config", path_text])
+        .env("DSD_NODE__STATE_DIR", &state);
+    let outcome = process::run(&mut command, "");
     assert_eq!(
         (
             outcome.code,
@@ -354,8 +361,8 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         ),
         (Some(0), "", "")
     );
-    // What is no mistake of the file is said, and costs nothing.
-    let state = folder.path().join("state");
+    assert!(!state.exists(), "a check changes nothing");
+    // A folder that others may write is said; keys that others may read would be refused.
     fs::create_dir(&state).unwrap();
     fs::set_permissions(&state, fs::Permissions::from_mode(0o777)).unwrap();
     let keys = folder.path().join("keys");
@@ -367,7 +374,7 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         .env("DSD_NODE__STATE_DIR", &state)
         .env("DSD_HTTP__API_KEYS_FILE", &keys);
     let outcome = process::run(&mut command, "");
-    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
     for expected in [
         format!("run `chmod go-w {}`", state.display()),
         format!("run `chmod 600 {}`", keys.display()),
@@ -403,6 +410,162 @@ fn configuration_files_are_refused_with_file_line_and_suggestion() {
         tool::command("dsd").args(["check-config", "--config", path_text]),
         &["10-x.toml:3: "],
     );
+}
+
+/// What a start would refuse one by one, named at once.
+#[test]
+fn a_check_names_everything_that_a_start_would_refuse() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("dsd.toml");
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap();
+    let wrong = folder.path().join("wrong.gguf");
+    fs::write(&wrong, "this is no model").unwrap();
+    let tenants = folder.path().join("tenants.toml");
+    fs::write(
+        &tenants,
+        "version = 1\n[[tenants]]\nname = \"a\"\nweigth = 1\n",
+    )
+    .unwrap();
+    fs::set_permissions(&tenants, fs::Permissions::from_mode(0o600)).unwrap();
+    let file = folder.path().join("a-file");
+    fs::write(&file, "").unwrap();
+    let text = format!(
+        "version = 1\n\
+         [node]\nstate_dir = {:?}\n\
+         [http]\nlisten = \"{taken}\"\n\
+         [quic]\nlisten = \"192.0.2.1:7600\"\n\
+         [log]\nfilter = \"info,dsd::gatewy=debug\"\n\
+         [service]\ntenants_file = {tenants:?}\n\
+         [[models]]\nname = \"gone\"\npath = \"/nonexistent\"\n\
+         [[models]]\nname = \"wrong\"\npath = {wrong:?}\n\
+         [[models]]\nname = \"spare\"\npath = \"/nonexistent\"\nrequired = false\n\
+         [[models]]\nname = \"good\"\npath = {:?}\nkv_tokens = 64\n",
+        file.join("state"),
+        data::reference("llama"),
+    );
+    fs::write(&path, text).unwrap();
+    let check = |more: &[&str], env: &[(&str, &str)]| {
+        let mut command = tool::command("dsd");
+        command.args(["check-config", "--config", path.to_str().unwrap()]);
+        command.args(more).envs(env.iter().copied());
+        process::run(&mut command, "")
+    };
+    let outcome = check(&["--json"], &[("DSD_QUITE_ANOTHER", "1")]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let found: Value = serde_json::from_str(&outcome.stdout).unwrap();
+    let lines = |list: &str| {
+        let line = |finding: &Value| {
+            let file = finding["file"].as_str().unwrap_or("-");
+            let name = file.rsplit('/').next().unwrap().to_owned();
+            (name, finding["line"].as_u64().unwrap_or(0))
+        };
+        found[list]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(line)
+            .collect::<Vec<_>>()
+    };
+    let at = |line| ("dsd.toml".to_owned(), line);
+    let mut errors = lines("errors");
+    errors.sort();
+    let of_tenants = ("tenants.toml".to_owned(), 4);
+    let expected = [at(3), at(5), at(7), at(9), at(14), at(17), of_tenants];
+    assert_eq!(errors, expected, "{found:#}");
+    let mut warnings = lines("warnings");
+    warnings.sort();
+    assert_eq!(warnings, [("-".to_owned(), 0), at(20)], "{found:#}");
+    for suggestion in [
+        "did you mean `dsd::gateway`?",
+        "choose another with http.listen",
+    ] {
+        assert!(outcome.stdout.contains(suggestion), "{found:#}");
+    }
+
+    let outcome = check(&[], &[]);
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let n_errors = outcome
+        .stderr
+        .lines()
+        .filter(|line| !line.contains("warning: "));
+    assert_eq!(n_errors.count(), expected.len(), "{outcome:?}");
+    for part in [
+        "dsd.toml:3: cannot write the state folder",
+        "dsd.toml:14: model `gone` at `/nonexistent`: its path cannot be read",
+        "tenants.toml:4: unknown key `weigth`; did you mean `weight`?",
+        "dsd: warning: ",
+    ] {
+        assert!(outcome.stderr.contains(part), "no {part}: {outcome:?}");
+    }
+    // Of a file that is wrong itself, only what it says is looked at.
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("listen = \"192", "lisen = \"192")).unwrap();
+    let outcome = check(&[], &[("DSD_HTTP_LISTEN", "x"), ("DSD_LOG", "inof")]);
+    for part in [
+        "dsd.toml:7: unknown key `lisen`",
+        "environment variable DSD_HTTP_LISTEN: unknown key `DSD_HTTP_LISTEN`; did you mean `DSD_HTTP__LISTEN`?",
+        "environment variable DSD_LOG: log filter `inof`: nothing in this program is called `inof`; did you mean `info`?",
+    ] {
+        assert!(outcome.stderr.contains(part), "no {part}: {outcome:?}");
+    }
+}
+
+/// What the node that runs holds is not free, and no reason against it.
+#[test]
+fn the_configuration_of_a_running_node_can_be_checked() {
+    let model = data::reference("llama");
+    let text = format!("version = 1\n[[models]]\nname = \"llama\"\npath = {model:?}\n");
+    let node = dsd_tests::node::Node::builder(&model)
+        .configuration(&text)
+        .start();
+    let mut command = tool::command("dsd");
+    command
+        .args(["check-config", "--config"])
+        .arg(node.state().join("dsd.toml"))
+        .env("DSD_NODE__STATE_DIR", node.state())
+        .env("DSD_ENGINE__KV_TOKENS", "4096")
+        .env("DSD_HTTP__LISTEN", node.http.to_string())
+        .env("DSD_QUIC__LISTEN", node.quic.to_string());
+    let outcome = process::run(&mut command, "");
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    for part in [
+        "is in use by another dsd",
+        "cannot listen on HTTP",
+        "cannot listen on QUIC",
+    ] {
+        assert!(outcome.stderr.contains(part), "no {part}: {outcome:?}");
+    }
+}
+
+/// Such a filter used to keep from the log what it was written to show.
+#[test]
+fn a_log_filter_that_names_nothing_is_refused() {
+    for (filter, expected) in [
+        ("info,dds=debug", "did you mean `dsd`?"),
+        (
+            "dsd::nonsense=debug",
+            "nothing in this program is called `dsd::nonsense`",
+        ),
+        ("info,=x=", "is not understood"),
+    ] {
+        let state = TempDir::new().unwrap();
+        let mut command = tool::command("dsd");
+        command
+            .args([
+                "dev",
+                "--http",
+                "127.0.0.1:0",
+                "--quic",
+                "127.0.0.1:0",
+                "--state",
+            ])
+            .arg(state.path())
+            .arg("--model")
+            .arg(data::reference("llama"))
+            .env("DSD_LOG", filter);
+        check(&mut command, &[expected]);
+    }
 }
 
 #[test]

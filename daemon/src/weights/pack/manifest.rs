@@ -3,8 +3,8 @@
 //! Invariant: a manifest is believed only when its digest fits, and then its version and layout.
 
 use std::{
-    convert::Infallible,
     fs, io,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
@@ -286,18 +286,23 @@ impl SourceFile {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(crate) fn of(path: &Path) -> Result<Self, WeightsError> {
-        let (bytes, blake3) = digest_of_file(path)?;
+    pub(crate) fn of(
+        path: &Path,
+        on_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Option<Self>, WeightsError> {
+        let Some((bytes, blake3)) = digest_of_file(path, on_bytes)? else {
+            return Ok(None);
+        };
         let metadata = fs::metadata(path).map_err(|source| WeightsError::Read {
             file: path.to_owned(),
             source,
         })?;
-        Ok(Self {
+        Ok(Some(Self {
             path: path.to_owned(),
             bytes,
             modified_ns: modified_ns(&metadata),
             blake3,
-        })
+        }))
     }
 
     /// Refuses when the file is there and another one than was packed. A moved modification time
@@ -339,7 +344,8 @@ impl SourceFile {
         if modified_ns(&metadata) == self.modified_ns || hash_bytes_max < self.bytes {
             return Ok(());
         }
-        let (_, found) = digest_of_file(&self.path)?;
+        let whole = digest_of_file(&self.path, &mut |_| ControlFlow::Continue(()))?;
+        let found = whole.map_or_else(String::new, |(_, digest)| digest);
         match found == self.blake3 {
             true => Ok(()),
             false => stale("blake3", &self.blake3, &found),
@@ -361,23 +367,30 @@ pub(crate) fn rank_name(rank: usize, n_ranks: usize) -> String {
     format!("rank-{rank:02}-of-{n_ranks:02}.safetensors")
 }
 
-/// Length and blake3 of a whole file, which is read and not mapped: it may be cut off meanwhile.
-fn digest_of_file(path: &Path) -> Result<(u64, String), WeightsError> {
+/// Length and blake3 of a whole file, which is read and not mapped: it may be cut off meanwhile. `None`
+/// when `on_bytes`, which is told of every piece, wants no more.
+fn digest_of_file(
+    path: &Path,
+    on_bytes: &mut dyn FnMut(u64) -> ControlFlow<()>,
+) -> Result<Option<(u64, String)>, WeightsError> {
     let source = file::open(path).map_err(|e| file_error(path, e))?;
     let mut hasher = blake3::Hasher::new();
     let mut bytes = 0;
     let read = pread::pieces(&source, 0..u64::MAX, &mut |piece| {
         hasher.update(piece);
         bytes += piece.len() as u64;
-        Ok::<(), Infallible>(())
+        match on_bytes(piece.len() as u64) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(()),
+        }
     });
     match read {
-        Ok(_) => Ok((bytes, hasher.finalize().to_hex().to_string())),
+        Ok(_) => Ok(Some((bytes, hasher.finalize().to_hex().to_string()))),
         Err(PieceError::Read(source)) => Err(WeightsError::Read {
             file: path.to_owned(),
             source,
         }),
-        Err(PieceError::Stopped(never)) => match never {},
+        Err(PieceError::Stopped(())) => Ok(None),
     }
 }
 
