@@ -9,17 +9,18 @@ use axum::{
 };
 use dsd_proto::anthropic::{
     BlockDelta, ContentBlock, ErrorDetail, Message, MessageEnd, MessageEvent, MessageUsage,
-    StopReason, TokenCount,
+    MessagesRequest, StopReason, TokenCount,
 };
 
 use super::{
     Gateway,
     error::{ApiError, Dialect},
     generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
-    prepare, routes,
+    prepare::{self, Prepared, Terms},
+    routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
-use crate::text::OutputDelta;
+use crate::{catalog::Catalog, text::OutputDelta};
 
 const DIALECT: Dialect = Dialect::Anthropic;
 
@@ -27,7 +28,7 @@ pub(super) async fn create(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
 ) -> Response<Body> {
-    let mut prepared = match prepare::read_and(&gateway, request, prepare::messages).await {
+    let mut prepared = match prepare::read_and(&gateway, request, prepare_message).await {
         Ok(prepared) => prepared,
         Err(refusal) => return refusal,
     };
@@ -56,12 +57,23 @@ pub(super) async fn count_tokens(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
 ) -> Response<Body> {
-    match prepare::read_and(&gateway, request, prepare::messages_to_count).await {
+    match prepare::read_and(&gateway, request, prepare_to_count).await {
         Ok(prepared) => routes::json(&TokenCount {
             input_tokens: prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum(),
         }),
         Err(refusal) => refusal,
     }
+}
+
+fn prepare_message(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
+    let MessagesRequest(request) = MessagesRequest::from_slice(body, true)?;
+    prepare::of_chat(catalog, request, Vec::new(), terms)
+}
+
+/// The same for its number of tokens only.
+fn prepare_to_count(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
+    let MessagesRequest(request) = MessagesRequest::from_slice(body, false)?;
+    prepare::of_chat(catalog, request, Vec::new(), terms)
 }
 
 fn usage(counts: TokenCounts) -> MessageUsage {

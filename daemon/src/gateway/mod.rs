@@ -18,6 +18,7 @@ mod error;
 mod health;
 mod logprobs;
 mod messages;
+mod openapi;
 mod prepare;
 mod refused_head;
 mod responses;

@@ -10,13 +10,11 @@ use axum::{
     http::{HeaderMap, HeaderValue, Request, Response, header},
 };
 use dsd_proto::{
-    anthropic::MessagesRequest,
     code::Code,
     openai::{
         self, AnswerShape, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt,
         RequestError, ServiceTier, Tool, ToolChoice,
     },
-    responses::{Echo, ResponsesRequest},
 };
 use tokio::{task, time};
 
@@ -291,39 +289,8 @@ pub(super) fn chat(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepa
     of_chat(catalog, request, openai::unknown_fields(body), terms)
 }
 
-/// A chat in Anthropic's words.
-pub(super) fn messages(catalog: &Catalog, body: &[u8], terms: Terms) -> Result<Prepared, ApiError> {
-    let MessagesRequest(request) = MessagesRequest::from_slice(body, true)?;
-    of_chat(catalog, request, Vec::new(), terms)
-}
-
-/// The same for its number of tokens only.
-pub(super) fn messages_to_count(
-    catalog: &Catalog,
-    body: &[u8],
-    terms: Terms,
-) -> Result<Prepared, ApiError> {
-    let MessagesRequest(request) = MessagesRequest::from_slice(body, false)?;
-    of_chat(catalog, request, Vec::new(), terms)
-}
-
-/// A chat in the words of OpenAI's Responses, and what its answer says of it.
-pub(super) fn responses(
-    catalog: &Catalog,
-    body: &[u8],
-    terms: Terms,
-) -> Result<(Prepared, Echo), ApiError> {
-    let request = ResponsesRequest::from_slice(body)?;
-    let prepared = of_chat(catalog, request.chat, request.ignored, terms).map_err(|mut e| {
-        if e.param.as_deref() == Some("messages") {
-            e.param = Some("input".to_owned());
-        }
-        e
-    })?;
-    Ok((prepared, request.echo))
-}
-
-fn of_chat(
+/// What a chat asks for, from whatever words it was put in.
+pub(super) fn of_chat(
     catalog: &Catalog,
     request: ChatCompletionRequest,
     ignored: Vec<String>,

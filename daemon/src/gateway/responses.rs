@@ -13,7 +13,7 @@ use dsd_proto::{
     responses::{
         Echo, Event, IncompleteDetails, InputTokenCount, InputTokensDetails, OutputItem,
         OutputPart, OutputTokensDetails, Part, ReasoningText, Response, ResponseError,
-        ResponseUsage, Status,
+        ResponseUsage, ResponsesRequest, Status,
     },
 };
 use serde::Serialize;
@@ -23,11 +23,12 @@ use super::{
     error::{ApiError, Dialect},
     generation::{ChoiceEnd, Generation, GenerationEvent, TokenChoice, TokenCounts},
     logprobs,
-    prepare::{self, Prepared},
+    prepare::{self, Prepared, Terms},
     routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
 use crate::{
+    catalog::Catalog,
     runtime::clock,
     text::{OutputDelta, TextModel},
 };
@@ -39,8 +40,7 @@ pub(super) async fn create(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
 ) -> http::Response<Body> {
-    let (mut prepared, echo) = match prepare::read_and(&gateway, request, prepare::responses).await
-    {
+    let (mut prepared, echo) = match prepare::read_and(&gateway, request, prepare_response).await {
         Ok(prepared) => prepared,
         Err(refusal) => return refusal,
     };
@@ -62,7 +62,7 @@ pub(super) async fn count_tokens(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
 ) -> http::Response<Body> {
-    match prepare::read_and(&gateway, request, prepare::responses).await {
+    match prepare::read_and(&gateway, request, prepare_response).await {
         Ok((prepared, _)) => routes::json(&InputTokenCount {
             object: "response.input_tokens",
             input_tokens: prepared.prompts.iter().map(|prompt| prompt.ids.len()).sum(),
@@ -75,6 +75,23 @@ pub(super) async fn count_tokens(
 pub(super) async fn kept() -> http::Response<Body> {
     let message = "answers are not kept here; what was answered goes into `input` again";
     ApiError::new(Code::NotFound, message).into_response()
+}
+
+/// The chat that a request is, and what its answer says of it.
+fn prepare_response(
+    catalog: &Catalog,
+    body: &[u8],
+    terms: Terms,
+) -> Result<(Prepared, Echo), ApiError> {
+    let request = ResponsesRequest::from_slice(body)?;
+    let prepared = prepare::of_chat(catalog, request.chat, request.ignored, terms);
+    let prepared = prepared.map_err(|mut e| {
+        if e.param.as_deref() == Some("messages") {
+            e.param = Some("input".to_owned());
+        }
+        e
+    })?;
+    Ok((prepared, request.echo))
 }
 
 fn usage(counts: TokenCounts) -> ResponseUsage {

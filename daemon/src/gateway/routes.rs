@@ -8,7 +8,7 @@ use axum::{
     extract::{Path, Request, State, rejection::PathRejection},
     http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version, header, uri::Authority},
     middleware::{self, Next},
-    routing::{any, get, post},
+    routing::{MethodRouter, any, get, post},
 };
 use dsd_proto::{
     code::Code,
@@ -25,7 +25,7 @@ use super::{
     error::{self, ApiError, Dialect},
     generation,
     health::{self, NotReady},
-    messages, prepare, responses, tokenize,
+    messages, openapi, prepare, responses, tokenize,
 };
 use crate::{catalog::ServedModel, runtime::clock};
 
@@ -36,42 +36,188 @@ const PREFLIGHT_AGE: Duration = Duration::from_secs(3600);
 /// Longest request id taken over from a client.
 const REQUEST_ID_LEN_MAX: usize = 128;
 
+/// How a route is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verb {
+    Get,
+    Post,
+}
+
+/// A route. One that stands here has its path, its label in metrics, its methods and its description.
+pub(super) struct Route {
+    /// Its name in metrics and `/openapi.json`.
+    pub(super) label: &'static str,
+    pub(super) verb: Verb,
+    /// Where it is found.
+    paths: &'static [&'static str],
+    /// Needs no key: load balancers and scrapers ask it; it tells nothing about users.
+    pub(super) is_open: bool,
+    /// What it is for.
+    pub(super) about: &'static str,
+    handler: fn() -> MethodRouter<Arc<Gateway>>,
+}
+
+const fn asked(
+    label: &'static str,
+    paths: &'static [&'static str],
+    about: &'static str,
+    handler: fn() -> MethodRouter<Arc<Gateway>>,
+) -> Route {
+    Route {
+        label,
+        verb: Verb::Post,
+        paths,
+        is_open: false,
+        about,
+        handler,
+    }
+}
+
+const fn shown(
+    label: &'static str,
+    paths: &'static [&'static str],
+    about: &'static str,
+    handler: fn() -> MethodRouter<Arc<Gateway>>,
+) -> Route {
+    Route {
+        verb: Verb::Get,
+        ..asked(label, paths, about, handler)
+    }
+}
+
+const fn open(route: Route) -> Route {
+    Route {
+        is_open: true,
+        ..route
+    }
+}
+
+/// All routes. `/beta` is where DeepSeek's clients ask for prefixes and holes.
+pub(super) static ROUTES: [Route; 19] = [
+    asked(
+        "/v1/chat/completions",
+        &[
+            "/v1/chat/completions",
+            "/chat/completions",
+            "/beta/chat/completions",
+        ],
+        "Answers a conversation.",
+        || post(chat::create),
+    ),
+    asked(
+        "/v1/completions",
+        &["/v1/completions", "/completions", "/beta/completions"],
+        "Continues a text.",
+        || post(completions::create),
+    ),
+    asked(
+        "/v1/messages",
+        &["/v1/messages", "/anthropic/v1/messages"],
+        "Answers a conversation in Anthropic's manner.",
+        || post(messages::create),
+    ),
+    asked(
+        "/v1/messages/count_tokens",
+        &[
+            "/v1/messages/count_tokens",
+            "/anthropic/v1/messages/count_tokens",
+        ],
+        "Counts the tokens of a conversation.",
+        || post(messages::count_tokens),
+    ),
+    asked(
+        "/v1/responses",
+        &["/v1/responses", "/responses"],
+        "Answers items; nothing is kept.",
+        || post(responses::create),
+    ),
+    asked(
+        "/v1/responses/input_tokens",
+        &["/v1/responses/input_tokens", "/responses/input_tokens"],
+        "Counts the tokens of items.",
+        || post(responses::count_tokens),
+    ),
+    shown(
+        "/v1/responses/{id}",
+        &["/v1/responses/{*id}", "/responses/{*id}"],
+        "Always 404: answers are not kept.",
+        || any(responses::kept),
+    ),
+    asked(
+        "/v1/embeddings",
+        &["/v1/embeddings", "/embeddings"],
+        "Always 400: no model here makes embeddings.",
+        || post(about::no_embeddings),
+    ),
+    asked(
+        "/tokenize",
+        &["/tokenize"],
+        "A text's or a chat's tokens.",
+        || post(tokenize::tokenize),
+    ),
+    asked(
+        "/detokenize",
+        &["/detokenize"],
+        "The text of tokens.",
+        || post(tokenize::detokenize),
+    ),
+    shown(
+        "/tokenizer_info",
+        &["/tokenizer_info"],
+        "A model's marks and chat template; `?model=NAME` where several are served.",
+        || get(about::tokenizer),
+    ),
+    shown(
+        "/user/balance",
+        &["/user/balance"],
+        "What is left of the cap on tokens.",
+        || get(about::balance),
+    ),
+    shown(
+        "/v1/models",
+        &["/v1/models", "/models", "/beta/models"],
+        "The served models.",
+        || get(list_models),
+    ),
+    shown(
+        "/v1/models/{name}",
+        &["/v1/models/{*name}", "/models/{*name}"],
+        "One of them.",
+        || get(show_model),
+    ),
+    shown("/version", &["/version"], "The build.", || get(version)),
+    open(shown(
+        "/health",
+        &["/health"],
+        "The process is there.",
+        || get(health),
+    )),
+    open(shown("/ready", &["/ready"], "Models answer.", || {
+        get(ready)
+    })),
+    open(shown(
+        "/metrics",
+        &["/metrics"],
+        "Prometheus' text form.",
+        || get(show_metrics),
+    )),
+    open(shown(
+        "/openapi.json",
+        &["/openapi.json"],
+        "This description.",
+        || get(openapi::show),
+    )),
+];
+
 pub(super) fn router(gateway: Arc<Gateway>) -> Router {
     let origins = gateway.config.cors_origins.clone();
-    let router = Router::new()
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/chat/completions", post(chat::create))
-        .route("/v1/completions", post(completions::create))
-        .route("/completions", post(completions::create))
-        // DeepSeek's clients ask there for prefixes and holes.
-        .route("/beta/chat/completions", post(chat::create))
-        .route("/beta/completions", post(completions::create))
-        .route("/beta/models", get(list_models))
-        .route("/v1/messages", post(messages::create))
-        .route("/anthropic/v1/messages", post(messages::create))
-        .route("/v1/messages/count_tokens", post(messages::count_tokens))
-        .route(
-            "/anthropic/v1/messages/count_tokens",
-            post(messages::count_tokens),
-        )
-        .route("/v1/responses", post(responses::create))
-        .route("/responses", post(responses::create))
-        .route("/v1/responses/input_tokens", post(responses::count_tokens))
-        .route("/v1/responses/{*id}", any(responses::kept))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route("/version", get(version))
-        .route("/tokenizer_info", get(about::tokenizer))
-        .route("/user/balance", get(about::balance))
-        .route("/v1/embeddings", post(about::no_embeddings))
-        .route("/embeddings", post(about::no_embeddings))
-        .route("/v1/models", get(list_models))
-        .route("/models", get(list_models))
-        .route("/v1/models/{*name}", get(show_model))
-        .route("/models/{*name}", get(show_model))
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(show_metrics))
+    let mut router = Router::new();
+    for route in &ROUTES {
+        for path in route.paths {
+            router = router.route(path, (route.handler)());
+        }
+    }
+    let router = router
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(Arc::clone(&gateway), around))
@@ -106,11 +252,12 @@ async fn around(
     next: Next,
 ) -> Response<Body> {
     let started = clock::now();
+    let found = route_of(request.uri().path());
     let route = route_label(request.uri().path());
     let id = request_id(&request);
     let is_draining = gateway.stop.draining.is_cancelled();
     let entered = check_host(request.version(), request.headers()).and_then(|()| {
-        if is_open(route) {
+        if found.is_some_and(|route| route.is_open) {
             return Ok(None);
         }
         let entered = auth::admit(&gateway.tenants, request.headers(), started)?;
@@ -147,30 +294,27 @@ async fn around(
     response
 }
 
+/// The route of a path, whatever its method.
+fn route_of(path: &str) -> Option<&'static Route> {
+    let is = |pattern: &&str, exactly: bool| match pattern.split_once("{*") {
+        None => exactly && path == *pattern,
+        Some((start, _)) => {
+            !exactly
+                && path
+                    .strip_prefix(start)
+                    .is_some_and(|rest| !rest.is_empty())
+        }
+    };
+    let find = |exactly| {
+        let leads = |route: &&Route| route.paths.iter().any(|pattern| is(pattern, exactly));
+        ROUTES.iter().find(leads)
+    };
+    find(true).or_else(|| find(false))
+}
+
 /// The route as a metric label: a closed set, whatever clients ask for.
 fn route_label(path: &str) -> &'static str {
-    let path = path.strip_prefix("/anthropic").unwrap_or(path);
-    let path = path.strip_prefix("/beta").unwrap_or(path);
-    match path.strip_prefix("/v1").unwrap_or(path) {
-        "/messages" => "/v1/messages",
-        "/messages/count_tokens" => "/v1/messages/count_tokens",
-        "/chat/completions" => "/v1/chat/completions",
-        "/completions" => "/v1/completions",
-        "/responses" => "/v1/responses",
-        "/responses/input_tokens" => "/v1/responses/input_tokens",
-        "/tokenize" => "/tokenize",
-        "/detokenize" => "/detokenize",
-        "/version" => "/version",
-        "/tokenizer_info" => "/tokenizer_info",
-        "/user/balance" => "/user/balance",
-        "/embeddings" => "/v1/embeddings",
-        "/models" => "/v1/models",
-        "/health" => "/health",
-        "/ready" => "/ready",
-        "/metrics" => "/metrics",
-        other if other.starts_with("/models/") => "/v1/models/{name}",
-        _ => "other",
-    }
+    route_of(path).map_or("other", |route| route.label)
 }
 
 /// Refuses what two readers on the way could take for requests to different hosts (RFC 9112, 3.2).
@@ -187,11 +331,6 @@ fn check_host(version: Version, headers: &HeaderMap) -> Result<(), ApiError> {
         },
     };
     Err(ApiError::new(Code::InvalidRequest, message))
-}
-
-/// Routes that load balancers and scrapers ask without a key; they tell nothing about users.
-fn is_open(route: &str) -> bool {
-    matches!(route, "/health" | "/ready" | "/metrics")
 }
 
 /// The client's id if it can be logged, else a fresh one.
@@ -327,17 +466,9 @@ async fn not_found(request: Request) -> Response<Body> {
 
 async fn method_not_allowed(request: Request) -> Response<Body> {
     let (head, body) = request.into_parts();
-    let allowed = match route_label(head.uri.path()) {
-        "/v1/chat/completions"
-        | "/v1/completions"
-        | "/v1/embeddings"
-        | "/v1/responses"
-        | "/v1/responses/input_tokens"
-        | "/tokenize"
-        | "/detokenize"
-        | "/v1/messages"
-        | "/v1/messages/count_tokens" => "POST",
-        _ => "GET, HEAD",
+    let allowed = match route_of(head.uri.path()).map(|route| route.verb) {
+        Some(Verb::Post) => "POST",
+        Some(Verb::Get) | None => "GET, HEAD",
     };
     let message = format!(
         "the route takes {allowed}, not {}",

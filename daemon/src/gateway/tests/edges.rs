@@ -106,6 +106,31 @@ async fn head_is_get_without_a_body_and_other_methods_are_told_what_is() {
     }
 }
 
+/// A route that is described is there, by each of its names.
+#[tokio::test]
+async fn what_is_described_is_there() {
+    let node = node().await;
+    let described = node.get("/openapi.json").await.json();
+    assert_eq!(described["openapi"], "3.1.0");
+    for (path, operations) in described["paths"].as_object().unwrap() {
+        let path = path.replace("{name}", "tiny").replace("{id}", "resp-1");
+        let (verb, operation) = operations.as_object().unwrap().iter().next().unwrap();
+        let reply = match &verb[..] {
+            "post" => node.post(&path, "{}").await,
+            _ => node.get(&path).await,
+        };
+        let is_absent = operation["summary"]
+            .as_str()
+            .unwrap()
+            .starts_with("Always 404");
+        assert_eq!(reply.status == 404, is_absent, "{path}: {}", reply.body);
+        let wrong = if verb == "post" { "GET" } else { "PUT" };
+        if !is_absent {
+            assert_eq!(ask(&node, wrong, &path, "").await.status, 405, "{path}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn embeddings_are_refused_and_tokenizers_described() {
     let node = Node::quick().await;
