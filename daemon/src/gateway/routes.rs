@@ -44,6 +44,7 @@ pub(super) enum Verb {
 }
 
 /// A route. One that stands here has its path, its label in metrics, its methods and its description.
+#[derive(Clone, Copy)]
 pub(super) struct Route {
     /// Its name in metrics and `/openapi.json`.
     pub(super) label: &'static str,
