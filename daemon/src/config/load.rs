@@ -219,6 +219,7 @@ impl ConfigError {
             Self::ModelName { origin, .. }
             | Self::NodeName { origin, .. }
             | Self::ModelTwice { origin, .. }
+            | Self::NoOrigin { origin, .. }
             | Self::BodyBudget { origin, .. }
             | Self::KeysTwice { origin } => origin.as_ref(),
             Self::Contradiction(contradiction) => Some(&contradiction.first),
