@@ -117,7 +117,10 @@ pub(super) fn look(path: &Path) -> Result<Option<StateFolderError>, StateFolderE
     };
     // A start makes what is missing, in what is there.
     let is_there = |path: &&Path| path.symlink_metadata().is_ok();
-    let there = path.ancestors().find(is_there).unwrap_or(Path::new("."));
+    let there = path
+        .ancestors()
+        .find(is_there)
+        .unwrap_or_else(|| Path::new("."));
     if !fs::metadata(there).map_err(failed)?.is_dir() {
         return Err(failed(io::ErrorKind::NotADirectory.into()));
     }

@@ -78,12 +78,12 @@ fn targets(filter: &str) -> impl Iterator<Item = &str> {
 
 /// Whether anything in the program logs under the target: a filter matches what begins with it.
 fn is_known(target: &str) -> bool {
-    let in_crate = |name: &&str| {
-        let inside = target.strip_prefix(*name);
+    let in_crate = |name: &str| {
+        let inside = target.strip_prefix(name);
         inside.is_some_and(|rest| rest.starts_with("::"))
     };
     let mut all = MODULES.iter().chain(CRATES);
-    all.any(|name| name.starts_with(target)) || CRATES.iter().any(|name| in_crate(&name))
+    all.any(|name| name.starts_with(target)) || CRATES.iter().any(|name| in_crate(name))
 }
 
 #[cfg(test)]

@@ -291,7 +291,7 @@ fn begin(doc: &MetricDoc, declared: Vec<Label>) {
                 };
                 series = series
                     .iter()
-                    .flat_map(|labels| values.iter().map(move |value| with(labels, *value)))
+                    .flat_map(|labels| values.iter().map(move |value| with(labels, value)))
                     .collect();
             }
         }

@@ -327,13 +327,10 @@ fn lines(alias: &str, source: &Source, samples: &Samples<'_>) -> String {
     text
 }
 
-fn histogram(
-    samples: &Samples<'_>,
-    name: &str,
-    model: &str,
-    edges: &[f64],
-    line: &mut dyn FnMut(&str, &str, Option<(&str, &str)>, f64),
-) {
+/// Writes a line: what follows the name, the model, one more label, the value.
+type WriteLine<'a> = &'a mut dyn FnMut(&str, &str, Option<(&str, &str)>, f64);
+
+fn histogram(samples: &Samples<'_>, name: &str, model: &str, edges: &[f64], line: WriteLine<'_>) {
     let buckets = format!("{name}_bucket");
     let at = |edge: f64| {
         let is_it = |s: &Sample<'_>| s.label("le").and_then(|le| le.parse().ok()) == Some(edge);
