@@ -79,8 +79,8 @@ const CONFIG_NAME: &str = "config.json";
 const GENERATION_CONFIG_NAME: &str = "generation_config.json";
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder, a GGUF file, a folder that holds exactly one GGUF file, or a
-    /// pack, maps its files and checks every header against its file's length.
+    /// Opens a Hugging Face folder, a GGUF file (any part, where it has several), a folder that holds
+    /// exactly one GGUF model, or a pack, maps its files and checks every header against its file's length.
     ///
     /// # Errors
     /// [`WeightsError`] naming file, tensor, what was expected and what was found.
@@ -115,12 +115,15 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
-        let gguf::Gguf {
-            metadata, tensors, ..
-        } = gguf::read(file)?;
+        let (mut files, mut tensors, mut metadata) = (Vec::new(), Vec::new(), None);
+        for part in gguf_split::open(file)? {
+            files.push(mapped_file(&part.path)?);
+            tensors.extend(part.gguf.tensors);
+            metadata.get_or_insert(part.gguf.metadata);
+        }
+        let metadata = metadata.expect("a model has a first part");
         let config = gguf_config::translate(&metadata, &tensors)?;
         let eos_token_ids = gguf_config::eos_token_ids(&metadata)?;
-        let files = vec![mapped_file(file)?];
         let mut entries = BTreeMap::new();
         for tensor in tensors {
             match gguf_names::translate(&tensor.name) {
@@ -135,7 +138,7 @@ impl Checkpoint {
         }
         Ok(Self {
             path: path.to_owned(),
-            config_file: file.to_owned(),
+            config_file: metadata.file().to_owned(),
             architecture: config["model_type"].as_str().unwrap_or_default().to_owned(),
             config,
             generation_config: None,

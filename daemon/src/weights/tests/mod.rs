@@ -5,6 +5,7 @@ mod corrupt;
 mod folder;
 mod quantized;
 mod reference;
+mod split;
 mod verifying;
 
 use std::path::PathBuf;
