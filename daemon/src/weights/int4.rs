@@ -21,7 +21,7 @@ use super::{
 };
 
 /// Codes in a word.
-const CODES: usize = 8;
+pub(super) const CODES: usize = 8;
 /// Which nibble of an AWQ word holds output `i`.
 const AWQ_NIBBLE: [usize; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
 
@@ -146,12 +146,15 @@ fn gptq_block(words: &[[u8; 4]], first: usize, stride: usize) -> [[u8; GROUP_UNI
     codes
 }
 
-fn nibble(word: [u8; 4], index: usize) -> u8 {
+pub(super) fn nibble(word: [u8; 4], index: usize) -> u8 {
     (word[index / 2] >> (index % 2 * 4)) & 15
 }
 
 /// The 32-bit words of a tensor of exactly this shape.
-fn words<'a>(tensor: &'a StoredTensor, shape: &[usize]) -> Result<&'a [[u8; 4]], WeightsError> {
+pub(super) fn words<'a>(
+    tensor: &'a StoredTensor,
+    shape: &[usize],
+) -> Result<&'a [[u8; 4]], WeightsError> {
     tensor.expect_shape(shape)?;
     match tensor.stored_type {
         StoredType::Int { bytes: 4, .. } => Ok(tensor.data.as_chunks::<4>().0),
@@ -160,7 +163,7 @@ fn words<'a>(tensor: &'a StoredTensor, shape: &[usize]) -> Result<&'a [[u8; 4]],
 }
 
 /// Scales as halves. Some files hold them as bf16 or f32; what a half does not hold is refused.
-fn halves(tensor: &StoredTensor) -> Result<Vec<f16>, WeightsError> {
+pub(super) fn halves(tensor: &StoredTensor) -> Result<Vec<f16>, WeightsError> {
     let values = tensor.to_f32()?;
     let exact = |value: f32| f16::from_f32(value).to_f32() == value;
     match values.iter().position(|v| !exact(*v)) {

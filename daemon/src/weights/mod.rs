@@ -19,6 +19,7 @@ pub(crate) mod side_file;
 mod pread;
 mod gguf;
 mod int4;
+mod packed;
 mod gguf_config;
 mod gguf_names;
 mod gguf_split;
