@@ -1,4 +1,4 @@
-//! Whole models in AWQ, GPTQ and W8A8 folders against the same models with dequantized weights.
+//! Whole models in AWQ, GPTQ, W8A8, W4A16 and FP8 folders against the same models with dequantized weights.
 //!
 //! The folders are made here from the reference checkpoints: every linear layer is rounded and
 //! packed as the format's own tools pack it. What the packed words mean is worked out again from
@@ -44,6 +44,13 @@ enum Method {
         symmetric: bool,
     },
     Int8,
+    /// compressed-tensors' W4A16.
+    Packed {
+        group_len: usize,
+        symmetric: bool,
+    },
+    /// compressed-tensors' FP8 with a scale per output.
+    Fp8Rows,
 }
 
 /// Name to type, shape and bytes.
@@ -165,6 +172,14 @@ fn pack(method: Method, stem: &str, n: usize, k: usize, values: &[f32]) -> (Tens
             symmetric,
         } => (group_len, symmetric, 2 - version),
         Method::Int8 => return pack_int8(stem, n, k, values),
+        Method::Fp8Rows => return pack_fp8(stem, n, k, values),
+        Method::Packed {
+            group_len,
+            symmetric,
+        } => {
+            let rounded = round(values, k, group_len.min(k), symmetric);
+            return pack_rows(stem, n, k, &rounded, symmetric);
+        }
     };
     let group_len = group_len.min(k);
     let rounded = round(values, k, group_len, symmetric);
@@ -260,6 +275,101 @@ fn pack_int8(stem: &str, n: usize, k: usize, values: &[f32]) -> (Tensors, Vec<f3
     (tensors, dequantized)
 }
 
+/// What compressed-tensors' `pack_to_int32` writes: eight neighbours in a word, lowest first, each
+/// signed code plus 8; zeros along the outputs.
+fn pack_rows(
+    stem: &str,
+    n: usize,
+    k: usize,
+    rounded: &Rounded,
+    symmetric: bool,
+) -> (Tensors, Vec<f32>) {
+    let n_groups = k / rounded.group_len;
+    let packed = rounded
+        .codes
+        .chunks_exact(8)
+        .map(|eight| (0..8).fold(0, |word, i| word | (eight[i] << (4 * i))))
+        .collect::<Vec<u32>>();
+    let zero_points = (0..n / 8)
+        .flat_map(|w| (0..n_groups).map(move |group| (w, group)))
+        .map(|(w, group)| {
+            let zero = |i: usize| rounded.zeros[(8 * w + i) * n_groups + group];
+            (0..8).fold(0, |word, i| word | (zero(i) << (4 * i)))
+        })
+        .collect::<Vec<u32>>();
+    let mut dequantized = vec![0.0; n * k];
+    for (i, value) in dequantized.iter_mut().enumerate() {
+        let (row, group) = (i / k, i % k / rounded.group_len);
+        let signed = |nibble: u32| f64::from(nibble) - 8.0;
+        let code = signed((packed[i / 8] >> (4 * (i % 8))) & 15);
+        let zero = match symmetric {
+            true => 0.0,
+            false => signed((zero_points[row / 8 * n_groups + group] >> (4 * (row % 8))) & 15),
+        };
+        *value = (rounded.scales[row * n_groups + group].to_f64() * (code - zero)) as f32;
+    }
+    let scales = rounded.scales.iter().flat_map(|s| s.to_le_bytes());
+    let shape = [n as i64, k as i64].into_iter().flat_map(i64::to_le_bytes);
+    let mut tensors = Tensors::from([
+        (
+            format!("{stem}.weight_packed"),
+            (Dtype::I32, vec![n, k / 8], words(&packed)),
+        ),
+        (
+            format!("{stem}.weight_scale"),
+            (Dtype::F16, vec![n, n_groups], scales.collect()),
+        ),
+        (
+            format!("{stem}.weight_shape"),
+            (Dtype::I64, vec![2], shape.collect()),
+        ),
+    ]);
+    if !symmetric {
+        let entry = (Dtype::I32, vec![n / 8, n_groups], words(&zero_points));
+        tensors.insert(format!("{stem}.weight_zero_point"), entry);
+    }
+    (tensors, dequantized)
+}
+
+/// FP8 codes of every row, cut to three bits of mantissa, and bf16 scales.
+fn pack_fp8(stem: &str, n: usize, k: usize, values: &[f32]) -> (Tensors, Vec<f32>) {
+    let (mut codes, mut scales) = (Vec::new(), Vec::new());
+    let mut dequantized = Vec::new();
+    for row in values.chunks_exact(k) {
+        let largest = row.iter().fold(0f32, |a, v| a.max(v.abs()));
+        let scale = bf16::from_f32(largest / 400.0);
+        for v in row {
+            // Numbers of e4m3 from 2^-6 on are those of f32 with four exponent bits (bias 7 in place of
+            // 127) and three of mantissa; what is smaller becomes zero.
+            let bits = (v / scale.to_f32()).to_bits();
+            let magnitude = (bits & 0x7fff_ffff) >> 20;
+            let code = match magnitude.checked_sub(120 << 3) {
+                Some(code) if 8 <= code => code.min(0x7e) as u8,
+                _ => 0,
+            };
+            let value = match code {
+                0 => 0.0,
+                _ => f64::from(8 + (code & 7)) / 8.0 * f64::from(i32::from(code >> 3) - 7).exp2(),
+            };
+            let sign = if bits >> 31 == 1 { -1.0 } else { 1.0 };
+            codes.push(code | ((bits >> 31) << 7) as u8);
+            dequantized.push((scale.to_f64() * sign * value) as f32);
+        }
+        scales.extend(scale.to_le_bytes());
+    }
+    let tensors = Tensors::from([
+        (
+            format!("{stem}.weight"),
+            (Dtype::F8_E4M3, vec![n, k], codes),
+        ),
+        (
+            format!("{stem}.weight_scale"),
+            (Dtype::BF16, vec![n, 1], scales),
+        ),
+    ]);
+    (tensors, dequantized)
+}
+
 fn quantization_config(method: Method) -> Value {
     let ignore = json!(["lm_head", "gate"]);
     match method {
@@ -290,6 +400,36 @@ fn quantization_config(method: Method) -> Value {
                 "targets": ["Linear"],
                 "weights": {"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel"},
                 "input_activations": {"num_bits": 8, "type": "int", "symmetric": true,
+                                      "dynamic": true, "strategy": "token"},
+            }},
+        }),
+        Method::Packed {
+            group_len,
+            symmetric,
+        } => {
+            let (strategy, group_size) = match group_len {
+                usize::MAX => ("channel", Value::Null),
+                _ => ("group", json!(group_len)),
+            };
+            json!({
+                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "quantization_status": "compressed", "ignore": ignore,
+                "config_groups": {"group_0": {
+                    "targets": ["Linear"], "input_activations": null, "output_activations": null,
+                    "weights": {"num_bits": 4, "type": "int", "symmetric": symmetric,
+                                "dynamic": false, "actorder": "weight",
+                                "strategy": strategy, "group_size": group_size},
+                }},
+            })
+        }
+        Method::Fp8Rows => json!({
+            "quant_method": "compressed-tensors", "format": "float-quantized",
+            "quantization_status": "compressed", "ignore": ignore,
+            "config_groups": {"group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "symmetric": true,
+                            "strategy": "channel"},
+                "input_activations": {"num_bits": 8, "type": "float", "symmetric": true,
                                       "dynamic": true, "strategy": "token"},
             }},
         }),
@@ -376,6 +516,34 @@ fn gptq_models_equal_their_dequantized_weights() {
         check("qwen2", method);
         check("deepseek_v2", method);
     }
+}
+
+#[test]
+fn w4a16_models_equal_their_dequantized_weights() {
+    for (symmetric, group_len) in [
+        (true, 32),
+        (false, 32),
+        (true, usize::MAX),
+        (false, usize::MAX),
+    ] {
+        let method = Method::Packed {
+            group_len,
+            symmetric,
+        };
+        check("llama", method);
+        check("qwen3_moe", method);
+    }
+    let method = Method::Packed {
+        group_len: 32,
+        symmetric: false,
+    };
+    check("deepseek_v3", method);
+}
+
+#[test]
+fn fp8_models_with_a_scale_per_output_equal_their_dequantized_weights() {
+    check("qwen2", Method::Fp8Rows);
+    check("deepseek_v2", Method::Fp8Rows);
 }
 
 #[test]

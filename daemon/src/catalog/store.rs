@@ -8,7 +8,7 @@ use std::{
 use super::{LoadError, Progress};
 use crate::{
     runtime::file,
-    weights::{self, VerifyReport, is_pack},
+    weights::{self, PartName, VerifyReport, is_pack},
 };
 
 /// Entries of the folder looked at.
@@ -19,9 +19,9 @@ const CONFIG_LEN_MAX: u64 = 1 << 20;
 /// A checkpoint or pack in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredModel {
-    /// Name of its folder, or of its file without the extension.
+    /// Name of its folder, or of its file without the extension and the part's number.
     pub name: String,
-    /// Where it lies.
+    /// Where it lies: the first part, where it has several.
     pub path: PathBuf,
     /// `safetensors`, `gguf` or `pack`.
     pub format: &'static str,
@@ -54,14 +54,21 @@ pub fn scan(dir: &Path) -> io::Result<Vec<StoredModel>> {
 pub fn find(dir: &Path, name: &str) -> Option<PathBuf> {
     let is_plain =
         !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
-    let candidates = [dir.join(name), dir.join(format!("{name}.gguf"))];
-    candidates
-        .into_iter()
-        .find(|path| is_plain && path.exists())
+    let whole = [dir.join(name), dir.join(format!("{name}.gguf"))];
+    let found = whole.into_iter().find(|path| is_plain && path.exists());
+    found.or_else(|| {
+        let entries = fs::read_dir(dir).ok()?.take(ENTRIES_MAX).flatten();
+        let mut paths = entries.map(|entry| entry.path());
+        let is_first = |part: PartName<'_>| part.model == name && part.number == 1;
+        paths.find(|path| is_plain && PartName::of(path).is_some_and(is_first))
+    })
 }
 
 /// What a model of this path is called unless told otherwise.
 pub fn name_of(path: &Path) -> Option<String> {
+    if let Some(part) = PartName::of(path).filter(|part| !part.model.is_empty()) {
+        return Some(part.model.to_owned());
+    }
     let is_gguf = path.extension().is_some_and(|ext| ext == "gguf");
     let name = if is_gguf {
         path.file_stem()
@@ -110,7 +117,12 @@ fn stored(path: &Path) -> Option<StoredModel> {
             false => (format, bytes),
         }
     } else if path.extension().is_some_and(|ext| ext == "gguf") {
-        ("gguf", file_len(path)?)
+        match PartName::of(path) {
+            None => ("gguf", file_len(path)?),
+            // Others are listed with the first.
+            Some(part) if part.number == 1 => ("gguf", parts_len(path, part)),
+            Some(_) => return None,
+        }
     } else {
         return None;
     };
@@ -121,6 +133,14 @@ fn stored(path: &Path) -> Option<StoredModel> {
         architecture: architecture(path),
         bytes,
     })
+}
+
+/// The length of all parts that are there.
+fn parts_len(first: &Path, name: PartName<'_>) -> u64 {
+    let parts = (1..=name.count.min(ENTRIES_MAX as u64)).map(|number| name.sibling(number));
+    parts
+        .filter_map(|part| file_len(&first.with_file_name(part)))
+        .sum()
 }
 
 /// The length of a regular file.
@@ -174,6 +194,9 @@ mod tests {
         fs::create_dir(root.join("a")).unwrap();
         fs::write(root.join("a/config.json"), r#"{"model_type": "llama"}"#).unwrap();
         fs::write(root.join("a/model.safetensors"), b"123").unwrap();
+        for number in 1..=2 {
+            fs::write(root.join(format!("c-0000{number}-of-00002.gguf")), b"1234").unwrap();
+        }
         fs::create_dir(root.join("empty")).unwrap();
         fs::write(root.join("notes.txt"), b"x").unwrap();
         let models = scan(root).unwrap();
@@ -183,11 +206,18 @@ mod tests {
             .collect();
         assert_eq!(
             seen,
-            [("a", "safetensors", "llama", 3), ("b", "gguf", "", 5)]
+            [
+                ("a", "safetensors", "llama", 3),
+                ("b", "gguf", "", 5),
+                ("c", "gguf", "", 8)
+            ]
         );
         assert_eq!(find(root, "a"), Some(root.join("a")));
         assert_eq!(find(root, "b"), Some(root.join("b.gguf")));
-        for name in ["", ".", "..", "a/config.json", "../a", "c"] {
+        let first = root.join("c-00001-of-00002.gguf");
+        assert_eq!(find(root, "c"), Some(first.clone()));
+        assert_eq!(name_of(&first).as_deref(), Some("c"));
+        for name in ["", ".", "..", "a/config.json", "../a", "d"] {
             assert_eq!(find(root, name), None, "{name}");
         }
     }

@@ -26,13 +26,15 @@ use super::{
     gguf::{self, GgufMetadata},
     gguf_config,
     gguf_names::{self, HfName},
+    gguf_split,
     int4::{self, Packed},
     mmap,
     pack::{
         self, Pack,
         manifest::{GGUF_NAME, MANIFEST_NAME},
     },
-    quantization::{self, Int4Scheme, Scheme},
+    packed::{self, PackedRows},
+    quantization::{self, Int4Scheme, PackedScheme, Scheme},
     safetensors,
     side_file::read_json,
     source::RankTensors,
@@ -79,8 +81,8 @@ const CONFIG_NAME: &str = "config.json";
 const GENERATION_CONFIG_NAME: &str = "generation_config.json";
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder, a GGUF file, a folder that holds exactly one GGUF file, or a
-    /// pack, maps its files and checks every header against its file's length.
+    /// Opens a Hugging Face folder, a GGUF file (any part, where it has several), a folder that holds
+    /// exactly one GGUF model, or a pack, maps its files and checks every header against its file's length.
     ///
     /// # Errors
     /// [`WeightsError`] naming file, tensor, what was expected and what was found.
@@ -115,12 +117,15 @@ impl Checkpoint {
     }
 
     fn open_gguf(path: &Path, file: &Path) -> Result<Self, WeightsError> {
-        let gguf::Gguf {
-            metadata, tensors, ..
-        } = gguf::read(file)?;
+        let (mut files, mut tensors, mut metadata) = (Vec::new(), Vec::new(), None);
+        for part in gguf_split::open(file)? {
+            files.push(mapped_file(&part.path)?);
+            tensors.extend(part.gguf.tensors);
+            metadata.get_or_insert(part.gguf.metadata);
+        }
+        let metadata = metadata.expect("a model has a first part");
         let config = gguf_config::translate(&metadata, &tensors)?;
         let eos_token_ids = gguf_config::eos_token_ids(&metadata)?;
-        let files = vec![mapped_file(file)?];
         let mut entries = BTreeMap::new();
         for tensor in tensors {
             match gguf_names::translate(&tensor.name) {
@@ -135,7 +140,7 @@ impl Checkpoint {
         }
         Ok(Self {
             path: path.to_owned(),
-            config_file: file.to_owned(),
+            config_file: metadata.file().to_owned(),
             architecture: config["model_type"].as_str().unwrap_or_default().to_owned(),
             config,
             generation_config: None,
@@ -374,13 +379,15 @@ impl Checkpoint {
     }
 
     /// The layer whose weight is called `name`, where its four-bit codes are packed.
-    fn packed<'n>(&self, name: &'n str) -> Option<(Int4Scheme, &'n str)> {
-        let Scheme::Int4(scheme) = self.scheme else {
-            return None;
+    fn packed<'n>(&self, name: &'n str) -> Option<&'n str> {
+        let codes = match self.scheme {
+            Scheme::Int4(_) => "qweight",
+            Scheme::Packed(_) => "weight_packed",
+            Scheme::Plain | Scheme::Fp8(_) | Scheme::Fp8Rows | Scheme::Int8 => return None,
         };
         let stem = name.strip_suffix(".weight")?;
-        let packed = self.tensors.contains_key(&format!("{stem}.qweight"));
-        (packed && !self.tensors.contains_key(name)).then_some((scheme, stem))
+        let packed = self.tensors.contains_key(&format!("{stem}.{codes}"));
+        (packed && !self.tensors.contains_key(name)).then_some(stem)
     }
 
     /// Names of all tensors, sorted.
@@ -395,9 +402,12 @@ impl Checkpoint {
     /// [`WeightsError`] when it is missing, has another shape or a type kernels do not know, or
     /// when weights and scales do not belong together.
     pub fn matrix(&self, name: &str, n_rows: usize, n_cols: usize) -> Result<Matrix, WeightsError> {
-        let matrix = match self.packed(name) {
-            Some((scheme, stem)) => self.int4(scheme, name, stem, n_rows, n_cols)?,
-            None => self.stored_matrix(name, n_rows, n_cols)?,
+        let matrix = match (self.packed(name), self.scheme) {
+            (Some(stem), Scheme::Int4(scheme)) => self.int4(scheme, name, stem, n_rows, n_cols)?,
+            (Some(stem), Scheme::Packed(scheme)) => {
+                self.packed_rows(scheme, name, stem, [n_rows, n_cols])?
+            }
+            _ => self.stored_matrix(name, n_rows, n_cols)?,
         };
         match self.rounding_of(name) {
             None => Ok(matrix),
@@ -442,6 +452,10 @@ impl Checkpoint {
                 return Err(tensor.wrong_type("a type this version computes with", other));
             }
         };
+        if format == Format::F8E4m3 && self.scheme == Scheme::Fp8Rows {
+            let scales = self.row_scales(&format!("{name}_scale"), n_rows, n_cols)?;
+            return matrix(format, Some(scales));
+        }
         let scale_name = format!("{name}_scale_inv");
         let tile_scales = match (format == Format::F8E4m3, self.contains(&scale_name)) {
             (true, true) => Some(self.tile_scales(&scale_name, n_rows, n_cols)?),
@@ -487,6 +501,26 @@ impl Checkpoint {
         int4::repack(scheme, &packed, n_rows, n_cols)
     }
 
+    fn packed_rows(
+        &self,
+        scheme: PackedScheme,
+        name: &str,
+        stem: &str,
+        [n_rows, n_cols]: [usize; 2],
+    ) -> Result<Matrix, WeightsError> {
+        let packed = PackedRows {
+            name,
+            codes: self.claim(&format!("{stem}.weight_packed"))?,
+            scales: self.claim(&format!("{stem}.weight_scale"))?,
+            shape: self.claim(&format!("{stem}.weight_shape"))?,
+            zeros: match scheme.symmetric {
+                true => None,
+                false => Some(self.claim(&format!("{stem}.weight_zero_point"))?),
+            },
+        };
+        packed::repack(scheme, &packed, n_rows, n_cols)
+    }
+
     /// Takes a vector of exactly this length, as f32.
     ///
     /// # Errors
@@ -518,7 +552,7 @@ impl Checkpoint {
         Ok(&entry.tensor)
     }
 
-    /// Scales of an Int8 matrix, `[n_rows]` or `[n_rows, 1]`.
+    /// Scales of a matrix with one for every row, `[n_rows]` or `[n_rows, 1]`.
     fn row_scales(
         &self,
         name: &str,

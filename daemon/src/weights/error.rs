@@ -249,6 +249,19 @@ pub enum WeightsError {
         /// The shard's name.
         expected: String,
     },
+    /// A GGUF model in several files lacks one.
+    #[error(
+        "`{}` is one of {count} parts, and `{expected}` is not beside it: put all parts into one folder \
+         under the names they were published with", file.display()
+    )]
+    MissingPart {
+        /// The part that was opened.
+        file: PathBuf,
+        /// Name of the absent one.
+        expected: String,
+        /// How many there are.
+        count: u64,
+    },
     /// An index says that a shard holds a tensor, and it does not.
     #[error("`{}`: tensor `{tensor}` is missing, `{}` says it is here", file.display(), index.display())]
     NotInShard {

@@ -11,7 +11,12 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    error::WeightsError, foreign, gguf, mmap::MappedFile, safetensors, side_file::read_json,
+    error::WeightsError,
+    foreign,
+    gguf_split::{self, PartName},
+    mmap::MappedFile,
+    safetensors,
+    side_file::read_json,
     tensor::StoredTensor,
 };
 
@@ -30,9 +35,12 @@ pub(super) fn stored_files(path: &Path) -> Result<Vec<StoredFile>, WeightsError>
         false => Some(path.to_owned()),
     };
     if let Some(file) = gguf_file {
-        let (file, gguf) = gguf::open(&file)?;
-        let tensors = gguf.tensors;
-        return Ok(vec![StoredFile { file, tensors }]);
+        let parts = gguf_split::open(&file)?.into_iter();
+        let files = parts.map(|part| StoredFile {
+            file: part.file,
+            tensors: part.gguf.tensors,
+        });
+        return Ok(files.collect());
     }
     let mut files = Vec::new();
     let (shards, index) = find_shards(path)?;
@@ -52,7 +60,7 @@ pub(super) struct StoredFile {
     pub(super) tensors: Vec<StoredTensor>,
 }
 
-/// The one GGUF file of a folder without safetensors; `None` for a folder that has those.
+/// The one GGUF file of a folder without safetensors, or the first of its parts; `None` for a folder that has those.
 pub(super) fn only_gguf_in(folder: &Path) -> Result<Option<PathBuf>, WeightsError> {
     if folder.join(SINGLE_NAME).exists() || folder.join(INDEX_NAME).exists() {
         return Ok(None);
@@ -68,15 +76,21 @@ pub(super) fn only_gguf_in(folder: &Path) -> Result<Option<PathBuf>, WeightsErro
             found.push(path);
         }
     }
-    if found.len() == 1 {
-        return Ok(found.pop());
+    found.sort();
+    let model_of = |path| PartName::of(path).map(|name| (name.model, name.count));
+    let is_one = match found.first().map(|first| model_of(first)) {
+        Some(Some(model)) => found.iter().all(|part| model_of(part) == Some(model)),
+        _ => found.len() == 1,
+    };
+    if is_one {
+        return Ok(found.into_iter().next());
     }
     if found.is_empty() {
         foreign::refuse_pickles(folder)?;
     }
     Err(WeightsError::NotACheckpoint {
         path: folder.to_owned(),
-        expected: "model.safetensors, model.safetensors.index.json or one .gguf file",
+        expected: "model.safetensors, model.safetensors.index.json or one .gguf file (or all parts of one)",
         found: format!("none of the first two and {} .gguf files", found.len()),
     })
 }

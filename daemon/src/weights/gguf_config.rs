@@ -35,7 +35,6 @@ pub(super) fn translate(
     tensors: &[StoredTensor],
 ) -> Result<Value, WeightsError> {
     let keys = Keys::new(metadata)?;
-    refuse_split(metadata)?;
     let has = |name: &str| tensors.iter().any(|t| t.name == name);
     let mut config = Map::new();
     let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
@@ -266,13 +265,6 @@ pub(super) fn eos_token_ids(metadata: &GgufMetadata) -> Result<Vec<u32>, Weights
         }
     }
     Ok(ids)
-}
-
-fn refuse_split(metadata: &GgufMetadata) -> Result<(), WeightsError> {
-    match metadata.uint("split.count")? {
-        None | Some(0 | 1) => Ok(()),
-        Some(n) => Err(metadata.field("split.count", "one file", &format!("{n} files"))),
-    }
 }
 
 /// Rows of the embedding: what logits have, padding included.

@@ -21,7 +21,7 @@ use super::{
 };
 
 /// Codes in a word.
-const CODES: usize = 8;
+pub(super) const CODES: usize = 8;
 /// Which nibble of an AWQ word holds output `i`.
 const AWQ_NIBBLE: [usize; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
 
@@ -168,12 +168,15 @@ fn zero_offset_of(zeros: &[[u8; 4]]) -> Option<u8> {
     }
 }
 
-fn nibble(word: [u8; 4], index: usize) -> u8 {
+pub(super) fn nibble(word: [u8; 4], index: usize) -> u8 {
     (word[index / 2] >> (index % 2 * 4)) & 15
 }
 
 /// The 32-bit words of a tensor of exactly this shape.
-fn words<'a>(tensor: &'a StoredTensor, shape: &[usize]) -> Result<&'a [[u8; 4]], WeightsError> {
+pub(super) fn words<'a>(
+    tensor: &'a StoredTensor,
+    shape: &[usize],
+) -> Result<&'a [[u8; 4]], WeightsError> {
     tensor.expect_shape(shape)?;
     match tensor.stored_type {
         StoredType::Int { bytes: 4, .. } => Ok(tensor.data.as_chunks::<4>().0),
@@ -182,7 +185,7 @@ fn words<'a>(tensor: &'a StoredTensor, shape: &[usize]) -> Result<&'a [[u8; 4]],
 }
 
 /// Scales as halves. Some files hold them as bf16 or f32; what a half does not hold is refused.
-fn halves(tensor: &StoredTensor) -> Result<Vec<f16>, WeightsError> {
+pub(super) fn halves(tensor: &StoredTensor) -> Result<Vec<f16>, WeightsError> {
     let values = tensor.to_f32()?;
     let exact = |value: f32| f16::from_f32(value).to_f32() == value;
     match values.iter().position(|v| !exact(*v)) {

@@ -17,10 +17,14 @@ pub(super) enum Scheme {
     Plain,
     /// FP8 with tile scales.
     Fp8(TileShape),
+    /// FP8 with a scale per row (compressed-tensors `float-quantized`).
+    Fp8Rows,
     /// Int8 with a scale per row (compressed-tensors `int-quantized`, W8A8).
     Int8,
     /// Four bits in groups of columns.
     Int4(Int4Scheme),
+    /// Four bits in groups of columns (compressed-tensors `pack-quantized`, W4A16).
+    Packed(PackedScheme),
 }
 
 /// Rows and columns of an FP8 tile.
@@ -36,6 +40,15 @@ pub(super) struct Int4Scheme {
     pub(super) packing: Int4Packing,
     /// Columns of a group; `None` where a row is one.
     pub(super) group_len: Option<usize>,
+}
+
+/// Packed codes of compressed-tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PackedScheme {
+    /// Columns of a group; `None` where a row is one.
+    pub(super) group_len: Option<usize>,
+    /// Without zeros of their own.
+    pub(super) symmetric: bool,
 }
 
 /// In which order codes and zeros lie.
@@ -160,7 +173,7 @@ pub(super) fn scheme(file: &Path, config: &Value) -> Result<Scheme, WeightsError
         Some("fp8") => fp8(&section).map(Scheme::Fp8),
         Some("awq") => awq(&section).map(Scheme::Int4),
         Some("gptq") => gptq(&section).map(Scheme::Int4),
-        Some("compressed-tensors") => compressed_int8(&section).map(|()| Scheme::Int8),
+        Some("compressed-tensors") => compressed(&section),
         _ => Err(section.refuse(
             "quant_method",
             "\"fp8\", \"awq\", \"gptq\" or \"compressed-tensors\"",
@@ -232,42 +245,87 @@ fn gptq(section: &Section<'_>) -> Result<Int4Scheme, WeightsError> {
     })
 }
 
-/// W8A8: int8 weights with a scale per output, activations rounded while running.
-fn compressed_int8(section: &Section<'_>) -> Result<(), WeightsError> {
-    section.expect_word("format", &[Some("int-quantized")])?;
+/// compressed-tensors: all groups of layers in the same scheme.
+fn compressed(section: &Section<'_>) -> Result<Scheme, WeightsError> {
+    section.expect_word("format", &FORMATS.map(Some))?;
     section.expect_word("quantization_status", &[Some("compressed"), None])?;
     section.expect("kv_cache_scheme", "none", |v| v.is_none())?;
     section.expect("sparsity_config", "none", is_empty)?;
     section.expect_names("ignore")?;
-    let groups = section.field("config_groups").and_then(Value::as_object);
-    let Some(groups) = groups.filter(|groups| !groups.is_empty()) else {
-        return Err(section.refuse("config_groups", "at least one group"));
-    };
-    let groups_section = section.section("config_groups", section.value);
-    for (name, group) in groups {
+    let format = section.field("format").and_then(Value::as_str);
+    let groups = section.field("config_groups").unwrap_or(&Value::Null);
+    let groups_section = section.section("config_groups", groups);
+    let mut scheme = None;
+    for (name, group) in groups.as_object().into_iter().flatten() {
         let group = groups_section.section(name, group);
-        group.expect_word("format", &[Some("int-quantized"), None])?;
+        group.expect_word("format", &[format, None])?;
         group.expect("output_activations", "none", |v| v.is_none())?;
         let Some(weights) = group.field("weights") else {
             return Err(group.refuse("weights", "a description"));
         };
         let weights = group.section("weights", weights);
-        int8_values(&weights)?;
         weights.expect("dynamic", "false", is_false)?;
-        weights.expect_word("strategy", &[Some("channel")])?;
-        weights.expect("actorder", "none", is_false)?;
-        if let Some(input) = group.field("input_activations") {
-            let input = group.section("input_activations", input);
-            int8_values(&input)?;
-            input.expect("dynamic", "true", |v| v == Some(&Value::Bool(true)))?;
-            input.expect_word("strategy", &[Some("token")])?;
+        let of_group = match format {
+            Some("pack-quantized") => packed(&group, &weights)?,
+            Some("float-quantized") => per_row(&group, &weights, "float", Scheme::Fp8Rows)?,
+            _ => per_row(&group, &weights, "int", Scheme::Int8)?,
+        };
+        if scheme.is_some_and(|scheme| scheme != of_group) {
+            return Err(groups_section.refuse(name, "the same scheme in all groups"));
         }
+        scheme = Some(of_group);
     }
-    Ok(())
+    scheme.ok_or_else(|| section.refuse("config_groups", "at least one group"))
 }
 
-fn int8_values(section: &Section<'_>) -> Result<(), WeightsError> {
+/// The formats of compressed-tensors that are read.
+const FORMATS: [&str; 3] = ["int-quantized", "pack-quantized", "float-quantized"];
+
+/// W8A8 in integers or FP8: weights with a scale per output, activations rounded while running.
+fn per_row(
+    group: &Section<'_>,
+    weights: &Section<'_>,
+    kind: &str,
+    scheme: Scheme,
+) -> Result<Scheme, WeightsError> {
+    eight_bits(weights, kind)?;
+    weights.expect_word("strategy", &[Some("channel")])?;
+    weights.expect("actorder", "none", is_false)?;
+    if let Some(input) = group.field("input_activations") {
+        let input = group.section("input_activations", input);
+        eight_bits(&input, kind)?;
+        input.expect("dynamic", "true", |v| v == Some(&Value::Bool(true)))?;
+        input.expect_word("strategy", &[Some("token")])?;
+    }
+    Ok(scheme)
+}
+
+fn eight_bits(section: &Section<'_>, kind: &str) -> Result<(), WeightsError> {
     section.expect("num_bits", "8", |v| v.and_then(Value::as_u64) == Some(8))?;
-    section.expect_word("type", &[Some("int")])?;
+    section.expect_word("type", &[Some(kind)])?;
     section.expect("symmetric", "true", |v| v == Some(&Value::Bool(true)))
+}
+
+/// W4A16. `actorder` of weights leaves columns where they were; that of groups does not.
+fn packed(group: &Section<'_>, weights: &Section<'_>) -> Result<Scheme, WeightsError> {
+    group.expect("input_activations", "none", |v| v.is_none())?;
+    weights.expect("num_bits", "4", |v| v.and_then(Value::as_u64) == Some(4))?;
+    weights.expect_word("type", &[Some("int"), None])?;
+    weights.expect("symmetric", "true or false", |v| {
+        v.is_none_or(Value::is_boolean)
+    })?;
+    weights.expect("actorder", "\"weight\", \"static\" or none", |v| {
+        is_false(v)
+            || v.and_then(Value::as_str)
+                .is_some_and(|v| ["weight", "static"].contains(&v))
+    })?;
+    weights.expect_word("strategy", &[Some("group"), Some("channel")])?;
+    let is_channel = weights.field("strategy").and_then(Value::as_str) == Some("channel");
+    Ok(Scheme::Packed(PackedScheme {
+        group_len: match is_channel {
+            true => None,
+            false => group_len(weights)?,
+        },
+        symmetric: weights.field("symmetric") != Some(&Value::Bool(false)),
+    }))
 }

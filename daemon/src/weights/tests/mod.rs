@@ -6,6 +6,7 @@ mod folder;
 mod foreign;
 mod quantized;
 mod reference;
+mod split;
 mod verifying;
 
 use std::path::PathBuf;

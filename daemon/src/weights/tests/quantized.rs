@@ -1,4 +1,4 @@
-//! AWQ, GPTQ and W8A8 folders: values against the formats' definitions, element by element, and
+//! AWQ, GPTQ, W8A8 and W4A16 folders: values against the formats' definitions, element by element, and
 //! everything that is refused.
 
 use std::path::Path;
@@ -106,6 +106,15 @@ fn values(matrix: &Matrix) -> Vec<f32> {
 }
 
 fn check_int4(quantization: &Value, tensors: &[Tensor], group_len: usize) {
+    check_packed(quantization, tensors, group_len, zero);
+}
+
+fn check_packed(
+    quantization: &Value,
+    tensors: &[Tensor],
+    group_len: usize,
+    zero: impl Fn(usize, usize) -> u32,
+) {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = open(dir.path(), quantization, tensors);
     assert!(checkpoint.contains("l.weight"));
@@ -241,6 +250,109 @@ fn int8_values_are_those_of_the_definition() {
     }
 }
 
+/// What compressed-tensors writes of four-bit codes: `pack_to_int32` along the inputs, zeros along the
+/// outputs, both plus 8.
+fn packed_rows(group_len: usize, symmetric: bool) -> Vec<Tensor> {
+    let n_groups = N_COLS / group_len;
+    let codes =
+        (0..N_ROWS).flat_map(|row| (0..N_COLS / 8).map(move |w| pack(|i| code(row, 8 * w + i))));
+    let scales = (0..N_ROWS).flat_map(|row| (0..n_groups).map(move |group| scale(group, row)));
+    let shape = [N_ROWS, N_COLS].map(|n| (n as u64).to_le_bytes());
+    let mut tensors = vec![
+        (
+            "l.weight_packed",
+            "I32",
+            vec![N_ROWS, N_COLS / 8],
+            words(codes),
+        ),
+        (
+            "l.weight_scale",
+            "F16",
+            vec![N_ROWS, n_groups],
+            halves(scales),
+        ),
+        ("l.weight_shape", "I64", vec![2], shape.concat()),
+    ];
+    if !symmetric {
+        let zeros = (0..N_ROWS / 8)
+            .flat_map(|w| (0..n_groups).map(move |group| pack(|i| zero(group, 8 * w + i))));
+        let shape = vec![N_ROWS / 8, n_groups];
+        tensors.push(("l.weight_zero_point", "I32", shape, words(zeros)));
+    }
+    tensors
+}
+
+/// W4A16 as compressed-tensors writes it.
+fn packed_config(group_len: Option<usize>, symmetric: bool) -> Value {
+    json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "quantization_status": "compressed", "kv_cache_scheme": null, "ignore": ["lm_head"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "output_activations": null, "input_activations": null,
+            "weights": {"num_bits": 4, "type": "int", "symmetric": symmetric, "dynamic": false,
+                        "strategy": if group_len.is_some() { "group" } else { "channel" },
+                        "group_size": group_len, "actorder": null, "observer": "minmax"},
+        }},
+    })
+}
+
+#[test]
+fn w4a16_values_are_those_of_the_definition() {
+    for symmetric in [true, false] {
+        for group_len in [32, 64, 128] {
+            let config = packed_config(Some(group_len), symmetric);
+            let tensors = packed_rows(group_len, symmetric);
+            match symmetric {
+                false => check_int4(&config, &tensors, group_len),
+                true => check_packed(&config, &tensors, group_len, |_, _| 8),
+            }
+        }
+    }
+    check_int4(
+        &packed_config(None, false),
+        &packed_rows(N_COLS, false),
+        N_COLS,
+    );
+}
+
+#[test]
+fn fp8_with_a_scale_per_output_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    // Every code but the two NaN.
+    let code = |i: usize| ((i * 37 + i / 128 * 11) % 127) as u8 | (u8::from(i % 3 == 0) << 7);
+    let scale = |row: usize| 0.001 + 0.0003 * row as f32;
+    let codes = (0..N_ROWS * N_COLS).map(code).collect::<Vec<_>>();
+    let scales = f32s(&(0..N_ROWS).map(scale).collect::<Vec<_>>());
+    let tensors = [
+        ("l.weight", "F8_E4M3", vec![N_ROWS, N_COLS], codes),
+        ("l.weight_scale", "F32", vec![N_ROWS, 1], scales),
+    ];
+    let checkpoint = open(dir.path(), &fp8_rows_config(), &tensors);
+    assert_eq!(checkpoint.format("l.weight"), Some(Format::F8E4m3));
+    let matrix = checkpoint.matrix("l.weight", N_ROWS, N_COLS).unwrap();
+    assert!(checkpoint.unclaimed().is_empty());
+    for (i, found) in values(&matrix).into_iter().enumerate() {
+        let expected = scale(i / N_COLS) * quant::e4m3_to_f32(code(i));
+        assert_eq!(found, expected, "element {i}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = open(dir.path(), &fp8_rows_config(), &tensors[..1]);
+    let error = checkpoint.matrix("l.weight", N_ROWS, N_COLS).unwrap_err();
+    assert_eq!(
+        describe(&error, dir.path()),
+        "MissingTensor: `@`: tensor `l.weight_scale` is missing"
+    );
+}
+
+fn fp8_rows_config() -> Value {
+    let mut config = int8_config();
+    config["format"] = json!("float-quantized");
+    for part in ["weights", "input_activations"] {
+        config["config_groups"]["group_0"][part]["type"] = json!("float");
+    }
+    config
+}
+
 #[test]
 fn plain_linear_layers_are_rounded_on_request_and_others_are_not() {
     let dir = tempfile::tempdir().unwrap();
@@ -341,6 +453,28 @@ fn layers_that_do_not_fit_their_scheme_are_refused_by_name() {
         std::slice::from_ref(&codes),
         "MissingTensor: `@`: tensor `l.weight_scale` is missing",
     );
+    let mut tensors = packed_rows(64, true);
+    tensors[2].3[8..].copy_from_slice(&64u64.to_le_bytes());
+    check(
+        &packed_config(Some(64), true),
+        &tensors,
+        "Field: `@model.safetensors`: tensor `l.weight_shape` is [16, 64], expected [16, 128]",
+    );
+    check(
+        &packed_config(Some(96), true),
+        &packed_rows(64, true),
+        "Field: `@model.safetensors`: group_size of quantization_config.config_groups is 96, expected a divisor of the 128 columns of `l.weight`, themselves a multiple of 32",
+    );
+    check(
+        &packed_config(Some(64), false),
+        &packed_rows(64, true),
+        "MissingTensor: `@`: tensor `l.weight_zero_point` is missing",
+    );
+    check(
+        &packed_config(Some(32), true),
+        &packed_rows(64, true),
+        "TensorShape: `@model.safetensors`: tensor `l.weight_scale` has shape [16, 2], expected [16, 4]",
+    );
     let of_groups = (
         "l.weight_scale",
         "F32",
@@ -370,6 +504,7 @@ fn schemes_that_are_not_read_are_refused_by_key() {
     let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm",
                      "zero_point": true, "modules_to_not_convert": null});
     let int8 = int8_config;
+    let w4a16 = || packed_config(Some(128), true);
     let weights = "/config_groups/group_0/weights";
     let input = "/config_groups/group_0/input_activations";
     let cases = [
@@ -418,8 +553,48 @@ fn schemes_that_are_not_read_are_refused_by_key() {
             "modules_to_not_convert is [1], expected a list of names",
         ),
         (
-            edited(int8(), "/format", json!("pack-quantized")),
-            "format is \"pack-quantized\", expected \"int-quantized\"",
+            edited(int8(), "/format", json!("marlin-24")),
+            "format is \"marlin-24\", expected \"int-quantized\" or \"pack-quantized\" or \"float-quantized\"",
+        ),
+        (
+            edited(
+                fp8_rows_config(),
+                &format!("{weights}/strategy"),
+                json!("tensor"),
+            ),
+            "config_groups.group_0.weights.strategy is \"tensor\", expected \"channel\"",
+        ),
+        (
+            edited(fp8_rows_config(), &format!("{input}/dynamic"), json!(false)),
+            "config_groups.group_0.input_activations.dynamic is false, expected true",
+        ),
+        (
+            edited(fp8_rows_config(), "/format", json!("int-quantized")),
+            "config_groups.group_0.weights.type is \"float\", expected \"int\"",
+        ),
+        (
+            edited(w4a16(), &format!("{weights}/num_bits"), json!(8)),
+            "config_groups.group_0.weights.num_bits is 8, expected 4",
+        ),
+        (
+            edited(w4a16(), &format!("{weights}/group_size"), json!(16)),
+            "config_groups.group_0.weights.group_size is 16, expected -1 or a multiple of 32 up to 65536",
+        ),
+        (
+            edited(w4a16(), &format!("{weights}/actorder"), json!("group")),
+            "config_groups.group_0.weights.actorder is \"group\", expected \"weight\", \"static\" or none",
+        ),
+        (
+            edited(w4a16(), &format!("{weights}/strategy"), json!("block")),
+            "config_groups.group_0.weights.strategy is \"block\", expected \"group\" or \"channel\"",
+        ),
+        (
+            edited(w4a16(), &format!("{weights}/type"), json!("float")),
+            "config_groups.group_0.weights.type is \"float\", expected \"int\" or none",
+        ),
+        (
+            edited(w4a16(), input, json!({"num_bits": 8})),
+            "config_groups.group_0.input_activations is {\"num_bits\":8}, expected none",
         ),
         (
             edited(int8(), "/ignore", json!("lm_head")),
