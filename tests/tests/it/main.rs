@@ -9,6 +9,7 @@
 mod bad_input;
 mod cancel_storm;
 mod dsctl;
+mod echo;
 mod edge;
 mod lifecycle;
 mod memory;
