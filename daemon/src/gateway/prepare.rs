@@ -347,7 +347,9 @@ fn of_chat(
         .text
         .render_chat(&messages, &options)
         .map_err(|e| ApiError::of_text(&e, "messages"))?;
-    let tool_calls_max = match request.parallel_tool_calls {
+    // Who names a function wants it called, once.
+    let is_named = matches!(request.tool_choice, ToolChoice::Named(_));
+    let tool_calls_max = match request.parallel_tool_calls && !is_named {
         true => usize::MAX,
         false => 1,
     };
