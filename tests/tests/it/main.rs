@@ -8,6 +8,7 @@
 
 mod bad_input;
 mod cancel_storm;
+mod clients;
 mod dsctl;
 mod echo;
 mod edge;
