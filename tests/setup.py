@@ -27,6 +27,7 @@ ANTHROPIC_VERSION = "2.10.0"
 CLIENTS = {
     # transformers for the tokenizer of a folder; neither brings torch.
     "lm-eval": ["lm-eval[api]==0.4.13", "transformers==5.24.0"],
+    "litellm": ["litellm==1.110.2"],
 }
 
 SMOLLM2 = {

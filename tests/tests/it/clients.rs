@@ -43,3 +43,8 @@ fn lm_eval_is_served() {
     let model = data::reference("deepseek_v3");
     check(&mut python("lm-eval"), &model, &[&model]);
 }
+
+#[test]
+fn litellm_is_served() {
+    check(&mut python("litellm"), &data::smollm2(), &[]);
+}
