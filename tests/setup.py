@@ -28,6 +28,7 @@ CLIENTS = {
     # transformers for the tokenizer of a folder; neither brings torch.
     "lm-eval": ["lm-eval[api]==0.4.13", "transformers==5.24.0"],
     "litellm": ["litellm==1.110.2"],
+    "langchain": ["langchain-openai==1.7.4", "langchain-deepseek==1.1.1"],
 }
 
 SMOLLM2 = {

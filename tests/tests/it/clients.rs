@@ -48,3 +48,8 @@ fn lm_eval_is_served() {
 fn litellm_is_served() {
     check(&mut python("litellm"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn langchain_is_served() {
+    check(&mut python("langchain"), &data::smollm2(), &[]);
+}
