@@ -29,6 +29,7 @@ CLIENTS = {
     "lm-eval": ["lm-eval[api]==0.4.13", "transformers==5.24.0"],
     "litellm": ["litellm==1.110.2"],
     "langchain": ["langchain-openai==1.7.4", "langchain-deepseek==1.1.1"],
+    "instructor": ["instructor==1.17.0"],
 }
 
 SMOLLM2 = {

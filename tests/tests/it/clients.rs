@@ -53,3 +53,8 @@ fn litellm_is_served() {
 fn langchain_is_served() {
     check(&mut python("langchain"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn instructor_is_served() {
+    check(&mut python("instructor"), &data::smollm2(), &[]);
+}
