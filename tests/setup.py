@@ -30,6 +30,7 @@ CLIENTS = {
     "litellm": ["litellm==1.110.2"],
     "langchain": ["langchain-openai==1.7.4", "langchain-deepseek==1.1.1"],
     "instructor": ["instructor==1.17.0"],
+    "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
 }
 
 SMOLLM2 = {

@@ -58,3 +58,8 @@ fn langchain_is_served() {
 fn instructor_is_served() {
     check(&mut python("instructor"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn pydantic_ai_is_served() {
+    check(&mut python("pydantic-ai"), &data::smollm2(), &[]);
+}
