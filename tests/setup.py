@@ -31,6 +31,7 @@ CLIENTS = {
     "langchain": ["langchain-openai==1.7.4", "langchain-deepseek==1.1.1"],
     "instructor": ["instructor==1.17.0"],
     "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
+    "llama-index": ["llama-index-llms-openai-like==0.8.1"],
 }
 
 SMOLLM2 = {

@@ -63,3 +63,8 @@ fn instructor_is_served() {
 fn pydantic_ai_is_served() {
     check(&mut python("pydantic-ai"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn llama_index_is_served() {
+    check(&mut python("llama-index"), &data::smollm2(), &[]);
+}
