@@ -32,6 +32,7 @@ CLIENTS = {
     "instructor": ["instructor==1.17.0"],
     "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
     "llama-index": ["llama-index-llms-openai-like==0.8.1"],
+    "llm": ["llm==0.36"],
 }
 
 SMOLLM2 = {

@@ -68,3 +68,8 @@ fn pydantic_ai_is_served() {
 fn llama_index_is_served() {
     check(&mut python("llama-index"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn the_llm_command_is_served() {
+    check(&mut python("llm"), &data::smollm2(), &[]);
+}
