@@ -23,6 +23,8 @@ DATA = TARGET / "test-data"
 DOWNLOADS = TARGET / "downloads"
 OPENAI_VERSION = "3.54.0"
 ANTHROPIC_VERSION = "2.10.0"
+# What `tests/node` has suites for.
+NPM = ["openai@6.49.0"]
 # What `tests/python/clients` has suites for; each with packages of its own, since they want others of the same.
 CLIENTS = {
     # transformers for the tokenizer of a folder; neither brings torch.
@@ -147,6 +149,21 @@ def client(folder, pins):
     mark.touch()
 
 
+def packages(folder, pins):
+    """Clients for Node.js, in a folder whose `node_modules` is for NODE_PATH; no scripts of theirs run."""
+    digest = hashlib.sha256(" ".join(pins).encode()).hexdigest()[:16]
+    mark = folder / f"{digest}.installed"
+    if mark.exists():
+        return
+    print(f"installing {' '.join(pins)}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "--silent", *pins]
+    if shutil.which("npm") is None or subprocess.run(command, check=False).returncode != 0:
+        raise Unavailable(" ".join(pins))
+    mark.touch()
+
+
 def openai(_store):
     """OpenAI's client."""
     client(TARGET / "test-python", [f"openai=={OPENAI_VERSION}"])
@@ -161,6 +178,7 @@ def clients(_store):
     """Programs of others that use an API of ours."""
     for name, pins in CLIENTS.items():
         client(TARGET / "test-clients" / name, pins)
+    packages(TARGET / "test-clients" / "npm", NPM)
 
 
 PARTS = {"checkpoints": checkpoints, "smollm2": smollm2, "tokenizers": tokenizers, "openai": openai, "anthropic": anthropic,

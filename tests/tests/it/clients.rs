@@ -1,4 +1,5 @@
-//! Programs that people have, unmodified, against a node: the suites of `tests/python/clients`.
+//! Programs that people have, unmodified, against a node: the suites of `tests/python/clients` and
+//! `tests/node`.
 
 use std::{
     path::{Path, PathBuf},
@@ -30,6 +31,15 @@ fn python(client: &str) -> Command {
     command
         .arg(folder("python/clients").join(name))
         .env("PYTHONPATH", data::client(client));
+    command
+}
+
+/// A suite for Node.js.
+fn node(name: &str) -> Command {
+    let mut command = Command::new("node");
+    command
+        .arg(folder("node").join(name))
+        .env("NODE_PATH", data::client("npm").join("node_modules"));
     command
 }
 
@@ -72,4 +82,9 @@ fn llama_index_is_served() {
 #[test]
 fn the_llm_command_is_served() {
     check(&mut python("llm"), &data::smollm2(), &[]);
+}
+
+#[test]
+fn openai_for_node_is_served() {
+    check(&mut node("openai.cjs"), &data::smollm2(), &[]);
 }
