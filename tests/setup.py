@@ -24,7 +24,7 @@ DOWNLOADS = TARGET / "downloads"
 OPENAI_VERSION = "3.54.0"
 ANTHROPIC_VERSION = "2.10.0"
 # What `tests/node` has suites for.
-NPM = ["openai@6.49.0"]
+NPM = ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "openai@6.49.0", "zod@4.6.7"]
 # What `tests/python/clients` has suites for; each with packages of its own, since they want others of the same.
 CLIENTS = {
     # transformers for the tokenizer of a folder; neither brings torch.

@@ -88,3 +88,8 @@ fn the_llm_command_is_served() {
 fn openai_for_node_is_served() {
     check(&mut node("openai.cjs"), &data::smollm2(), &[]);
 }
+
+#[test]
+fn ai_sdk_is_served() {
+    check(&mut node("ai_sdk.cjs"), &data::smollm2(), &[]);
+}
