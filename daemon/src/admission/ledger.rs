@@ -220,7 +220,12 @@ impl Ledger {
         let decodes = self.decodes();
         let target = cost.step_seconds_max(self.cfg.step_target.as_secs_f64(), decodes);
         let chunk = cost
-            .rows_within(target, decodes, 0, ALONE_CHUNK_ROWS)
+            .rows_within(
+                target,
+                decodes,
+                |n| StepShape::span(0, n, 1),
+                ALONE_CHUNK_ROWS,
+            )
             .max(1);
         let step = cost.seconds(decodes.and(StepShape::span(0, chunk, 1)));
         let decode_only = cost.seconds(decodes);

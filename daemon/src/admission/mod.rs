@@ -252,6 +252,8 @@ impl Admission {
         match item {
             StreamItem::Started { n_cached, .. } => books.ledger.started(id, *n_cached),
             StreamItem::Prefilled { n_computed } => books.ledger.prefilled(id, *n_computed),
+            // How far the prompt is comes by itself.
+            StreamItem::Scored { .. } => {}
             StreamItem::Token(_) => {
                 let first = books.ledger.token(id, now);
                 drop(books);

@@ -97,6 +97,7 @@ impl World {
             block_len: 32,
             context_len_max: 8192,
             step_tokens_max: 512,
+            step_logits_max: RUNNING_MAX,
             step_target: Duration::from_millis(50),
             running_max: RUNNING_MAX,
             waiting_max: config().engine_capacity(),
@@ -148,6 +149,7 @@ impl World {
                 sampling: SamplingParams::default(),
                 grammar: None,
                 top_logprobs: None,
+                scored_from: None,
                 deadline: wish.deadline.map(|d| self.now + d),
                 cache_owner: CacheOwner::default(),
                 account: wish.account,
@@ -162,6 +164,7 @@ impl World {
                 prompt: request.prompt,
                 output: Vec::new(),
                 n_output_max: request.max_tokens,
+                scored_from: request.scored_from,
                 stop_tokens: request.stop_tokens,
                 deadline: request.deadline,
                 root: BlockKey::root(b""),
@@ -540,7 +543,12 @@ fn readers_that_leave_are_out_of_the_books_at_once() {
 fn predictions_of_an_idle_engine_are_what_it_does() {
     for n_prompt in [1, 30, 100, 400, 2000] {
         let mut world = World::new();
-        let chunk = world.cost.rows_within(0.05, StepShape::default(), 0, 512);
+        let chunk = world.cost.rows_within(
+            0.05,
+            StepShape::default(),
+            |n| StepShape::span(0, n, 1),
+            512,
+        );
         world
             .ask(Wish {
                 n_prompt,

@@ -157,9 +157,16 @@ impl CostModel {
         self.speed * (n_chunks * self.of_rows(chunk) + attention + self.per_logit)
     }
 
-    /// How many positions from `first` on, at most `n_max`, can be added to `base` within `seconds`.
-    pub fn rows_within(&self, seconds: f64, base: StepShape, first: usize, n_max: usize) -> usize {
-        let fits = |n| self.seconds(base.and(StepShape::span(first, n, 1))) <= seconds;
+    /// How many positions, at most `n_max`, can be added to `base` within `seconds`; `span` is the shape
+    /// of so many.
+    pub fn rows_within(
+        &self,
+        seconds: f64,
+        base: StepShape,
+        span: impl Fn(usize) -> StepShape,
+        n_max: usize,
+    ) -> usize {
+        let fits = |n| self.seconds(base.and(span(n))) <= seconds;
         if n_max == 0 || fits(n_max) {
             return n_max;
         }
@@ -419,11 +426,12 @@ mod tests {
         let all = spans.into_iter().fold(StepShape::default(), StepShape::and);
         let shares: f64 = spans.iter().map(|s| model.share(*s, all.n_rows)).sum();
         assert!((shares / model.seconds(all) - 1.0).abs() < 1e-9);
-        let n = model.rows_within(0.05, spans[0], 64, 4096);
+        let span = |n| StepShape::span(64, n, 1);
+        let n = model.rows_within(0.05, spans[0], span, 4096);
         let with = |n| model.seconds(spans[0].and(StepShape::span(64, n, 1)));
         assert!(with(n) <= 0.05 && 0.05 < with(n + 1), "{n}");
-        assert_eq!(model.rows_within(1e9, spans[0], 64, 300), 300);
-        assert_eq!(model.rows_within(0.0, spans[0], 64, 300), 0);
+        assert_eq!(model.rows_within(1e9, spans[0], span, 300), 300);
+        assert_eq!(model.rows_within(0.0, spans[0], span, 300), 0);
     }
 
     #[test]

@@ -202,6 +202,7 @@ impl EngineConfig {
             block_len: executor.block_len,
             context_len_max: executor.context_len_max,
             step_tokens_max: self.step_tokens_max,
+            step_logits_max: executor.step_logits_max,
             step_target: self.step_target,
             running_max: self.running_max,
             waiting_max: self.waiting_max,

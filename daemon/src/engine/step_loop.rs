@@ -85,9 +85,10 @@ struct Draws {
     workers: Arc<dyn Workers>,
     /// One per thread; a lock is never contended.
     scratches: Vec<Mutex<Scratch>>,
-    /// Whose the rows of logits are.
-    slots: Vec<Slot>,
-    /// What was drawn from them; `None` where the row holds no number.
+    /// Whose the rows of logits are, and the token of the prompt that a row scores; `None`: the next
+    /// token is drawn from it.
+    rows: Vec<(Slot, Option<usize>)>,
+    /// What was drawn from them, or stands there already; `None` where the row holds no number.
     tokens: Vec<Mutex<Option<Sampled>>>,
 }
 
@@ -97,7 +98,7 @@ impl Draws {
         Self {
             scratches: (0..workers.n_threads()).map(scratch).collect(),
             workers,
-            slots: Vec::with_capacity(n_rows_max),
+            rows: Vec::with_capacity(n_rows_max),
             tokens: (0..n_rows_max).map(|_| Mutex::new(None)).collect(),
         }
     }
@@ -116,6 +117,8 @@ struct Client {
     /// Locked by the thread that draws for it.
     constraint: Option<Mutex<Constraint>>,
     top_logprobs: Option<usize>,
+    /// False where only the prompt's log-probabilities are wanted.
+    wants_tokens: bool,
     sink: TokenSink,
     submitted_at: Instant,
     /// When its first step began.
@@ -156,7 +159,11 @@ impl StepLoop {
             },
             sampled: Vec::with_capacity(limits.running_max),
             ended: Vec::with_capacity(scheduler.n_slots()),
-            draws: Draws::new(executor.workers(), limits.vocab_len, limits.running_max),
+            draws: Draws::new(
+                executor.workers(),
+                limits.vocab_len,
+                executor_limits.step_logits_max,
+            ),
             is_canary_due: false,
             is_calibrated: cfg.cost.is_some(),
             cost: cfg.cost.unwrap_or_default(),
@@ -349,6 +356,7 @@ impl StepLoop {
             prompt: request.prompt,
             output: request.output,
             n_output_max: request.max_tokens,
+            scored_from: request.scored_from,
             stop_tokens: request.stop_tokens,
             deadline: request.deadline,
             root: BlockKey::root(&request.cache_owner.0),
@@ -364,6 +372,7 @@ impl StepLoop {
                     sampling: request.sampling,
                     constraint: constraint.map(Mutex::new),
                     top_logprobs: request.top_logprobs,
+                    wants_tokens: 0 < request.max_tokens,
                     sink: request.sink,
                     submitted_at,
                     started_at: None,
@@ -448,28 +457,47 @@ impl StepLoop {
                 let Draws {
                     workers,
                     scratches,
-                    slots,
+                    rows,
                     tokens: drawn,
                 } = &mut self.draws;
-                let sampled = self.scheduler.scheduled().iter().filter(|s| s.is_sampled);
-                slots.clear();
-                slots.extend(sampled.map(|s| s.slot));
+                rows.clear();
+                for scheduled in self.scheduler.scheduled() {
+                    let scored = scheduled.scored.clone().map(Some);
+                    let sampled = scheduled.is_sampled.then_some(None);
+                    rows.extend(scored.chain(sampled).map(|row| (scheduled.slot, row)));
+                }
                 let (clients, scheduler) = (&self.clients, &self.scheduler);
                 let sampleable_len = self.limits.sampleable_len;
                 workers.for_each_row(logits, vocab_len, &|row, thread, logits| {
-                    let Some(client) = &clients[slots[row].idx()] else {
+                    let (slot, scored) = rows[row];
+                    let Some(client) = &clients[slot.idx()] else {
                         unreachable!("a running sequence has a client");
                     };
                     let scratch = &mut lock(&scratches[thread]);
-                    let tokens = scheduler.tokens(slots[row]);
-                    *lock(&drawn[row]) = client.draw(scratch, logits, tokens, sampleable_len);
+                    let tokens = scheduler.tokens(slot);
+                    *lock(&drawn[row]) = match scored {
+                        Some(idx) => {
+                            Some(client.score(scratch, logits, tokens.0[idx], sampleable_len))
+                        }
+                        None if !client.wants_tokens => None,
+                        None => client.draw(scratch, logits, tokens, sampleable_len),
+                    };
                 });
                 self.sampled.clear();
-                for (slot, drawn) in slots.iter().zip(drawn) {
-                    let token = lock(drawn).take();
-                    let client = self.clients[slot.idx()].as_mut();
-                    let sent = client.zip(token).map(|(client, token)| client.send(token));
-                    self.sampled.push(sent);
+                let mut drawn = drawn.iter().map(|drawn| lock(drawn).take());
+                for scheduled in self.scheduler.scheduled() {
+                    let Some(client) = &mut self.clients[scheduled.slot.idx()] else {
+                        unreachable!("a running sequence has a client");
+                    };
+                    let n_scored = scheduled.scored.len();
+                    if 0 < n_scored {
+                        let scores = drawn.by_ref().take(n_scored);
+                        client.send_scores(scheduled.scored.start, scores.flatten());
+                    }
+                    if scheduled.is_sampled {
+                        let token = drawn.next().flatten();
+                        self.sampled.push(token.map(|token| client.send(token)));
+                    }
                 }
                 let took = clock::now().saturating_duration_since(now);
                 verdict
@@ -738,6 +766,28 @@ impl Client {
             constraint.advance(sampled.token).inspect_err(told).ok()?;
         }
         Some(sampled)
+    }
+
+    /// What the row says of a token that the prompt has.
+    fn score(
+        &self,
+        scratch: &mut Scratch,
+        logits: &[f32],
+        token: u32,
+        sampleable_len: usize,
+    ) -> Sampled {
+        let n_top = self.top_logprobs.unwrap_or(0);
+        let scored = sampler::score(scratch, logits, token, n_top, sampleable_len);
+        Sampled {
+            token,
+            logprobs: Some(scored),
+        }
+    }
+
+    /// Sends off what was found of tokens of the prompt, `first` and those behind it.
+    fn send_scores(&self, first: usize, scores: impl Iterator<Item = Sampled>) {
+        let scores = scores.filter_map(|scored| scored.logprobs).collect();
+        self.sink.send(StreamItem::Scored { first, scores });
     }
 
     /// Sends a token off; its id.

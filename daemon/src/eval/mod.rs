@@ -248,7 +248,7 @@ impl Session {
         for window in tokens.chunks(window.max(2)).filter(|w| w.len() > 1) {
             self.logits(window, |position, logits| {
                 if let Some(next) = window.get(position + 1) {
-                    total -= log_probability(logits, *next as usize);
+                    total -= sampler::log_probability(logits, *next);
                     n += 1;
                 }
             })?;
@@ -327,15 +327,6 @@ pub fn write_logits(session: &mut Session, tokens: &[u32], out: &Path) -> Result
     let file =
         safetensors::serialize([("logits", view)], None).map_err(|e| fail(io::Error::other(e)))?;
     fs::write(out, file).map_err(fail)
-}
-
-fn log_probability(logits: &[f32], token: usize) -> f64 {
-    let largest = logits.iter().fold(f32::NEG_INFINITY, |a, v| a.max(*v));
-    let total = logits
-        .iter()
-        .map(|v| f64::from(v - largest).exp())
-        .sum::<f64>();
-    f64::from(logits[token] - largest) - total.ln()
 }
 
 /// `range` in runs of at most `len`.

@@ -14,7 +14,8 @@ use super::{
     error::{ApiError, Dialect},
     generation::{ChoiceEnd, Generation, GenerationEvent, TokenCounts},
     logprobs::{self, Offset},
-    prepare, routes,
+    prepare::{self, PreparedCompletion},
+    routes,
     sse::{self, ChunkEncoder, Chunks, GenerationDelta},
 };
 use crate::{catalog::ServedModel, runtime::clock};
@@ -23,11 +24,17 @@ pub(super) async fn create(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
 ) -> Response<Body> {
-    let mut prepared = match prepare::read_and(&gateway, request, prepare::completion).await {
+    let prepared = match prepare::read_and(&gateway, request, prepare::completion).await {
         Ok(prepared) => prepared,
         Err(refusal) => return refusal,
     };
-    let wants_logprobs = prepared.params.top_logprobs.is_some();
+    let PreparedCompletion {
+        mut prepared,
+        n_returned,
+        wants_logprobs,
+        echo,
+    } = prepared;
+    let n_made = prepared.params.n;
     let generation = match prepare::start(&gateway, &mut prepared) {
         Ok(generation) => generation,
         Err(e) => return e.into_response(),
@@ -43,20 +50,26 @@ pub(super) async fn create(
         offsets: (0..generation.n_choices())
             .map(|_| Offset::new(&model_text))
             .collect(),
+        is_prompt_due: vec![echo; generation.n_choices()],
     };
     if prepared.stream {
         let mut response = sse::response(generation, encoder, gateway.config.keep_alive);
         prepare::name_ignored(&mut response, &prepared.ignored);
         return response;
     }
-    let answer = whole(generation, encoder);
+    let answer = whole(generation, encoder, n_made, n_returned);
     let mut response = sse::whole(answer, Dialect::OpenAi, gateway.config.keep_alive).await;
     prepare::name_ignored(&mut response, &prepared.ignored);
     response
 }
 
-/// Collects a generation into one answer.
-async fn whole(mut generation: Generation, mut encoder: Encoder) -> Result<Completion, ApiError> {
+/// Collects a generation into one answer: of every `n_made` choices the `n_returned` likeliest.
+async fn whole(
+    mut generation: Generation,
+    mut encoder: Encoder,
+    n_made: usize,
+    n_returned: usize,
+) -> Result<Completion, ApiError> {
     let new = |index| CompletionChoice {
         index,
         text: String::new(),
@@ -93,9 +106,32 @@ async fn whole(mut generation: Generation, mut encoder: Encoder) -> Result<Compl
             }
         }
     }
+    if n_returned < n_made {
+        choices = likeliest(choices, n_made, n_returned, |idx| {
+            generation.mean_logprob(idx)
+        });
+    }
     let mut completion = encoder.chunk(choices, None);
     completion.usage = Some(Some(usage(generation.counts())));
     Ok(completion)
+}
+
+/// Of every `n_made` choices the `n_returned` of which the tokens are likeliest on average, the best
+/// first; of equals the one that came first.
+fn likeliest(
+    mut choices: Vec<CompletionChoice>,
+    n_made: usize,
+    n_returned: usize,
+    mean_logprob: impl Fn(usize) -> f64,
+) -> Vec<CompletionChoice> {
+    for of_prompt in choices.chunks_mut(n_made) {
+        of_prompt.sort_by(|a, b| mean_logprob(b.index).total_cmp(&mean_logprob(a.index)));
+    }
+    let ranked = choices.into_iter().enumerate();
+    let best = ranked.filter(|(rank, _)| rank % n_made < n_returned);
+    best.enumerate()
+        .map(|(index, (_, choice))| CompletionChoice { index, ..choice })
+        .collect()
 }
 
 fn usage(counts: TokenCounts) -> Usage {
@@ -111,6 +147,8 @@ struct Encoder {
     include_usage: bool,
     /// By choice.
     offsets: Vec<Offset>,
+    /// By choice: what comes next is its prompt.
+    is_prompt_due: Vec<bool>,
 }
 
 impl Encoder {
@@ -133,9 +171,11 @@ impl Encoder {
         for delta in &event.deltas {
             text.push_str(delta.text());
         }
+        let is_prompt = std::mem::take(&mut self.is_prompt_due[event.choice]);
+        let prompt = is_prompt.then_some(&*text);
         let offset = &mut self.offsets[event.choice];
         let logprobs = (self.wants_logprobs && !event.tokens.is_empty())
-            .then(|| logprobs::completion(&self.model.text, &event.tokens, offset));
+            .then(|| logprobs::completion(&self.model.text, &event.tokens, prompt, offset));
         (text, logprobs)
     }
 }

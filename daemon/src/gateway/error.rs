@@ -281,11 +281,12 @@ impl From<NotReady> for ApiError {
     }
 }
 
-/// OpenAI's words, which clients look for to shorten a conversation by themselves.
+/// OpenAI's words and, behind the colon, Anthropic's, which clients look for to shorten a conversation by
+/// themselves: LiteLLM for the former, LangChain for the latter.
 fn too_long(prompt_len_max: usize, found: &str) -> String {
     format!(
         "This model's maximum context length is {} tokens. However, your messages resulted in {found} \
-         tokens. Please reduce the length of the messages.",
+         tokens: the prompt is too long. Please reduce the length of the messages.",
         prompt_len_max + 1
     )
 }

@@ -45,6 +45,8 @@ pub struct PreparedPrompt {
     pub ids: Vec<u32>,
     /// How what follows is to be read.
     pub form: OutputForm,
+    /// What is shown of it before what follows; with log-probabilities where those are asked for.
+    pub echo: Option<String>,
 }
 
 /// How to continue the prompts.
@@ -81,9 +83,10 @@ pub enum GenerationEvent {
     Delta {
         /// Prompt number times `n` plus the number among that prompt's choices.
         choice: usize,
-        /// New text, reasoning before content.
+        /// New text, reasoning before content. The first one of a choice whose prompt is shown is that.
         deltas: Vec<OutputDelta>,
-        /// Tokens of that text, when log-probabilities were asked for.
+        /// Tokens of that text, when log-probabilities were asked for. The first one of a prompt has no
+        /// number: nothing comes before it.
         tokens: Vec<TokenChoice>,
         /// Tokens generated since the last event of this choice.
         n_tokens: usize,
@@ -186,6 +189,8 @@ pub struct Generation {
     counts: TokenCounts,
     /// Choices of each prompt.
     n_per_prompt: usize,
+    /// By prompt.
+    echoes: Vec<Option<Echo>>,
     deadline: Option<Instant>,
     started: Instant,
     admitted_at: Option<Instant>,
@@ -205,6 +210,39 @@ struct Choice {
     stop_tokens: Arc<[u32]>,
     /// Tokens whose text is held back.
     held: Vec<TokenChoice>,
+    /// Of all tokens that came, the last one included, where they were asked for.
+    logprob_sum: f64,
+    n_tokens: usize,
+}
+
+/// A prompt whose tokens are being scored, to be shown before what follows.
+#[derive(Debug)]
+struct Echo {
+    text: String,
+    ids: Vec<u32>,
+    /// Of its tokens, without the first.
+    scores: Vec<TokenLogprobs>,
+}
+
+impl Echo {
+    fn is_scored(&self) -> bool {
+        self.ids.len() <= self.scores.len() + 1
+    }
+
+    /// Its tokens, as those of an output.
+    fn tokens(&self) -> Vec<TokenChoice> {
+        let nothing = TokenLogprobs {
+            chosen: f32::NAN,
+            top: Vec::new(),
+        };
+        let all = std::iter::once(&nothing).chain(&self.scores);
+        let token = |(token, logprobs): (&u32, &TokenLogprobs)| TokenChoice {
+            token: *token,
+            is_reasoning: false,
+            logprobs: logprobs.clone(),
+        };
+        self.ids.iter().zip(all).map(token).collect()
+    }
 }
 
 impl Generation {
@@ -227,6 +265,7 @@ impl Generation {
             choices: Vec::with_capacity(prompts.len() * params.n),
             counts: TokenCounts::default(),
             n_per_prompt: params.n,
+            echoes: Vec::with_capacity(prompts.len()),
             deadline: params.deadline,
             started: clock::now(),
             admitted_at: None,
@@ -253,12 +292,14 @@ impl Generation {
                     .wrapping_add(i as u64),
                 ..siblings
             };
+            let idx = generation.choices.len();
             for _ in 0..params.n {
                 let (choice, request) =
                     generation.prepare(prompt, params, &stop_tokens, siblings)?;
                 generation.choices.push(choice);
                 requests.push(request);
             }
+            generation.echo(prompt, params, &mut requests[idx..]);
         }
         model.replica.submit_all(requests)?;
         let name = &model.name;
@@ -280,6 +321,47 @@ impl Generation {
         self
     }
 
+    /// Shows a prompt before its choices, whose requests these are, where that is asked for: at once, or
+    /// when the first of them has scored its tokens.
+    fn echo(
+        &mut self,
+        prompt: &PreparedPrompt,
+        params: &GenerationParams,
+        requests: &mut [Request],
+    ) {
+        let echo = prompt.echo.clone().map(|text| Echo {
+            text,
+            ids: prompt.ids.clone(),
+            scores: Vec::new(),
+        });
+        let is_scored = params.top_logprobs.is_some();
+        let of_prompt = self.echoes.len();
+        match (echo, requests.first_mut()) {
+            (Some(echo), Some(first)) if is_scored && !echo.is_scored() => {
+                first.scored_from = Some(1);
+                self.echoes.push(Some(echo));
+            }
+            (Some(echo), _) => {
+                self.echoes.push(None);
+                self.show(of_prompt, &echo, is_scored);
+            }
+            (None, _) => self.echoes.push(None),
+        }
+    }
+
+    /// Puts a prompt in front of each of its choices.
+    fn show(&mut self, of_prompt: usize, echo: &Echo, with_tokens: bool) {
+        let first = of_prompt * self.n_per_prompt;
+        for choice in first..first + self.n_per_prompt {
+            self.ready.push_back(GenerationEvent::Delta {
+                choice,
+                deltas: vec![OutputDelta::Content(echo.text.clone())],
+                tokens: with_tokens.then(|| echo.tokens()).unwrap_or_default(),
+                n_tokens: 0,
+            });
+        }
+    }
+
     /// A choice and the request for it.
     fn prepare(
         &self,
@@ -296,8 +378,12 @@ impl Generation {
                 max: self.model.context_len().saturating_sub(1),
             });
         }
-        let max_tokens = params.max_tokens.unwrap_or(room).clamp(1, room);
-        let (sink, stream) = flow::token_stream(max_tokens);
+        let max_tokens = params.max_tokens.unwrap_or(room).min(room);
+        let n_scored = match (&prompt.echo, params.top_logprobs) {
+            (Some(_), Some(_)) => n_prompt,
+            _ => 0,
+        };
+        let (sink, stream) = flow::token_stream(max_tokens + n_scored);
         let idx = self.choices.len() as u64;
         let request = Request {
             id: next_request_id(),
@@ -311,6 +397,7 @@ impl Generation {
             },
             grammar: params.grammar.clone(),
             top_logprobs: params.top_logprobs,
+            scored_from: None,
             deadline: params.deadline,
             cache_owner: params.cache_owner,
             account: params.account,
@@ -328,6 +415,8 @@ impl Generation {
             parser,
             stop_tokens: Arc::clone(stop_tokens),
             held: Vec::new(),
+            logprob_sum: 0.0,
+            n_tokens: 0,
         };
         Ok((choice, request))
     }
@@ -362,6 +451,15 @@ impl Generation {
         self.counts
     }
 
+    /// Mean log-probability of a choice's tokens so far, of its end too; minus infinity without tokens,
+    /// or where none were asked for.
+    pub fn mean_logprob(&self, choice: usize) -> f64 {
+        match &self.choices[choice] {
+            Choice { n_tokens: 0, .. } => f64::NEG_INFINITY,
+            choice => choice.logprob_sum / choice.n_tokens as f64,
+        }
+    }
+
     /// When the first step for a choice began; `None` while all wait.
     pub fn admitted_at(&self) -> Option<Instant> {
         self.admitted_at
@@ -377,6 +475,12 @@ impl Generation {
         let (idx, item) = poll_fn(|ctx| {
             let n = self.choices.len();
             for idx in (0..n).map(|offset| (self.first + offset) % n) {
+                // What follows a prompt that is shown waits for it.
+                let first = idx - idx % self.n_per_prompt;
+                let waits = self.echoes[idx / self.n_per_prompt].is_some();
+                if idx != first && waits && self.choices[first].stream.is_some() {
+                    continue;
+                }
                 if let Some(stream) = &mut self.choices[idx].stream
                     && let Poll::Ready(item) = pin!(stream.next()).poll(ctx)
                 {
@@ -398,6 +502,7 @@ impl Generation {
                 self.counts.n_cached += if is_first { n_cached } else { 0 };
             }
             Some(StreamItem::Prefilled { .. }) => {}
+            Some(StreamItem::Scored { scores, .. }) => self.scored(idx, scores),
             Some(StreamItem::Token(token)) => self.token(idx, token),
             Some(StreamItem::Finished(reason)) => {
                 let end = match reason {
@@ -414,10 +519,25 @@ impl Generation {
         }
     }
 
+    fn scored(&mut self, idx: usize, scores: Vec<TokenLogprobs>) {
+        let of_prompt = idx / self.n_per_prompt;
+        if let Some(mut echo) = self.echoes[of_prompt].take() {
+            echo.scores.extend(scores);
+            match echo.is_scored() {
+                true => self.show(of_prompt, &echo, true),
+                false => self.echoes[of_prompt] = Some(echo),
+            }
+        }
+    }
+
     fn token(&mut self, idx: usize, event: TokenEvent) {
         let choice = &mut self.choices[idx];
         self.counts.n_output += 1;
         choice.n_output += 1;
+        if let Some(logprobs) = &event.logprobs {
+            choice.logprob_sum += f64::from(logprobs.chosen);
+            choice.n_tokens += 1;
+        }
         if choice.stop_tokens.contains(&event.token) {
             // The end follows; an end token is no text.
             self.ready.push_back(GenerationEvent::Delta {

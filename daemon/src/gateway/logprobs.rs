@@ -56,6 +56,29 @@ impl Offset {
         }
     }
 
+    /// Where the tokens of a prompt begin that reads `text`; what follows begins where it ends. A first
+    /// token that `text` does not begin with was put in front of it.
+    fn of_prompt(
+        &mut self,
+        model: &Arc<TextModel>,
+        tokens: &[TokenChoice],
+        text: &str,
+    ) -> Vec<usize> {
+        let mut decoder = OutputDecoder::of_prompt(Arc::clone(model));
+        let n_chars = text.chars().count();
+        let first = tokens.first().map(|first| bytes_of(model, first.token));
+        let is_added = first.is_some_and(|first| !text.as_bytes().starts_with(&first));
+        let mut begins_at = 0;
+        let mut begins = Vec::with_capacity(tokens.len());
+        for (idx, token) in tokens.iter().enumerate() {
+            begins.push(begins_at.min(n_chars));
+            let n_new = decoder.push(token.token).chars().count();
+            begins_at += if idx == 0 && is_added { 0 } else { n_new };
+        }
+        self.n_chars = n_chars;
+        begins
+    }
+
     /// Where a token begins; one inside a character begins where that does.
     fn of(&mut self, token: u32) -> usize {
         let begins_at = self.n_chars;
@@ -64,23 +87,36 @@ impl Offset {
     }
 }
 
-/// Entries of a plain completion; `text_offset` goes on from `offset`, which moves along.
+/// Entries of a plain completion; `text_offset` goes on from `offset`, which moves along. `prompt` is the
+/// text that the tokens are the prompt of, where they are one.
 pub(super) fn completion(
-    text: &TextModel,
+    text: &Arc<TextModel>,
     tokens: &[TokenChoice],
+    prompt: Option<&str>,
     offset: &mut Offset,
 ) -> CompletionLogprobs {
-    let mut lists = CompletionLogprobs::default();
+    let mut lists = CompletionLogprobs {
+        text_offset: match prompt {
+            Some(prompt) => offset.of_prompt(text, tokens, prompt),
+            None => tokens
+                .iter()
+                .map(|choice| offset.of(choice.token))
+                .collect(),
+        },
+        ..CompletionLogprobs::default()
+    };
     for choice in tokens {
         let name = token_name(&bytes_of(text, choice.token));
-        lists.text_offset.push(offset.of(choice.token));
         lists.tokens.push(name);
-        lists.token_logprobs.push(finite(choice.logprobs.chosen));
+        let chosen = choice.logprobs.chosen;
+        let is_known = !chosen.is_nan();
+        lists.token_logprobs.push(is_known.then(|| finite(chosen)));
         let top = choice.logprobs.top.iter();
-        let top: Map<String, Value> = top
-            .map(|(token, logprob)| (token_name(&bytes_of(text, *token)), number(*logprob)))
-            .collect();
-        lists.top_logprobs.push(top);
+        let top = || -> Map<String, Value> {
+            top.map(|(token, logprob)| (token_name(&bytes_of(text, *token)), number(*logprob)))
+                .collect()
+        };
+        lists.top_logprobs.push(is_known.then(top));
     }
     lists
 }

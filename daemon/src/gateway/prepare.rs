@@ -13,7 +13,7 @@ use dsd_proto::{
     code::Code,
     openai::{
         self, AnswerShape, ChatCompletionRequest, CompletionRequest, GenerationOptions, Prompt,
-        RequestError, ServiceTier, Tool, ToolChoice,
+        RequestError, ServiceTier, Tool, ToolChoice, limits,
     },
 };
 use tokio::{task, time};
@@ -83,6 +83,17 @@ pub(super) struct Prepared {
     pub(super) include_usage: bool,
     /// Members of the body that nothing reads.
     pub(super) ignored: Vec<String>,
+}
+
+/// A plain completion that may be submitted.
+pub(super) struct PreparedCompletion {
+    pub(super) prepared: Prepared,
+    /// Choices of each prompt that are the answer: the likeliest of those that are made.
+    pub(super) n_returned: usize,
+    /// The answer has log-probabilities.
+    pub(super) wants_logprobs: bool,
+    /// Each choice begins with its prompt.
+    pub(super) echo: bool,
 }
 
 /// Header with the names of members of the body that are ignored.
@@ -335,7 +346,9 @@ pub(super) fn of_chat(
         .text
         .render_chat(&messages, &options)
         .map_err(|e| ApiError::of_text(&e, "messages"))?;
-    let tool_calls_max = match request.parallel_tool_calls {
+    // Who names a function wants it called, once.
+    let is_named = matches!(request.tool_choice, ToolChoice::Named(_));
+    let tool_calls_max = match request.parallel_tool_calls && !is_named {
         true => usize::MAX,
         false => 1,
     };
@@ -383,6 +396,7 @@ pub(super) fn of_chat(
             tool_calls_max,
             ..prompt.form
         },
+        echo: None,
     };
     let asked = Asked {
         caller,
@@ -401,7 +415,7 @@ pub(super) fn completion(
     catalog: &Catalog,
     body: &[u8],
     terms: Terms,
-) -> Result<Prepared, ApiError> {
+) -> Result<PreparedCompletion, ApiError> {
     let request = CompletionRequest::from_slice(body)?;
     let deadline = terms.deadline(&request.options)?;
     let caller = terms.entered.caller;
@@ -428,10 +442,20 @@ pub(super) fn completion(
             }
         };
         let ids = encoded.map_err(|e| ApiError::of_text(&e, "prompt"))?;
+        let echo = request.echo.then(|| match prompt {
+            Prompt::Text(text) => text,
+            Prompt::Tokens(_) => model.text.decode(&ids, false),
+        });
         prompts.push(PreparedPrompt {
             ids,
             form: OutputForm::PLAIN,
+            echo,
         });
+    }
+    let (n_returned, best_of) = (request.options.n as usize, request.best_of as usize);
+    let top_logprobs = request.options.top_logprobs;
+    if let Some(n_top) = top_logprobs.filter(|_| request.echo) {
+        check_echoed(&prompts, n_returned, n_top)?;
     }
     let grammar = grammar(&model, &OutputForm::PLAIN, &request.options, None, false)?;
     let asked = Asked {
@@ -443,7 +467,36 @@ pub(super) fn completion(
         deadline,
         ignored: openai::unknown_fields(body),
     };
-    prepared(asked, request.options)
+    let mut prepared = prepared(asked, request.options)?;
+    prepared.params.n = best_of;
+    if n_returned < best_of {
+        // The likeliest are found by them.
+        prepared.params.top_logprobs = Some(top_logprobs.unwrap_or(0));
+    }
+    Ok(PreparedCompletion {
+        prepared,
+        n_returned,
+        wants_logprobs: top_logprobs.is_some(),
+        echo: request.echo,
+    })
+}
+
+/// Refuses an answer with more log-probabilities of prompts than anybody should hold at once.
+fn check_echoed(prompts: &[PreparedPrompt], n: usize, n_top: usize) -> Result<(), ApiError> {
+    let n_tokens: usize = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    let n_all = n_tokens.saturating_mul(n).saturating_mul(1 + n_top);
+    if limits::ECHOED_LOGPROBS_MAX < n_all {
+        return Err(RequestError::OutOfRange {
+            param: "logprobs".to_owned(),
+            found: format!("{n_all} log-probabilities of echoed prompts"),
+            expected: format!(
+                "at most {}; send fewer prompts at once, or ask for fewer of the likeliest tokens",
+                limits::ECHOED_LOGPROBS_MAX
+            ),
+        }
+        .into());
+    }
+    Ok(())
 }
 
 /// What a request's answer has to follow, looked at before an engine gets it.

@@ -223,6 +223,7 @@ impl GroupHandle {
                 sampling: request.sampling,
                 grammar: request.grammar,
                 top_logprobs: request.top_logprobs,
+                scored_from: request.scored_from,
                 deadline: request.deadline,
                 cache_owner: request.cache_owner,
                 account: request.account,

@@ -6,8 +6,8 @@ use std::{
 };
 
 use dsd_proto::wire::group::{
-    EngineLimits as WireLimits, GroupEventKind, GroupLoad, GroupStart, GroupSubmit, GroupToken,
-    TokenSampling, TokenValue,
+    EngineLimits as WireLimits, GroupEventKind, GroupLoad, GroupScore, GroupScores, GroupStart,
+    GroupSubmit, GroupToken, TokenSampling, TokenValue,
 };
 
 use crate::{
@@ -41,6 +41,8 @@ pub(super) struct Asked {
     pub(super) sampling: SamplingParams,
     pub(super) grammar: Option<Arc<str>>,
     pub(super) top_logprobs: Option<usize>,
+    /// Moves along with the scores that came.
+    pub(super) scored_from: Option<usize>,
     pub(super) deadline: Option<Instant>,
     pub(super) cache_owner: CacheOwner,
     pub(super) account: Account,
@@ -71,6 +73,7 @@ impl Asked {
             },
             grammar: self.grammar.as_deref().map(str::to_owned),
             top_logprobs: self.top_logprobs.map(|n| n as u32),
+            scored_from: self.scored_from.map(|n| n as u64),
             deadline_ms: self.deadline.map(|d| left(d).as_millis() as u64),
             cache_owner: self.cache_owner.0.to_vec(),
             tenant: self.account.tenant,
@@ -108,6 +111,9 @@ pub(super) fn request(message: GroupSubmit, now: Instant, sink: TokenSink) -> Re
         },
         grammar: message.grammar.map(Into::into),
         top_logprobs: message.top_logprobs.map(|n| n as usize),
+        scored_from: message
+            .scored_from
+            .map(|n| usize::try_from(n).unwrap_or(usize::MAX)),
         deadline: message
             .deadline_ms
             .and_then(|ms| now.checked_add(Duration::from_millis(ms))),
@@ -137,6 +143,16 @@ pub(super) fn event_of(item: StreamItem) -> GroupEventKind {
             age_us: clock::now().saturating_duration_since(at).as_micros() as u64,
         }),
         StreamItem::Prefilled { n_computed } => GroupEventKind::Prefilled(n_computed as u64),
+        StreamItem::Scored { first, scores } => GroupEventKind::Scored(GroupScores {
+            first: first as u64,
+            scores: scores
+                .into_iter()
+                .map(|score| GroupScore {
+                    logprob: score.chosen,
+                    top: values(&score.top),
+                })
+                .collect(),
+        }),
         StreamItem::Token(event) => {
             let (logprob, top) = match event.logprobs {
                 Some(logprobs) => (Some(logprobs.chosen), values(&logprobs.top)),
@@ -175,6 +191,17 @@ pub(super) fn item_of(event: GroupEventKind) -> Option<StreamItem> {
         }
         GroupEventKind::Prefilled(n_computed) => StreamItem::Prefilled {
             n_computed: size(n_computed),
+        },
+        GroupEventKind::Scored(scored) => StreamItem::Scored {
+            first: size(scored.first),
+            scores: scored
+                .scores
+                .into_iter()
+                .map(|score| TokenLogprobs {
+                    chosen: score.logprob,
+                    top: pairs(score.top),
+                })
+                .collect(),
         },
         GroupEventKind::Token(token) => {
             let top = pairs(token.top);

@@ -199,12 +199,12 @@ impl Supervisor {
         let mut given_up = Vec::new();
         for (id, in_flight) in &mut state.in_flight {
             if in_flight.epoch == epoch && in_flight.has_started {
-                let n_output = in_flight.output.len();
+                let n_had = in_flight.output.len() + in_flight.asked.scored_from.unwrap_or(0);
                 let n_losses = match in_flight.lost_at {
-                    Some((at, n)) if at == n_output => n + 1,
+                    Some((at, n)) if at == n_had => n + 1,
                     _ => 1,
                 };
-                in_flight.lost_at = Some((n_output, n_losses));
+                in_flight.lost_at = Some((n_had, n_losses));
                 if LOSSES_MAX <= n_losses {
                     given_up.push(*id);
                 }
@@ -635,6 +635,13 @@ impl Supervisor {
                 }
                 item @ StreamItem::Prefilled { .. } => {
                     in_flight.sink.send(item);
+                }
+                StreamItem::Scored { first, scores } => {
+                    // Those behind it are asked of the next group.
+                    if in_flight.asked.scored_from == Some(first) {
+                        in_flight.asked.scored_from = Some(first + scores.len());
+                        in_flight.sink.send(StreamItem::Scored { first, scores });
+                    }
                 }
                 StreamItem::Token(event) => {
                     if event.index == in_flight.output.len() {

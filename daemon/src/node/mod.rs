@@ -534,6 +534,7 @@ mod tests {
                 sampling: SamplingParams::default(),
                 grammar: None,
                 top_logprobs: None,
+                scored_from: None,
                 deadline: None,
                 cache_owner: flow::CacheOwner::default(),
                 account: flow::Account::default(),

@@ -178,7 +178,8 @@ impl Replica {
         for request in &requests {
             self.check_prompt(&request.prompt)?;
         }
-        let (some, none): (Vec<_>, Vec<_>) = requests.into_iter().partition(|r| r.max_tokens > 0);
+        let has_work = |r: &Request| 0 < r.max_tokens || r.scored_from.is_some();
+        let (some, none): (Vec<_>, Vec<_>) = requests.into_iter().partition(has_work);
         for request in none {
             // Nothing to compute: the end is all there is to say.
             request

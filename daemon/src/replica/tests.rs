@@ -59,6 +59,7 @@ fn request(id: u64, n_prompt: usize, max_tokens: usize) -> (Request, TokenStream
         sampling: SamplingParams::default(),
         grammar: None,
         top_logprobs: None,
+        scored_from: None,
         deadline: None,
         cache_owner: CacheOwner::default(),
         account: Account::default(),
@@ -113,7 +114,9 @@ fn read_all(mut stream: TokenStream) -> (Vec<u32>, FinishReason) {
                 assert_eq!(stream.blocking_next(), None, "nothing follows the end");
                 return (tokens, reason);
             }
-            Some(StreamItem::Prefilled { .. }) => panic!("not for readers"),
+            Some(item @ (StreamItem::Prefilled { .. } | StreamItem::Scored { .. })) => {
+                panic!("{item:?} was not asked for")
+            }
             None => panic!("the stream ended without an end after {tokens:?}"),
         }
     }
@@ -846,5 +849,83 @@ proptest! {
             prop_assert_eq!(read_all(stream), expected);
         }
         wait_until_empty(&replica);
+    }
+}
+
+/// Scores of a whole prompt in their order, the number of tokens behind them, and the end.
+fn read_scores(mut stream: TokenStream) -> (Vec<(f32, Vec<(u32, f32)>)>, usize, FinishReason) {
+    let (mut all, mut n_tokens) = (Vec::new(), 0);
+    loop {
+        match stream.blocking_next() {
+            Some(StreamItem::Scored { first, scores }) => {
+                assert_eq!(
+                    (first, n_tokens),
+                    (all.len() + 1, 0),
+                    "in order, before all tokens"
+                );
+                all.extend(scores.into_iter().map(|s| (s.chosen, s.top)));
+            }
+            Some(StreamItem::Token(_)) => n_tokens += 1,
+            Some(StreamItem::Finished(reason)) => return (all, n_tokens, reason),
+            Some(StreamItem::Started { .. } | StreamItem::Prefilled { .. }) => {}
+            None => panic!("the stream ended without an end"),
+        }
+    }
+}
+
+/// The same prompts in every way there is to compute them: alone, in a crowd that shares blocks, with
+/// too little room for all, and in steps of few rows.
+#[test]
+fn scores_of_a_prompt_are_the_same_however_it_is_computed() {
+    let tight = ExecutorLimits {
+        n_blocks: 40,
+        ..ROOMY
+    };
+    let narrow = ExecutorLimits {
+        step_tokens_max: 16,
+        ..ROOMY
+    };
+    let scored = |id: u64, max_tokens| {
+        // Every second one begins like the one before.
+        let (mut request, _) = request(id / 2, 8 + id as usize, max_tokens);
+        let (sink, stream) = token_stream(64);
+        request.id = RequestId(id);
+        request.scored_from = Some(1);
+        request.top_logprobs = Some(2);
+        request.sink = sink;
+        (request, stream)
+    };
+    let n_wanted = |id: u64| (id % 3) as usize * 10;
+    let mut expected = Vec::new();
+    for id in 0..12 {
+        let (replica, _) = replica(ROOMY, |cfg| cfg.prefix_cache = false);
+        let (request, stream) = scored(id, n_wanted(id));
+        replica.submit(request).unwrap();
+        let (scores, n_tokens, reason) = read_scores(stream);
+        assert_eq!((scores.len(), n_tokens), (7 + id as usize, n_wanted(id)));
+        assert_eq!(reason, FinishReason::Length);
+        assert!(
+            scores
+                .iter()
+                .all(|(chosen, top)| *chosen < 0.0 && top.len() == 2)
+        );
+        expected.push(scores);
+    }
+    for limits in [ROOMY, tight, narrow] {
+        let (replica, _) = replica(limits, |_| {});
+        for _ in 0..2 {
+            let streams: Vec<_> = (0..12)
+                .map(|id| {
+                    let (request, stream) = scored(id, n_wanted(id));
+                    replica.submit(request).unwrap();
+                    stream
+                })
+                .collect();
+            for (id, stream) in streams.into_iter().enumerate() {
+                let (scores, n_tokens, _) = read_scores(stream);
+                assert_eq!(scores, expected[id], "prompt {id}");
+                assert_eq!(n_tokens, n_wanted(id as u64));
+            }
+        }
     }
 }

@@ -174,7 +174,7 @@ impl<B: Backend> ModelExecutor<B> {
             block_len: plan.block_len,
             n_blocks: plan.n_blocks,
             step_tokens_max: plan.step_tokens_max,
-            step_spans_max: plan.step_logits_max,
+            step_spans_max: plan.step_spans_max,
             step_logits_max: plan.step_logits_max,
             context_len_max: plan.context_len,
         };

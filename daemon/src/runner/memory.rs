@@ -28,7 +28,7 @@ pub struct Budget {
     pub kv_bytes_max: u64,
     /// Tokens of one step at most.
     pub step_tokens_max: usize,
-    /// Sequences of one step, and rows of logits, at most.
+    /// Sequences of one step at most.
     pub step_spans_max: usize,
 }
 
@@ -79,6 +79,10 @@ impl WeightBytes {
     }
 }
 
+/// Rows of logits beyond one for each sequence of a step, so that prompts whose tokens are scored go on
+/// beside as many decodes as there may be.
+const SCORED_ROWS: usize = 16;
+
 /// The part of the KV cache that may outlive a rank's process.
 const KEPT_DIVISOR: u64 = 4;
 
@@ -105,6 +109,8 @@ pub struct MemoryPlan {
     pub context_len: usize,
     /// Rows of the step's buffers.
     pub step_tokens_max: usize,
+    /// Sequences of a step.
+    pub step_spans_max: usize,
     /// Rows of logits.
     pub step_logits_max: usize,
 }
@@ -169,7 +175,7 @@ impl MemoryPlan {
                 block_len: KV_BLOCK_LEN,
             });
         }
-        let step_logits_max = budget.step_spans_max;
+        let step_logits_max = budget.step_spans_max + SCORED_ROWS;
         let plan = |(split, weights): &(Split, WeightBytes)| {
             let spec = &split.local;
             let workspace =
@@ -192,6 +198,7 @@ impl MemoryPlan {
                 kv_bytes_per_token: bytes_per_token(split),
                 context_len: context_len.min(n_blocks * KV_BLOCK_LEN),
                 step_tokens_max: budget.step_tokens_max,
+                step_spans_max: budget.step_spans_max,
                 step_logits_max,
             }
         };

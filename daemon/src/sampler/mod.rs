@@ -116,10 +116,30 @@ pub fn sample(
     } else {
         best
     };
-    let logprobs = ctx
-        .top_logprobs
-        .map(|n| token_logprobs(scratch, token, n, n_logits));
+    let logprobs = ctx.top_logprobs.map(|n| {
+        let row = &scratch.unmodified;
+        token_logprobs(&mut scratch.candidates, row, token, n, n_logits)
+    });
     Ok(Sampled { token, logprobs })
+}
+
+/// Log-probabilities of a token that stands in a text, of which `logits` are the row before it, and of
+/// the `n_top` likeliest below `sampleable_len`.
+pub fn score(
+    scratch: &mut Scratch,
+    logits: &[f32],
+    token: u32,
+    n_top: usize,
+    sampleable_len: usize,
+) -> TokenLogprobs {
+    let candidates = &mut scratch.candidates;
+    token_logprobs(candidates, logits, token, n_top, sampleable_len)
+}
+
+/// The natural logarithm of a token's probability, over the whole row.
+pub fn log_probability(logits: &[f32], token: u32) -> f64 {
+    let log_sum = log_sum_exp(logits);
+    (logits.get(token as usize)).map_or(f64::NEG_INFINITY, |&logit| f64::from(logit) - log_sum)
 }
 
 /// Leaves those whose bit is set.
@@ -210,26 +230,29 @@ fn exp(x: f32) -> f32 {
     if x > -87.0 { value * scale } else { 0.0 }
 }
 
-fn token_logprobs(
-    scratch: &mut Scratch,
-    token: u32,
-    n_top: usize,
-    n_logits: usize,
-) -> TokenLogprobs {
-    let row = &scratch.unmodified;
+fn log_sum_exp(row: &[f32]) -> f64 {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = row
         .iter()
         .filter(|l| !l.is_nan())
         .map(|&l| f64::from((l - max).exp()))
         .sum();
-    let log_sum = f64::from(max) + sum.ln();
+    f64::from(max) + sum.ln()
+}
+
+fn token_logprobs(
+    candidates: &mut Vec<Candidate>,
+    row: &[f32],
+    token: u32,
+    n_top: usize,
+    sampleable_len: usize,
+) -> TokenLogprobs {
+    let log_sum = log_sum_exp(row);
     let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
 
-    let candidates = &mut scratch.candidates;
     candidates.clear();
     if 0 < n_top {
-        candidates.extend(filter::candidates(&row[..n_logits]));
+        candidates.extend(filter::candidates(&row[..sampleable_len.min(row.len())]));
         filter::keep_first(candidates, n_top);
     }
     TokenLogprobs {

@@ -69,6 +69,8 @@ pub struct SchedulerConfig {
     pub context_len_max: usize,
     /// Tokens of a step at most; not below `running_max`, so that every decode fits.
     pub step_tokens_max: usize,
+    /// Rows of logits of a step at most; not below `running_max`, so that every decode has one.
+    pub step_logits_max: usize,
     /// How long a step may take by prediction.
     pub step_target: Duration,
     /// Sequences in the running set at most.
@@ -110,7 +112,7 @@ pub enum EnqueueError {
         max: usize,
     },
     /// No prompt, or nothing to generate.
-    #[error("a sequence needs a prompt and at least one token to generate")]
+    #[error("a sequence needs a prompt and at least one token to generate or to score")]
     Empty,
     /// Prompt and one new token do not fit the context or the whole pool.
     #[error("the prompt has {n_prompt} tokens, at most {max} fit")]
@@ -147,7 +149,7 @@ pub enum EndReason {
 }
 
 /// A sequence in the planned step.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Scheduled {
     /// Which.
     pub slot: Slot,
@@ -161,7 +163,9 @@ pub struct Scheduled {
     pub n_computed: usize,
     /// What it adds to the step's time.
     pub shape: StepShape,
-    /// True when the step yields a logits row for it.
+    /// Tokens of the prompt that the step yields a logits row for, each the row before it.
+    pub scored: Range<usize>,
+    /// True when the step yields a logits row for its next token, behind those.
     pub is_sampled: bool,
 }
 
@@ -212,6 +216,10 @@ impl Scheduler {
             cfg.running_max <= cfg.step_tokens_max,
             "every decode fits the budget"
         );
+        assert!(
+            cfg.running_max <= cfg.step_logits_max,
+            "every decode has a row of logits"
+        );
         assert!(0 < cfg.sequence_len_max(), "room for a position");
         // Those that ran and were displaced wait again beside as many new ones as may wait; they are
         // no more than ran before, since a place that is taken away is taken by somebody.
@@ -240,7 +248,9 @@ impl Scheduler {
     pub fn enqueue(&mut self, spec: SequenceSpec) -> Result<Slot, EnqueueError> {
         let n_prompt = spec.prompt.len();
         let len_max = self.cfg.sequence_len_max();
-        if n_prompt == 0 || spec.n_output_max <= spec.output.len() {
+        let is_scored_only =
+            spec.n_output_max == 0 && spec.output.is_empty() && spec.scored_from.is_some();
+        if n_prompt == 0 || (spec.n_output_max <= spec.output.len() && !is_scored_only) {
             return Err(EnqueueError::Empty);
         }
         let n_known = n_prompt + spec.output.len();
@@ -266,6 +276,7 @@ impl Scheduler {
         self.slots[slot] = Some(Sequence {
             serial: self.serial_next,
             n_prompt,
+            next_scored: (spec.scored_from).map_or(n_prompt, |first| first.clamp(1, n_prompt)),
             len_max: n_prompt.saturating_add(spec.n_output_max).min(len_max),
             tokens,
             stop_tokens: spec.stop_tokens,
@@ -325,11 +336,11 @@ impl Scheduler {
         self.check(plan);
     }
 
-    /// Advances every sequence of the planned step. `sampled` holds one token per logits row in
-    /// plan order; `None` ends the sequence. `took` is charged to the accounts of its sequences.
+    /// Advances every sequence of the planned step. `sampled` holds one token per sampled sequence in
+    /// plan order; `None` ends the sequence, as it must where only scores were wanted. `took` is charged to the accounts of its sequences.
     ///
     /// # Panics
-    /// When `sampled` has another number of rows than the plan.
+    /// When `sampled` has another number of tokens than the plan has sampled sequences.
     pub fn apply(
         &mut self,
         sampled: &[Option<u32>],
@@ -344,9 +355,12 @@ impl Scheduler {
                 slot,
                 n_tokens,
                 is_sampled,
+                ref scored,
                 ..
             } = self.scheduled[i];
+            let next_scored = scored.end;
             let seq = self.sequence_mut(slot.0);
+            seq.next_scored = seq.next_scored.max(next_scored);
             seq.n_computed += n_tokens;
             seq.n_computed_ever = seq.n_computed_ever.max(seq.n_computed);
             seq.n_scheduled = 0;
@@ -361,8 +375,9 @@ impl Scheduler {
                 "a sampled sequence is fully computed"
             );
             let token = rows.next();
-            assert!(token.is_some(), "one token per logits row");
+            assert!(token.is_some(), "one token per sampled sequence");
             let reason = match token.copied().flatten() {
+                _ if seq.len_max <= seq.tokens.len() => Some(EndReason::Length),
                 None => Some(EndReason::NotSampled),
                 Some(token) => {
                     seq.tokens.push(token);
@@ -378,7 +393,7 @@ impl Scheduler {
                 ended.push(Ended { slot, reason });
             }
         }
-        assert!(rows.next().is_none(), "one token per logits row");
+        assert!(rows.next().is_none(), "one token per sampled sequence");
         self.scheduled.clear();
     }
 
@@ -395,8 +410,8 @@ impl Scheduler {
         self.scheduled.clear();
     }
 
-    /// The planned step's sequences in plan order; those sampled have their logits rows in this
-    /// order.
+    /// The planned step's sequences in plan order; their rows of logits come in this order, scored
+    /// tokens before the sampled one.
     pub fn scheduled(&self) -> &[Scheduled] {
         &self.scheduled
     }

@@ -41,17 +41,28 @@ impl Prompts {
         }
     }
 
-    /// Positions of a sequence that the step's time and tokens leave room for.
+    /// Positions of a sequence that the step's time, tokens and rows of logits leave room for.
     fn rows_for(&self, cfg: &SchedulerConfig, cost: &CostModel, seq: &Sequence) -> usize {
         let n_left = cfg.step_tokens_max - self.shape.n_rows;
-        let n_max = seq.n_pending().min(n_left);
-        let n_fitting = cost.rows_within(self.seconds_max, self.shape, seq.n_computed, n_max);
+        let n_logits_left = cfg.step_logits_max.saturating_sub(self.shape.n_logits);
+        let n_max = seq.n_within(seq.n_pending().min(n_left), n_logits_left);
+        // Whether its last position is among them makes no difference.
+        let span = |n| match seq.logit_rows(n) {
+            LogitRows::All => seq.shape_of(n),
+            LogitRows::Skip | LogitRows::Last => StepShape::span(seq.n_computed, n, 1),
+        };
+        let n_fitting = cost.rows_within(self.seconds_max, self.shape, span, n_max);
         let n_floor = PREFILL_ROWS_MIN.saturating_sub(self.n_prompt_rows);
         let n = n_fitting.max(n_floor.min(n_max));
         match CHUNK_MULTIPLE <= n && n < seq.n_pending() {
             true => n - n % CHUNK_MULTIPLE,
             false => n,
         }
+    }
+
+    /// A sequence that would have been in the step is displaced: its row of logits is free.
+    fn forget(&mut self, seq: &Sequence) {
+        self.shape.n_logits -= usize::from(seq.is_decode());
     }
 
     fn add(&mut self, seq: &Sequence) {
@@ -140,6 +151,7 @@ impl Scheduler {
                 };
                 n_blocks += self.sequence(victim).table.blocks().len();
                 n_places += 1;
+                step.forget(self.sequence(victim));
                 self.displace(victim);
                 n_displaced += 1;
                 has_displaced = true;
@@ -325,8 +337,9 @@ impl Scheduler {
 
     /// Computes of the oldest running sequence what one step holds, displacing whoever is in the way.
     pub(super) fn force_oldest(&mut self) {
-        let n_wanted = self.sequence(self.running[0]).n_pending();
-        let n_wanted = n_wanted.min(self.cfg.step_tokens_max);
+        let oldest = self.sequence(self.running[0]);
+        let n_wanted = oldest.n_pending().min(self.cfg.step_tokens_max);
+        let n_wanted = oldest.n_within(n_wanted, self.cfg.step_logits_max);
         while self.schedule(0, n_wanted) == 0 {
             let youngest = self.running.len() - 1;
             assert!(0 < youngest, "the oldest sequence alone fits the pool");
@@ -375,13 +388,13 @@ impl Scheduler {
     }
 
     /// Gives a sequence that is about to run what the cache holds of it. Its last position is
-    /// always computed: the next token hangs on its logits.
+    /// always computed, and so are those before tokens to be scored: both hang on their logits.
     fn adopt(&mut self, slot: usize) {
         let Some(seq) = &mut self.slots[slot] else {
             unreachable!("slot {slot} waits and is empty");
         };
         if self.cfg.prefix_cache {
-            let known = &seq.tokens[..seq.tokens.len() - 1];
+            let known = &seq.tokens[..seq.n_adoptable()];
             seq.n_computed = seq.table.adopt(known, &mut self.pool);
             seq.n_computed_ever = seq.n_computed_ever.max(seq.n_computed);
         }
@@ -453,10 +466,10 @@ impl Scheduler {
                 let first = seq.n_computed;
                 let end = first + seq.n_scheduled;
                 let is_sampled = end == seq.tokens.len();
-                let logits = if is_sampled {
-                    LogitRows::Last
-                } else {
-                    LogitRows::Skip
+                let logits = seq.logit_rows(seq.n_scheduled);
+                let scored = match logits {
+                    LogitRows::All => first + 1..seq.n_prompt.min(end + 1),
+                    LogitRows::Skip | LogitRows::Last => 0..0,
                 };
                 plan.push(
                     seq.serial,
@@ -474,6 +487,7 @@ impl Scheduler {
                     n_recomputed,
                     n_computed: end,
                     shape: seq.shape(),
+                    scored,
                     is_sampled,
                 });
             }
@@ -486,7 +500,7 @@ impl Scheduler {
         let all = self.step_shape();
         let scale = took / cost.seconds(all).max(f64::MIN_POSITIVE);
         for i in 0..self.scheduled.len() {
-            let Scheduled { slot, shape, .. } = self.scheduled[i];
+            let Scheduled { slot, shape, .. } = self.scheduled[i].clone();
             let seconds = scale * cost.share(shape, all.n_rows);
             self.shares.charge(self.sequence(slot.0).account, seconds);
         }

@@ -6,6 +6,7 @@ use crate::{
     cost::StepShape,
     flow::{Account, Siblings},
     kv_cache::{BlockKey, BlockTable},
+    runner::LogitRows,
 };
 
 /// What the scheduler has to know of a request.
@@ -15,8 +16,10 @@ pub struct SequenceSpec {
     pub prompt: Vec<u32>,
     /// Tokens that were generated before, elsewhere.
     pub output: Vec<u32>,
-    /// Tokens to generate at most, those generated before included.
+    /// Tokens to generate at most, those generated before included; 0 only where the prompt is scored.
     pub n_output_max: usize,
+    /// First token of the prompt that is scored, with those behind it; `None`: none are.
+    pub scored_from: Option<usize>,
     /// The generation ends after one of these.
     pub stop_tokens: Arc<[u32]>,
     /// The sequence ends at the first step at or after this moment.
@@ -41,6 +44,8 @@ pub(super) struct Sequence {
     /// Prompt, then output.
     pub(super) tokens: Vec<u32>,
     pub(super) n_prompt: usize,
+    /// First token of the prompt that is still to be scored; `n_prompt` where none is.
+    pub(super) next_scored: usize,
     /// `tokens` never gets longer: prompt and wanted output, cut to what context and pool hold.
     pub(super) len_max: usize,
     pub(super) stop_tokens: Arc<[u32]>,
@@ -72,13 +77,55 @@ impl Sequence {
         self.n_pending() == 1
     }
 
-    /// What the step being planned computes of it, with a row of logits where that is all there is.
-    pub(super) fn shape(&self) -> StepShape {
-        let is_sampled = 0 < self.n_scheduled && self.n_scheduled == self.n_pending();
-        match self.n_scheduled {
-            0 => StepShape::default(),
-            n => StepShape::span(self.n_computed, n, usize::from(is_sampled)),
+    /// Positions before the first row of logits that scores a token; `None` where nothing is left to
+    /// score.
+    fn n_unscored(&self) -> Option<usize> {
+        let is_scored = self.next_scored < self.n_prompt;
+        is_scored.then(|| (self.next_scored - 1).saturating_sub(self.n_computed))
+    }
+
+    /// Positions that may be taken over: logits of those behind them are wanted.
+    pub(super) fn n_adoptable(&self) -> usize {
+        let n_scored = self.n_unscored().map(|_| self.next_scored);
+        n_scored.unwrap_or(self.tokens.len()) - 1
+    }
+
+    /// What of `n` more positions may be computed in one step that has `n_logits_left` rows of logits
+    /// left.
+    pub(super) fn n_within(&self, n: usize, n_logits_left: usize) -> usize {
+        match self.n_unscored() {
+            Some(0) => n.min(n_logits_left),
+            Some(n_unscored) => n.min(n_unscored),
+            None if n_logits_left == 0 => n.min(self.n_pending() - 1),
+            None => n,
         }
+    }
+
+    /// Rows of logits that a step takes of the next `n` positions.
+    pub(super) fn logit_rows(&self, n: usize) -> LogitRows {
+        match self.n_unscored() {
+            Some(0) => LogitRows::All,
+            _ if n == self.n_pending() => LogitRows::Last,
+            _ => LogitRows::Skip,
+        }
+    }
+
+    /// What a step takes to compute the next `n` positions.
+    pub(super) fn shape_of(&self, n: usize) -> StepShape {
+        let n_logits = match self.logit_rows(n) {
+            LogitRows::Skip => 0,
+            LogitRows::Last => 1,
+            LogitRows::All => n,
+        };
+        match n {
+            0 => StepShape::default(),
+            n => StepShape::span(self.n_computed, n, n_logits),
+        }
+    }
+
+    /// What the step being planned computes of it.
+    pub(super) fn shape(&self) -> StepShape {
+        self.shape_of(self.n_scheduled)
     }
 
     pub(super) fn is_expired(&self, now: Instant) -> bool {

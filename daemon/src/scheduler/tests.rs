@@ -23,6 +23,7 @@ fn scheduler(change: impl FnOnce(&mut SchedulerConfig)) -> Scheduler {
         block_len: 4,
         context_len_max: 200,
         step_tokens_max: 16,
+        step_logits_max: 16,
         step_target: Duration::from_secs(3600),
         running_max: 4,
         waiting_max: 8,
@@ -38,6 +39,7 @@ fn spec(n_prompt: usize, n_output_max: usize) -> SequenceSpec {
         prompt: vec![1; n_prompt],
         output: Vec::new(),
         n_output_max,
+        scored_from: None,
         stop_tokens: Arc::new([0]),
         deadline: None,
         root: BlockKey::root(b""),
@@ -225,6 +227,8 @@ struct Model {
     tokens: Vec<u32>,
     n_computed: usize,
     n_prompt: usize,
+    /// First token of the prompt that has no score.
+    next_scored: usize,
     n_output_max: usize,
     deadline: Option<Instant>,
 }
@@ -264,6 +268,7 @@ impl Simulation {
             block_len: 1 + draws.below(5),
             context_len_max: 2 + draws.below(60),
             step_tokens_max: running_max + draws.below(20),
+            step_logits_max: running_max + draws.below(8),
             step_target: Duration::from_millis(draws.below(20) as u64),
             running_max,
             waiting_max: 1 + draws.below(10),
@@ -285,6 +290,7 @@ impl Simulation {
     fn arrive(&mut self) {
         let n_prompt = self.draws.below(self.cfg.context_len_max + 2);
         let n_output_max = self.draws.below(20);
+        let scored_from = (self.draws.below(4) == 0).then(|| 1 + self.draws.below(4));
         let deadline = (self.draws.below(6) == 0)
             .then(|| self.now + Duration::from_millis(self.draws.below(40) as u64));
         let serial = self.n_enqueued;
@@ -298,6 +304,7 @@ impl Simulation {
             prompt: prompt.clone(),
             output: Vec::new(),
             n_output_max,
+            scored_from,
             stop_tokens: Arc::new([7]),
             deadline,
             root: BlockKey::root(b""),
@@ -323,6 +330,7 @@ impl Simulation {
                     tokens: prompt,
                     n_computed: 0,
                     n_prompt,
+                    next_scored: scored_from.map_or(n_prompt, |first| first.min(n_prompt)),
                     n_output_max,
                     deadline,
                 };
@@ -333,7 +341,9 @@ impl Simulation {
                 self.live.insert(serial, model);
                 self.n_enqueued += 1;
             }
-            Err(EnqueueError::Empty) => assert!(n_prompt == 0 || n_output_max == 0),
+            Err(EnqueueError::Empty) => {
+                assert!(n_prompt == 0 || (n_output_max == 0 && scored_from.is_none()));
+            }
             Err(EnqueueError::TooLong { max, .. }) => assert!(max < n_prompt),
             Err(EnqueueError::QueueFull { max }) => assert!(max <= self.live.len()),
         }
@@ -385,6 +395,7 @@ impl Simulation {
     fn check_plan(&mut self, plan: &StepPlan) {
         assert!(plan.tokens.len() <= self.cfg.step_tokens_max);
         assert!(plan.spans.len() <= self.cfg.running_max);
+        assert!(plan.n_logits() <= self.cfg.step_logits_max);
         let mut written = BTreeSet::new();
         let mut read = BTreeSet::new();
         let mut serials = BTreeSet::new();
@@ -413,8 +424,17 @@ impl Simulation {
                 model.tokens[span.first_pos..end]
             );
             let is_last = end == model.tokens.len();
-            assert_eq!(span.logits == LogitRows::Last, is_last);
+            let scored = &scheduled.scored;
+            assert_eq!(span.logits == LogitRows::All, !scored.is_empty());
+            assert_eq!(span.logits == LogitRows::Last, is_last && scored.is_empty());
             assert_eq!(scheduled.is_sampled, is_last);
+            if !scored.is_empty() {
+                assert_eq!(scored.start, model.next_scored, "each once, in order");
+                assert_eq!(scored.start, span.first_pos + 1, "the row before it");
+                assert_eq!(scored.end, model.n_prompt.min(end + 1));
+                model.next_scored = scored.end;
+            }
+            assert!(end < model.next_scored || model.n_prompt == model.next_scored);
             let table = &plan.blocks[span.blocks.clone()];
             assert_eq!(
                 table.len(),
@@ -472,7 +492,12 @@ impl Simulation {
         for span in &plan.spans {
             let model = self.live.get_mut(&span.seq).unwrap();
             model.n_computed += span.tokens.len();
-            if span.logits == LogitRows::Skip {
+            if model.n_computed < model.tokens.len() {
+                continue;
+            }
+            if model.n_output_max == 0 {
+                sampled.push(None);
+                ended_expected.push((model.slot, EndReason::Length));
                 continue;
             }
             let token = self.draws.below(50) as u32;
@@ -582,6 +607,7 @@ impl Engine {
             block_len: 32,
             context_len_max: 8192,
             step_tokens_max: 512,
+            step_logits_max: 32,
             step_target: Duration::from_millis(50),
             running_max: 32,
             waiting_max: 1000,
@@ -783,4 +809,89 @@ fn choices_of_one_prompt_compute_it_once() {
     }
     // The whole prompt once, its last block by every other choice, two decodes each.
     assert_eq!(n_computed, 640 + 7 * 32 + 8 * 2);
+}
+
+/// Plans and applies a step; returns the tokens scored by sequence, and its rows of logits.
+fn scored_step(scheduler: &mut Scheduler, ended: &mut Vec<Ended>) -> (Vec<Range<usize>>, usize) {
+    let mut plan = StepPlan::default();
+    scheduler.plan(start(), &CostModel::default(), &mut plan, ended);
+    let scheduled = scheduler.scheduled();
+    let scored: Vec<_> = scheduled.iter().map(|s| s.scored.clone()).collect();
+    let sampled: Vec<_> = scheduled.iter().filter(|s| s.is_sampled).collect();
+    let n_rows = scored.iter().map(Range::len).sum::<usize>() + sampled.len();
+    assert_eq!(
+        n_rows,
+        plan.n_logits(),
+        "a row for each token scored or sampled"
+    );
+    let sampled = vec![Some(2); sampled.len()];
+    apply(scheduler, &sampled, ended);
+    (scored, n_rows)
+}
+
+#[test]
+fn every_token_behind_the_first_is_scored_once_within_the_rows_of_logits() {
+    let mut scheduler = scheduler(|cfg| {
+        cfg.step_logits_max = 6;
+        cfg.prefix_cache = true;
+    });
+    let mut ended = Vec::new();
+    // What the cache holds of it must not be taken over.
+    scheduler.enqueue(spec(20, 1)).unwrap();
+    while ended.is_empty() {
+        step(&mut scheduler, &mut ended);
+    }
+    ended.clear();
+    scheduler.enqueue(spec(5, 30)).unwrap();
+    assert_eq!(scored_step(&mut scheduler, &mut ended), (vec![0..0], 1));
+    let scored = SequenceSpec {
+        scored_from: Some(1),
+        ..spec(20, 3)
+    };
+    let slot = scheduler.enqueue(scored).unwrap();
+    let mut all = Vec::new();
+    while all.len() < 19 {
+        let (scored, n_rows) = scored_step(&mut scheduler, &mut ended);
+        assert!(n_rows <= 6, "{n_rows} rows of logits");
+        all.extend(scored.into_iter().flatten());
+    }
+    assert_eq!(all, (1..20).collect::<Vec<_>>());
+    assert_eq!(scheduler.n_cached(slot), 0);
+    assert_eq!(
+        scheduler.tokens(slot).1,
+        [2],
+        "its next token comes with the last score"
+    );
+}
+
+#[test]
+fn what_was_scored_before_is_taken_over_and_a_prompt_without_output_ends_by_itself() {
+    let mut scheduler = scheduler(|cfg| cfg.prefix_cache = true);
+    let mut ended = Vec::new();
+    scheduler.enqueue(spec(14, 1)).unwrap();
+    while ended.is_empty() {
+        step(&mut scheduler, &mut ended);
+    }
+    ended.clear();
+    let scored = |from| SequenceSpec {
+        scored_from: Some(from),
+        ..spec(14, 0)
+    };
+    let slot = scheduler.enqueue(scored(10)).unwrap();
+    let mut plan = StepPlan::default();
+    // Blocks of 4: positions 0 to 7 are taken over, 8 has to be computed again without a row.
+    scheduler.plan(start(), &CostModel::default(), &mut plan, &mut ended);
+    assert_eq!(scheduler.n_cached(slot), 8);
+    assert_eq!(scheduler.scheduled()[0].scored, 0..0);
+    apply(&mut scheduler, &[], &mut ended);
+    scheduler.plan(start(), &CostModel::default(), &mut plan, &mut ended);
+    assert_eq!(scheduler.scheduled()[0].scored, 10..14);
+    apply(&mut scheduler, &[None], &mut ended);
+    let reason = EndReason::Length;
+    assert_eq!(ended, [Ended { slot, reason }]);
+    assert!(
+        scheduler.enqueue(scored(14)).is_ok(),
+        "only the end is missing"
+    );
+    assert_eq!(scheduler.enqueue(spec(14, 0)), Err(EnqueueError::Empty));
 }

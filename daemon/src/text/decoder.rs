@@ -13,6 +13,8 @@ use super::{model::TextModel, tools::ToolMarkup};
 pub struct OutputDecoder {
     model: Arc<TextModel>,
     tools: Option<ToolMarkup>,
+    /// Special tokens are text.
+    shows_special: bool,
     utf8: Utf8Assembler,
 }
 
@@ -22,7 +24,16 @@ impl OutputDecoder {
         Self {
             model,
             tools,
+            shows_special: false,
             utf8: Utf8Assembler::default(),
+        }
+    }
+
+    /// A decoder at the start of a prompt, whose special tokens are the text that they are written as.
+    pub fn of_prompt(model: Arc<TextModel>) -> Self {
+        Self {
+            shows_special: true,
+            ..Self::new(model, None)
         }
     }
 
@@ -30,7 +41,8 @@ impl OutputDecoder {
     /// token and while a character is incomplete.
     pub fn push(&mut self, token: u32) -> String {
         let is_mark = |tools: ToolMarkup| tools.is_mark(&self.model.token_text(token));
-        if self.model.is_special(token) && !self.tools.is_some_and(is_mark) {
+        let is_shown = self.shows_special || self.tools.is_some_and(is_mark);
+        if self.model.is_special(token) && !is_shown {
             return String::new();
         }
         self.utf8

@@ -15,6 +15,9 @@ pub mod limits {
     pub const CHOICES_MAX: u32 = 128;
     /// Likeliest tokens reported per position.
     pub const TOP_LOGPROBS_MAX: u32 = 20;
+    /// Log-probabilities of prompts in one answer: the tokens of all choices' prompts, times one and the
+    /// likeliest reported. 64 prompts of 2,048 tokens with one each; in JSON they are some 20 MiB.
+    pub const ECHOED_LOGPROBS_MAX: usize = 1 << 18;
     /// Stop strings of a request.
     pub const STOP_STRINGS_MAX: usize = 16;
     /// Bytes of one stop string.
@@ -99,6 +102,10 @@ pub struct CompletionRequest {
     pub add_special_tokens: bool,
     /// What spells a special token in a text is that token; the default is yes.
     pub parse_special: bool,
+    /// Each choice begins with its prompt; then there may be 0 tokens to generate.
+    pub echo: bool,
+    /// Choices that are made of each prompt, of which the `n` likeliest are the answer; at least `n`.
+    pub best_of: u32,
     /// Everything that both kinds of request share.
     pub options: GenerationOptions,
 }
@@ -363,7 +370,14 @@ impl ChatCompletionRequest {
             tool_choice,
             parallel_tool_calls,
             continues,
-            options: options(raw, top_logprobs, None)?,
+            options: options(
+                raw,
+                top_logprobs,
+                Length {
+                    default: None,
+                    may_be_none: false,
+                },
+            )?,
         })
     }
 }
@@ -393,9 +407,10 @@ impl CompletionRequest {
             Some(RawPrompt::Tokens(ids)) => vec![Prompt::Tokens(ids)],
             Some(RawPrompt::TokenLists(lists)) => lists.into_iter().map(Prompt::Tokens).collect(),
         };
+        let best_of = best_of(&raw)?;
         let n_choices = prompts
             .len()
-            .saturating_mul(usize::try_from(raw.n.unwrap_or(1)).unwrap_or(usize::MAX));
+            .saturating_mul(usize::try_from(best_of).unwrap_or(usize::MAX));
         if limits::CHOICES_MAX as usize <= n_choices.saturating_sub(1) {
             return Err(out_of_range(
                 "prompt",
@@ -403,9 +418,7 @@ impl CompletionRequest {
                 format!("at most {} choices", limits::CHOICES_MAX),
             ));
         }
-        if raw.echo == Some(true) {
-            return Err(unsupported("echo", "echoing the prompt"));
-        }
+        let echo = raw.echo == Some(true);
         let suffix = raw.suffix.take().filter(|suffix| !suffix.is_empty());
         let is_text = |prompt: &Prompt| matches!(prompt, Prompt::Text(_));
         if suffix.is_some() && !prompts.iter().all(is_text) {
@@ -414,11 +427,11 @@ impl CompletionRequest {
                 problem: "needs prompts that are texts".into(),
             });
         }
-        if raw
-            .best_of
-            .is_some_and(|best_of| best_of != raw.n.unwrap_or(1))
-        {
-            return Err(unsupported("best_of", "choosing the best of several"));
+        if suffix.is_some() && echo {
+            return Err(RequestError::Conflict {
+                param: "echo".into(),
+                problem: "does not go with `suffix`: the answer would stand between both".into(),
+            });
         }
         let top_logprobs = match raw.logprobs {
             None | Some(RawLogprobs::Flag(false)) => None,
@@ -436,9 +449,49 @@ impl CompletionRequest {
             suffix,
             add_special_tokens: raw.add_special_tokens.unwrap_or(true),
             parse_special: raw.parse_special.unwrap_or(true),
-            options: options(raw, top_logprobs, Some(COMPLETION_TOKENS_DEFAULT))?,
+            echo,
+            best_of: u32::try_from(best_of).unwrap_or(limits::CHOICES_MAX),
+            options: options(
+                raw,
+                top_logprobs,
+                Length {
+                    default: Some(COMPLETION_TOKENS_DEFAULT),
+                    may_be_none: echo,
+                },
+            )?,
         })
     }
+}
+
+/// Choices that are made of each prompt.
+fn best_of(raw: &RawRequest) -> Result<u64, RequestError> {
+    let n = raw.n.unwrap_or(1);
+    let best_of = raw.best_of.unwrap_or(n);
+    if best_of < n || u64::from(limits::CHOICES_MAX) < best_of.max(n) {
+        let expected = format!("at least `n`, {n}, at most {}", limits::CHOICES_MAX);
+        let param = if raw.best_of.is_some() {
+            "best_of"
+        } else {
+            "n"
+        };
+        return Err(out_of_range(param, best_of, expected));
+    }
+    if n < best_of && raw.stream == Some(true) {
+        return Err(RequestError::Conflict {
+            param: "best_of".into(),
+            problem: "does not go with `stream`: the best are known when all are there".into(),
+        });
+    }
+    Ok(best_of)
+}
+
+/// How many tokens may be asked for.
+#[derive(Clone, Copy)]
+struct Length {
+    /// Where nobody says.
+    default: Option<usize>,
+    /// 0 makes sense.
+    may_be_none: bool,
 }
 
 /// The conversation, and whether the answer continues its last message.
@@ -663,7 +716,7 @@ fn template_args(raw: &mut RawRequest) -> Result<Map<String, Value>, RequestErro
 fn options(
     mut raw: RawRequest,
     top_logprobs: Option<usize>,
-    max_tokens_default: Option<usize>,
+    length: Length,
 ) -> Result<GenerationOptions, RequestError> {
     refuse_unsupported(&raw)?;
     let shape = shape::shape(&mut raw)?;
@@ -681,12 +734,16 @@ fn options(
                 problem: format!("is {b} and `max_tokens` is {a}; give one of them"),
             });
         }
-        (Some(0), _) => return Err(out_of_range("max_tokens", 0, "at least 1")),
-        (_, Some(0)) => return Err(out_of_range("max_completion_tokens", 0, "at least 1")),
+        (Some(0), _) if !length.may_be_none => {
+            return Err(out_of_range("max_tokens", 0, "at least 1"));
+        }
+        (_, Some(0)) if !length.may_be_none => {
+            return Err(out_of_range("max_completion_tokens", 0, "at least 1"));
+        }
         (given, other) => given
             .or(other)
             .map(|max| usize::try_from(max).unwrap_or(usize::MAX))
-            .or(max_tokens_default),
+            .or(length.default),
     };
     let n = raw.n.unwrap_or(1);
     if n < 1 || u64::from(limits::CHOICES_MAX) < n {

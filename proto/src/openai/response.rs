@@ -243,10 +243,10 @@ pub struct CompletionChoice {
 pub struct CompletionLogprobs {
     /// Texts of the tokens; bytes that are no whole character show as `bytes:\xNN..`.
     pub tokens: Vec<String>,
-    /// Natural logarithms.
-    pub token_logprobs: Vec<f32>,
+    /// Natural logarithms; none of the first token of a prompt, before which nothing comes.
+    pub token_logprobs: Vec<Option<f32>>,
     /// The likeliest tokens by text.
-    pub top_logprobs: Vec<serde_json::Map<String, serde_json::Value>>,
+    pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
     /// Where in the choice's text each token begins, in characters.
     pub text_offset: Vec<usize>,
 }

@@ -501,13 +501,41 @@ fn completion_errors_name_the_field() {
             "prompt",
             "invalid_request",
         ),
-        (r#"{"prompt": "a", "echo": true}"#, "echo", "unsupported"),
+        (
+            r#"{"prompt": "a", "echo": true, "suffix": "b"}"#,
+            "echo",
+            "invalid_request",
+        ),
+        (
+            r#"{"prompt": "a", "max_tokens": 0}"#,
+            "max_tokens",
+            "invalid_request",
+        ),
         (
             r#"{"prompt": [1], "suffix": "b"}"#,
             "suffix",
             "invalid_request",
         ),
-        (r#"{"prompt": "a", "best_of": 3}"#, "best_of", "unsupported"),
+        (
+            r#"{"prompt": "a", "n": 3, "best_of": 2}"#,
+            "best_of",
+            "invalid_request",
+        ),
+        (
+            r#"{"prompt": "a", "best_of": 129}"#,
+            "best_of",
+            "invalid_request",
+        ),
+        (
+            r#"{"prompt": ["a", "b"], "best_of": 65}"#,
+            "prompt",
+            "invalid_request",
+        ),
+        (
+            r#"{"prompt": "a", "best_of": 2, "stream": true}"#,
+            "best_of",
+            "invalid_request",
+        ),
         (
             r#"{"prompt": "a", "logprobs": true}"#,
             "logprobs",
@@ -534,6 +562,16 @@ fn completion_errors_name_the_field() {
         Some(3)
     );
     assert!(completion(r#", "echo": false, "suffix": null, "best_of": 1"#).is_ok());
+    let request = completion(r#", "n": 2, "best_of": 5, "echo": true, "max_tokens": 0"#).unwrap();
+    let options = &request.options;
+    assert_eq!(
+        (request.echo, request.best_of, options.n, options.max_tokens),
+        (true, 5, 2, Some(0))
+    );
+    assert_eq!(
+        completion(r#", "n": 2, "stream": true"#).unwrap().best_of,
+        2
+    );
 }
 
 #[test]

@@ -12,7 +12,7 @@ wire_messages! {
     RankReady = 0x0302, 2, Control;
     RankFailed = 0x0303, 1, Control;
     RankFault = 0x0304, 1, Control;
-    GroupSubmit = 0x0311, 3, Request;
+    GroupSubmit = 0x0311, 4, Request;
     GroupCancel = 0x0312, 1, Control;
     GroupStop = 0x0313, 1, Control;
     GroupEvents = 0x0314, 3, Request;
@@ -149,6 +149,8 @@ wire_struct! {
         pub grammar: Option<String>,
         /// Log-probabilities of this many likeliest tokens.
         pub top_logprobs: Option<u32>,
+        /// First token of the prompt whose log-probability is wanted, with those behind it.
+        pub scored_from: Option<u64>,
         /// Time left.
         pub deadline_ms: Option<u64>,
         /// With whom beginnings of prompts are shared: 32 bytes.
@@ -267,6 +269,8 @@ wire_enum! {
         Started(GroupStart),
         /// This many positions of its prompt are computed.
         Prefilled(u64),
+        /// Log-probabilities of tokens of its prompt.
+        Scored(GroupScores),
         /// The next token.
         Token(GroupToken),
         /// It is over: a stop token came out.
@@ -291,6 +295,26 @@ wire_struct! {
         pub n_cached: u64,
         /// Microseconds from then to the message.
         pub age_us: u64,
+    }
+}
+
+wire_struct! {
+    /// Log-probabilities of consecutive tokens of a prompt.
+    pub struct GroupScores {
+        /// Number of the first of them in the prompt.
+        pub first: u64,
+        /// In order.
+        pub scores: Vec<GroupScore>,
+    }
+}
+
+wire_struct! {
+    /// A token of a prompt beside those that could have stood there.
+    pub struct GroupScore {
+        /// Its log-probability.
+        pub logprob: f32,
+        /// The likeliest tokens' log-probabilities, descending.
+        pub top: Vec<TokenValue>,
     }
 }
 

@@ -18,9 +18,9 @@ use crate::{
         },
         group::{
             AgentTick, EngineLimits, GroupCancel, GroupEvent, GroupEventKind, GroupEvents,
-            GroupLoad, GroupStart, GroupStop, GroupSubmit, GroupTick, GroupToken, MetricKind,
-            MetricSeries, MetricUpdate, RankFailed, RankFault, RankReady, RankStart, TokenSampling,
-            TokenValue,
+            GroupLoad, GroupScore, GroupScores, GroupStart, GroupStop, GroupSubmit, GroupTick,
+            GroupToken, MetricKind, MetricSeries, MetricUpdate, RankFailed, RankFault, RankReady,
+            RankStart, TokenSampling, TokenValue,
         },
     },
 };
@@ -387,6 +387,7 @@ pub(crate) fn group_submit() -> GroupSubmit {
         },
         grammar: Some("{}".to_owned()),
         top_logprobs: Some(2),
+        scored_from: Some(1),
         deadline_ms: Some(60_000),
         cache_owner: vec![7; 32],
         tenant: 0x0123_4567_89ab_cdef,
@@ -426,6 +427,16 @@ pub(crate) fn group_events() -> GroupEvents {
                 age_us: 1500,
             })),
             event(GroupEventKind::Prefilled(96)),
+            event(GroupEventKind::Scored(GroupScores {
+                first: 1,
+                scores: vec![GroupScore {
+                    logprob: -2.5,
+                    top: vec![TokenValue {
+                        token: 3,
+                        value: -1.5,
+                    }],
+                }],
+            })),
             event(GroupEventKind::Token(GroupToken {
                 index: 1,
                 token: 77,

@@ -9,7 +9,9 @@
 mod bad_input;
 mod cancel_storm;
 mod checkpoints;
+mod clients;
 mod dsctl;
+mod echo;
 mod edge;
 mod lifecycle;
 mod memory;

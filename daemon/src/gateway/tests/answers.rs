@@ -699,3 +699,143 @@ async fn log_probabilities_of_thoughts_stand_apart() {
     assert_eq!(n("reasoning_content"), n_thoughts, "{body}");
     assert_eq!(n("content") + n_thoughts, 6, "{body}");
 }
+
+/// The lists of a choice's log-probabilities: texts, numbers, offsets.
+fn lists(choice: &Value) -> (Vec<&str>, Vec<Option<f64>>, Vec<usize>) {
+    let list = |name: &str| choice["logprobs"][name].as_array().unwrap().iter();
+    (
+        list("tokens").map(|t| t.as_str().unwrap()).collect(),
+        list("token_logprobs").map(Value::as_f64).collect(),
+        list("text_offset")
+            .map(|o| usize::try_from(o.as_u64().unwrap()).unwrap())
+            .collect(),
+    )
+}
+
+#[tokio::test]
+async fn an_echo_is_the_prompt_with_what_follows_and_its_numbers() {
+    let node = Node::quick().await;
+    let prompt = "the prompt is longer than a step has rows";
+    let ask = async |fields: &str| {
+        let body = format!(r#"{{"prompt": "{prompt}", "temperature": 0, {fields}}}"#);
+        let reply = node.post("/v1/completions", &body).await;
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        reply
+    };
+    let plain = ask(r#""max_tokens": 4, "logprobs": 1"#).await.json();
+    let (_, follow, _) = lists(&plain["choices"][0]);
+    let answer = ask(r#""max_tokens": 4, "logprobs": 1, "echo": true"#)
+        .await
+        .json();
+    let choice = &answer["choices"][0];
+    let text = choice["text"].as_str().unwrap();
+    assert_eq!(
+        text,
+        format!("{prompt}{}", plain["choices"][0]["text"].as_str().unwrap())
+    );
+    let (tokens, logprobs, offsets) = lists(choice);
+    let n_prompt = tokens.len() - 4;
+    assert_eq!(answer["usage"]["prompt_tokens"], n_prompt);
+    assert_eq!(answer["usage"]["completion_tokens"], 4);
+    assert_eq!(
+        (logprobs[0], &choice["logprobs"]["top_logprobs"][0]),
+        (None, &Value::Null)
+    );
+    assert!(
+        logprobs[1..].iter().all(|l| l.is_some_and(|l| l < 0.0)),
+        "{logprobs:?}"
+    );
+    assert_eq!(logprobs[n_prompt..], follow, "the output's are its own");
+    for (offset, token) in offsets
+        .iter()
+        .zip(&tokens)
+        .filter(|(_, token)| token.len() == 1)
+    {
+        assert_eq!(text[*offset..][..1], **token, "{tokens:?} {offsets:?}");
+    }
+    // The same as the output's where the same tokens are one.
+    let longer = format!(r#"{{"prompt": "{text}", "max_tokens": 0, "logprobs": 1, "echo": true}}"#);
+    let longer = node.post("/v1/completions", &longer).await.json();
+    assert_eq!(longer["choices"][0]["text"], text);
+    assert_eq!(longer["choices"][0]["finish_reason"], "length");
+    assert_eq!(longer["usage"]["completion_tokens"], 0);
+    assert_eq!(lists(&longer["choices"][0]).1, logprobs);
+    // Whole and streamed, alone and with others; without numbers, too.
+    for fields in [
+        r#""max_tokens": 4, "n": 3, "logprobs": 1, "echo": true"#,
+        r#""max_tokens": 4, "echo": true"#,
+        r#""max_tokens": 0, "n": 2, "echo": true"#,
+    ] {
+        let whole = ask(fields).await.json();
+        let stream = ask(&format!(r#"{fields}, "stream": true"#)).await;
+        let texts = streamed(&stream, |choice| choice["text"].clone());
+        for (choice, streamed) in whole["choices"].as_array().unwrap().iter().zip(&texts) {
+            assert_eq!(choice["text"].as_str(), Some(&**streamed));
+            assert!(streamed.starts_with(prompt));
+            if fields.contains("logprobs") {
+                assert_eq!(lists(choice).1, logprobs, "greedy choices are all the same");
+            }
+        }
+        assert_eq!(whole["choices"].as_array().unwrap().len(), texts.len());
+    }
+}
+
+#[tokio::test]
+async fn an_echo_of_tokens_is_their_text_and_too_many_numbers_are_refused() {
+    let node = Node::quick().await;
+    let body = r#"{"prompt": [[104, 105], [111]], "max_tokens": 0, "logprobs": 0, "echo": true}"#;
+    let answer = node.post("/v1/completions", body).await.json();
+    let choices = answer["choices"].as_array().unwrap();
+    assert_eq!(
+        (&choices[0]["text"], &choices[1]["text"]),
+        (&json!("hi"), &json!("o"))
+    );
+    assert_eq!(lists(&choices[1]).1, [None]);
+    let ids = vec!["104"; 200].join(",");
+    let body =
+        format!(r#"{{"prompt": [{ids}], "n": 64, "max_tokens": 1, "logprobs": 20, "echo": true}}"#);
+    let refused = node.post("/v1/completions", &body).await;
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["param"]),
+        (400, &json!("logprobs"))
+    );
+}
+
+#[tokio::test]
+async fn the_best_of_several_are_the_likeliest_in_their_order() {
+    let node = Node::quick().await;
+    let fields = r#""max_tokens": 6, "seed": 5, "temperature": 1.5"#;
+    let all = completion(&node, &format!(r#"{fields}, "n": 6, "logprobs": 0"#))
+        .await
+        .json();
+    let mut ranked: Vec<(f64, &str)> = all["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|choice| {
+            let logprobs = lists(choice).1;
+            let sum: f64 = logprobs.iter().flatten().sum();
+            (
+                sum / logprobs.len() as f64,
+                choice["text"].as_str().unwrap(),
+            )
+        })
+        .collect();
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let best = completion(&node, &format!(r#"{fields}, "n": 2, "best_of": 6"#))
+        .await
+        .json();
+    let texts: Vec<_> = best["choices"].as_array().unwrap().iter().collect();
+    assert_eq!(texts.len(), 2);
+    for (idx, choice) in texts.iter().enumerate() {
+        assert_eq!(
+            (&choice["index"], &choice["text"]),
+            (&json!(idx), &json!(ranked[idx].1))
+        );
+        assert_eq!(choice["logprobs"], Value::Null);
+    }
+    assert_eq!(
+        best["usage"]["completion_tokens"], 36,
+        "all that were made count"
+    );
+}

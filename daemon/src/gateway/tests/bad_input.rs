@@ -90,14 +90,14 @@ async fn wrong_bodies_are_refused_with_code_and_field() {
         Some("suffix"),
     )
     .await;
-    let echo = r#"{"prompt": "a", "echo": true}"#;
+    let scores = r#"{"prompt": "a", "prompt_logprobs": 1}"#;
     check(
         &node,
         "/v1/completions",
-        echo,
+        scores,
         400,
         "unsupported",
-        Some("echo"),
+        Some("prompt_logprobs"),
     )
     .await;
     let token = r#"{"prompt": [1, 999999]}"#;

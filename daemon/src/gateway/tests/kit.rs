@@ -128,14 +128,12 @@ impl StepExecutor for Letters {
             return Err(StepError::NotFinite { row: 0 });
         }
         self.logits.clear();
-        for span in plan
-            .spans
-            .iter()
-            .filter(|span| span.logits == LogitRows::Last)
-        {
-            let tokens = &plan.tokens[span.tokens.clone()];
-            let position = span.first_pos + tokens.len();
-            let mut hash = u64::from(tokens[tokens.len() - 1]) << 32 | position as u64;
+        let rows = plan.spans.iter().flat_map(|span| {
+            let position = |idx: usize| span.first_pos + idx - span.tokens.start + 1;
+            span.logit_tokens().map(move |idx| (idx, position(idx)))
+        });
+        for (idx, position) in rows {
+            let mut hash = u64::from(plan.tokens[idx]) << 32 | position as u64;
             for id in 0..VOCAB_LEN {
                 hash = hash
                     .wrapping_mul(6_364_136_223_846_793_005)

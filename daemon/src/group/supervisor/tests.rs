@@ -117,6 +117,7 @@ fn begun(supervisor: &Supervisor, id: u64, output: Vec<u32>) -> TokenStream {
             sampling: SamplingParams::default(),
             grammar: None,
             top_logprobs: None,
+            scored_from: None,
             deadline: None,
             cache_owner: CacheOwner::default(),
             account: Account::default(),

@@ -552,11 +552,12 @@ fn gguf_metadata_that_is_not_understood_is_refused_by_name() {
             "llama.rope.scaling.type is longrope, expected none, linear or yarn",
         ),
         (
-            base.f32("llama.attention.layer_norm_rms_epsilon", f32::NAN),
+            base.clone()
+                .f32("llama.attention.layer_norm_rms_epsilon", f32::NAN),
             "llama.attention.layer_norm_rms_epsilon is NaN, expected a finite number",
         ),
         (
-            base.clone().string("llama.rope.scaling.type", "yarn"),
+            base.string("llama.rope.scaling.type", "yarn"),
             "llama.rope.scaling.factor is missing, expected a number",
         ),
     ];
