@@ -2,7 +2,8 @@
 #![expect(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "helpers of tests fail by panicking"
+    clippy::disallowed_methods,
+    reason = "helpers of tests fail by panicking, and a server needs a thread"
 )]
 
 use std::{

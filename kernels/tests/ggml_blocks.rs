@@ -2,6 +2,7 @@
 //! those of `gguf.quants.dequantize` (gguf-py 0.19) for the same bytes.
 //!
 //! The digest is 64-bit FNV-1a over all 4,096 values as little-endian f32: every bit counts.
+#![expect(clippy::unwrap_used, reason = "test helpers")]
 
 use dsd_kernels::{dtype::Format, matrix::Matrix, quant};
 

@@ -64,7 +64,7 @@ pub(super) fn calls(
                 let mut schema = (*schema).clone();
                 schema.entry("type").or_insert_with(|| json!("object"));
                 let schema = compact(&Value::Object(schema));
-                writer.part(&part, schema);
+                writer.part(&part, &schema);
                 format!("@{part} {}", literal("\n"))
             }
         };
@@ -207,7 +207,7 @@ impl Writer<'_> {
         }
         let parameter = tags.parameter;
         let mark = self.mark(DSML);
-        self.part("any_value", compact(&json!({})));
+        self.part("any_value", &compact(&json!({})));
         let name = literal(&format!("{parameter} name=\""));
         let open = format!("{} {mark} {name} ANY_NAME", literal("<"));
         let text = self.text(tags, "ANY", "*");
@@ -263,7 +263,7 @@ impl Writer<'_> {
                         }
                     }
                 }
-                self.part(&part, compact(&schema));
+                self.part(&part, &compact(&schema));
                 format!("{} @{part} {close}", head(false))
             }
         };

@@ -102,7 +102,7 @@ impl Writer<'_> {
     }
 
     /// A grammar of JSON that rules can name.
-    pub(super) fn part(&mut self, name: &str, schema: Value) {
+    pub(super) fn part(&mut self, name: &str, schema: &Value) {
         self.parts
             .push(json!({"name": name, "json_schema": schema}));
     }
@@ -146,7 +146,7 @@ impl Writer<'_> {
             let mut schema = (*schema).clone();
             schema.entry("type").or_insert_with(|| json!("object"));
             let part = format!("arguments_{idx}");
-            self.part(&part, compact(&Value::Object(schema)));
+            self.part(&part, &compact(&Value::Object(schema)));
             let separator = self.mark("<｜tool▁sep｜>");
             let body = match calls.markup {
                 ToolMarkup::DeepseekV3 => {

@@ -852,8 +852,11 @@ proptest! {
     }
 }
 
+/// A token's log-probability, and the likeliest tokens' beside it.
+type Score = (f32, Vec<(u32, f32)>);
+
 /// Scores of a whole prompt in their order, the number of tokens behind them, and the end.
-fn read_scores(mut stream: TokenStream) -> (Vec<(f32, Vec<(u32, f32)>)>, usize, FinishReason) {
+fn read_scores(mut stream: TokenStream) -> (Vec<Score>, usize, FinishReason) {
     let (mut all, mut n_tokens) = (Vec::new(), 0);
     loop {
         match stream.blocking_next() {

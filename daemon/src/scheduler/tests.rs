@@ -812,13 +812,17 @@ fn choices_of_one_prompt_compute_it_once() {
 }
 
 /// Plans and applies a step; returns the tokens scored by sequence, and its rows of logits.
-fn scored_step(scheduler: &mut Scheduler, ended: &mut Vec<Ended>) -> (Vec<Range<usize>>, usize) {
+fn scored_step(scheduler: &mut Scheduler, ended: &mut Vec<Ended>) -> (Vec<(usize, usize)>, usize) {
     let mut plan = StepPlan::default();
     scheduler.plan(start(), &CostModel::default(), &mut plan, ended);
     let scheduled = scheduler.scheduled();
-    let scored: Vec<_> = scheduled.iter().map(|s| s.scored.clone()).collect();
+    let scored: Vec<_> = scheduled
+        .iter()
+        .map(|s| (s.scored.start, s.scored.end))
+        .collect();
     let sampled: Vec<_> = scheduled.iter().filter(|s| s.is_sampled).collect();
-    let n_rows = scored.iter().map(Range::len).sum::<usize>() + sampled.len();
+    let n_scored: usize = scored.iter().map(|(first, end)| end - first).sum();
+    let n_rows = n_scored + sampled.len();
     assert_eq!(
         n_rows,
         plan.n_logits(),
@@ -843,7 +847,7 @@ fn every_token_behind_the_first_is_scored_once_within_the_rows_of_logits() {
     }
     ended.clear();
     scheduler.enqueue(spec(5, 30)).unwrap();
-    assert_eq!(scored_step(&mut scheduler, &mut ended), (vec![0..0], 1));
+    assert_eq!(scored_step(&mut scheduler, &mut ended), (vec![(0, 0)], 1));
     let scored = SequenceSpec {
         scored_from: Some(1),
         ..spec(20, 3)
@@ -853,7 +857,7 @@ fn every_token_behind_the_first_is_scored_once_within_the_rows_of_logits() {
     while all.len() < 19 {
         let (scored, n_rows) = scored_step(&mut scheduler, &mut ended);
         assert!(n_rows <= 6, "{n_rows} rows of logits");
-        all.extend(scored.into_iter().flatten());
+        all.extend(scored.into_iter().flat_map(|(first, end)| first..end));
     }
     assert_eq!(all, (1..20).collect::<Vec<_>>());
     assert_eq!(scheduler.n_cached(slot), 0);

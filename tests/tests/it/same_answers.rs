@@ -334,7 +334,7 @@ fn by_many(node: &Node, meanwhile: impl FnOnce(&AtomicUsize)) -> Vec<Value> {
                             break;
                         }
                         let (path, body) = request(at as u64);
-                        let answer = ask(node, path, &body, at % 2 == 0);
+                        let answer = ask(node, path, &body, at.is_multiple_of(2));
                         answers.lock().unwrap()[at] = answer;
                     }
                 })

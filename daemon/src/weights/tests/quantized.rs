@@ -319,7 +319,8 @@ fn w4a16_values_are_those_of_the_definition() {
 fn fp8_with_a_scale_per_output_is_read() {
     let dir = tempfile::tempdir().unwrap();
     // Every code but the two NaN.
-    let code = |i: usize| ((i * 37 + i / 128 * 11) % 127) as u8 | (u8::from(i % 3 == 0) << 7);
+    let code =
+        |i: usize| ((i * 37 + i / 128 * 11) % 127) as u8 | (u8::from(i.is_multiple_of(3)) << 7);
     let scale = |row: usize| 0.001 + 0.0003 * row as f32;
     let codes = (0..N_ROWS * N_COLS).map(code).collect::<Vec<_>>();
     let scales = f32s(&(0..N_ROWS).map(scale).collect::<Vec<_>>());
