@@ -346,7 +346,10 @@ impl Generation {
             self.ready.push_back(GenerationEvent::Delta {
                 choice,
                 deltas: vec![OutputDelta::Content(echo.text.clone())],
-                tokens: with_tokens.then(|| echo.tokens()).unwrap_or_default(),
+                tokens: match with_tokens {
+                    true => echo.tokens(),
+                    false => Vec::new(),
+                },
                 n_tokens: 0,
             });
         }

@@ -484,6 +484,7 @@ fn best_of(raw: &RawRequest) -> Result<u64, RequestError> {
 }
 
 /// How many tokens may be asked for.
+#[derive(Clone, Copy)]
 struct Length {
     /// Where nobody says.
     default: Option<usize>,
