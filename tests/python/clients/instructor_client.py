@@ -49,11 +49,12 @@ def an_object_of_its_class_comes_in_every_mode(node):
     assert isinstance(city, City), city
 
 
-def a_partial_object_grows_into_the_whole_one(node):
+def a_partial_object_grows_until_it_is_one_of_its_class(node):
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
-        whole = _client(node, mode).create(**_request(node), response_model=City)
-        *_, last = _client(node, mode).create_partial(**_request(node), response_model=City)
-        assert (last.name, last.population) == (whole.name, whole.population), (mode, last)
+        # The client asks for another class here, whose members may be missing, so the answer may differ from the whole one.
+        *first, last = _client(node, mode).create_partial(**_request(node), response_model=City)
+        assert first and any(part.population is None for part in first), (mode, first)
+        assert City(**last.model_dump()).name, (mode, last)
 
 
 def errors_are_the_classes_of_the_client(node):
