@@ -102,7 +102,7 @@ pub const APIS: [Api; 3] = [
             obeyed("enable_thinking", "chats: the same as a boolean"),
             obeyed(
                 "reasoning_effort",
-                "chats: `none`, `minimal`, `low`, `medium`, `high`, `max`; told to the template",
+                "chats: `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`, `ultra`; told to the template",
             ),
             obeyed("chat_template_kwargs", "chats: up to 32 scalars"),
             obeyed("tools", "chats: up to 1,024, 1 MiB together"),

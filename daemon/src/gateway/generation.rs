@@ -212,7 +212,6 @@ struct Choice {
     held: Vec<TokenChoice>,
     /// Of all tokens that came, the last one included, where they were asked for.
     logprob_sum: f64,
-    n_tokens: usize,
 }
 
 /// A prompt whose tokens are being scored, to be shown before what follows.
@@ -419,7 +418,6 @@ impl Generation {
             stop_tokens: Arc::clone(stop_tokens),
             held: Vec::new(),
             logprob_sum: 0.0,
-            n_tokens: 0,
         };
         Ok((choice, request))
     }
@@ -454,12 +452,12 @@ impl Generation {
         self.counts
     }
 
-    /// Mean log-probability of a choice's tokens so far, of its end too; minus infinity without tokens,
-    /// or where none were asked for.
+    /// Mean log-probability of a choice's tokens so far, of its end too, where they were asked for; minus
+    /// infinity without tokens.
     pub fn mean_logprob(&self, choice: usize) -> f64 {
         match &self.choices[choice] {
-            Choice { n_tokens: 0, .. } => f64::NEG_INFINITY,
-            choice => choice.logprob_sum / choice.n_tokens as f64,
+            Choice { n_output: 0, .. } => f64::NEG_INFINITY,
+            choice => choice.logprob_sum / choice.n_output as f64,
         }
     }
 
@@ -539,7 +537,6 @@ impl Generation {
         choice.n_output += 1;
         if let Some(logprobs) = &event.logprobs {
             choice.logprob_sum += f64::from(logprobs.chosen);
-            choice.n_tokens += 1;
         }
         if choice.stop_tokens.contains(&event.token) {
             // The end follows; an end token is no text.

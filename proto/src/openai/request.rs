@@ -225,7 +225,9 @@ pub enum ReasoningEffort {
     Medium,
     /// `high`.
     High,
-    /// `max`, also spelled `xhigh`.
+    /// `xhigh`.
+    Xhigh,
+    /// `max`, also spelled `ultra`.
     Max,
 }
 
@@ -238,6 +240,7 @@ impl ReasoningEffort {
             Self::Low => "low",
             Self::Medium => "medium",
             Self::High => "high",
+            Self::Xhigh => "xhigh",
             Self::Max => "max",
         }
     }
@@ -671,13 +674,14 @@ fn reasoning_effort(word: &str) -> Result<ReasoningEffort, RequestError> {
         "low" => ReasoningEffort::Low,
         "medium" => ReasoningEffort::Medium,
         "high" => ReasoningEffort::High,
-        "max" | "xhigh" => ReasoningEffort::Max,
+        "xhigh" => ReasoningEffort::Xhigh,
+        "max" | "ultra" => ReasoningEffort::Max,
         other => {
             let found = format!("{:?}", raw::shorten(other, 64));
             return Err(out_of_range(
                 "reasoning_effort",
                 found,
-                "none, minimal, low, medium, high or max",
+                "none, minimal, low, medium, high, xhigh, max or ultra",
             ));
         }
     })

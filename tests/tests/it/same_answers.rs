@@ -383,9 +383,7 @@ fn check(model: &Path) {
         for n_killed in 0..N_KILLS {
             // Tokens come between two losses: a request that was lost twice without any is given up.
             let at = (n_killed + 1) * N_REQUESTS as usize / (N_KILLS + 1);
-            while n_asked.load(Ordering::Relaxed) < at {
-                thread::sleep(Duration::from_millis(1));
-            }
+            wait::until_true("so many requests", || at <= n_asked.load(Ordering::Relaxed));
             let forming = shaken.records("group forming");
             let newest = forming.last().unwrap()["pids"].as_str().unwrap();
             let pids: Vec<u32> = serde_json::from_str(newest).unwrap();

@@ -126,6 +126,18 @@ impl ChatEncoding {
         settings: &Settings<'_>,
     ) -> Result<String, TextError> {
         let turns = turn::read(messages)?;
+        // V3.2 has no token for it.
+        let reminder = turns
+            .iter()
+            .position(|turn| turn.role == turn::Role::Reminder);
+        if let Some(index) = reminder.filter(|_| self == Self::V32) {
+            return Err(TextError::Message {
+                index,
+                field: "role".to_owned(),
+                expected: "system, developer, user, assistant or tool",
+                found: "latest_reminder".to_owned(),
+            });
+        }
         Ok(match self {
             Self::V32 => v32::render(turns, settings),
             Self::V4 => v4::render(turns, settings),

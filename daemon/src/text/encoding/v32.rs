@@ -39,6 +39,7 @@ pub(super) fn render(mut turns: Vec<Turn<'_>>, settings: &Settings<'_>) -> Strin
                 prompt += &format!("{USER}\n\n# The user's message is: {content}{ASSISTANT}");
                 prompt.push_str(opens(Some(index) == last_user));
             }
+            // Refused before for having no token of its own.
             Role::User | Role::Reminder => {
                 prompt += &format!("{USER}{content}{ASSISTANT}");
                 prompt.push_str(opens(Some(index) == last_user));

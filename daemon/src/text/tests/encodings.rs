@@ -152,6 +152,36 @@ fn encoders_write_what_deepseeks_own_do() {
 }
 
 #[test]
+fn roles_that_an_encoder_does_not_know_are_refused_by_name() {
+    let ask = |name: &str, role: &str| {
+        let model = TextModel::open(&tokenizer_folder(name)).unwrap();
+        let messages = [
+            json!({"role": "user", "content": "Hi"}),
+            json!({"role": role, "content": "It is late."}),
+        ];
+        let prompt = model.render_chat(&messages, &ChatOptions::default());
+        prompt.map(|prompt| prompt.text).map_err(|e| e.to_string())
+    };
+    let refused = ask("deepseek-v3.2", "latest_reminder").unwrap_err();
+    assert!(
+        refused.starts_with("messages[1].role is latest_reminder, expected "),
+        "{refused}"
+    );
+    let shown = ask("deepseek-v4", "latest_reminder").unwrap();
+    assert!(
+        shown.contains("<｜latest_reminder｜>It is late."),
+        "{shown}"
+    );
+    for name in ["deepseek-v3.2", "deepseek-v4"] {
+        let refused = ask(name, "function").unwrap_err();
+        assert!(
+            refused.starts_with("messages[1].role is function, expected "),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
 fn no_spelling_of_a_token_gets_through_an_encoder() {
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     for model in [
